@@ -1,0 +1,498 @@
+"""From a Hugging Face Llama checkpoint to one GGUF file, in two hundred lines.
+
+GGUF is the file that llama.cpp reads: a header, a table of key-value metadata (architecture,
+hyper-parameters, the whole tokenizer), a table of tensors (name, shape, type, offset), then the tensor
+data itself, each tensor at a multiple of 32 bytes so that the file can be memory-mapped and used as is.
+Nothing else is needed to run the model, which is why one file is enough to share one.
+
+Converting a Llama takes four steps, and each is a function below:
+
+1. rename the tensors       ``model.layers.0.self_attn.q_proj.weight`` -> ``blk.0.attn_q.weight``
+2. permute the q and k rows  Hugging Face rotates the two *halves* of a head against each other, llama.cpp
+   rotates *neighbouring pairs*; reordering the rows once makes both compute the same attention
+3. choose a type            matrices become F32, F16 or BF16; norms and biases (1-D) always stay F32,
+   they are tiny and every weight in them matters
+4. write the tokenizer       the vocabulary, the merges, which tokens are special, and ``pre``: the name of
+   the regular expression that splits text before the merges, which llama.cpp has compiled in
+
+The format is specified at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the reference
+converter is ``convert_hf_to_gguf.py`` in llama.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import QtutorError
+
+DTYPES = ("f32", "f16", "bf16")
+
+# llama.cpp's names for the pre-tokenizer regular expressions that Llama-family tokenizers use.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT_REGEX = {
+    _CONTRACTIONS + r"\p{N}{1,3}" + _TAIL: "llama-bpe",
+    _CONTRACTIONS + r"\p{N}" + _TAIL: "qwen2",
+}
+
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_TOP_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+# ------------------------------------------------------------------------------------------ names and rows
+
+
+def gguf_name(hf_name: str) -> str | None:
+    """GGUF's name of a Hugging Face Llama tensor, or None where GGUF does not store it.
+
+    >>> gguf_name("model.layers.3.mlp.down_proj.weight")
+    'blk.3.ffn_down.weight'
+    """
+    stem, _, suffix = hf_name.rpartition(".")
+    if stem in _TOP_NAMES:
+        return f"{_TOP_NAMES[stem]}.{suffix}"
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+    if match and match[2] in _LAYER_NAMES:
+        return f"blk.{match[1]}.{_LAYER_NAMES[match[2]]}.{suffix}"
+    return None
+
+
+def permute(weight: torch.Tensor, n_head: int) -> torch.Tensor:
+    """Reorder the rows of a q or k projection from halves (Hugging Face) to pairs (llama.cpp).
+
+    Within each head of ``d`` rows, row ``i`` and row ``i + d/2`` are rotated together by Hugging Face's
+    ``rotate_half``; llama.cpp rotates rows ``2i`` and ``2i + 1``.  ``weight`` is (n_head * d, ...); so is
+    the result.  Same as ``LlamaModel.permute`` in llama.cpp's converter.
+    """
+    rows = weight.shape[0]
+    return (
+        weight.reshape(n_head, 2, rows // n_head // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
+
+
+def unpermute(weight: torch.Tensor, n_head: int) -> torch.Tensor:
+    """The inverse of :func:`permute`: from llama.cpp's pairs back to Hugging Face's halves."""
+    rows = weight.shape[0]
+    return (
+        weight.reshape(n_head, rows // n_head // 2, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
+
+
+# ----------------------------------------------------------------------------------------- reading a model
+
+
+class _Source:
+    """A model's config (a plain dict) and its tensors by Hugging Face name, read one at a time."""
+
+    def __init__(self, config: dict, names, read, where: str, folder: Path | None = None):
+        self.config, self.names, self.read, self.where, self.folder = config, set(names), read, where, folder
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise QtutorError(f"{path.parent.name}/ has no {path.name}: give a saved model.") from None
+    except (ValueError, OSError) as err:
+        raise QtutorError(f"{path.name} cannot be read ({err}): restore it from the original.") from None
+
+
+def _open_folder(folder: Path) -> _Source:
+    """Open a checkpoint folder without building the model: safetensors are read tensor by tensor."""
+    from safetensors import SafetensorError, safe_open
+
+    if not folder.is_dir():
+        raise QtutorError(f"There is no model folder at '{folder}': give the path of a saved model.")
+    config = _read_json(folder / "config.json")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    else:
+        files = ["model.safetensors"]
+    where_is: dict[str, object] = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise QtutorError(f"{folder.name}/ has no {file}: save the model with safetensors first.")
+        try:
+            handle = safe_open(folder / file, framework="pt")
+            where_is.update(dict.fromkeys(handle.keys(), handle))
+        except (SafetensorError, OSError, ValueError) as err:
+            raise QtutorError(
+                f"{file} is damaged ({_first_line(err)}): copy or save the model again."
+            ) from None
+
+    def read(name: str) -> torch.Tensor:
+        try:
+            return where_is[name].get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as err:
+            raise QtutorError(f"{name} cannot be read ({_first_line(err)}): save the model again.") from None
+
+    return _Source(config, where_is, read, folder.name, folder)
+
+
+def _open_model(model) -> _Source:
+    """Wrap a model object; fake-quantized or torchao tensors are read through ``dequantize()``."""
+    state = model.state_dict()
+
+    def read(name: str) -> torch.Tensor:
+        tensor = state[name]
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "dequantize"):
+            tensor = tensor.dequantize()
+        return tensor.detach()
+
+    return _Source(model.config.to_dict(), state, read, type(model).__name__)
+
+
+def _first_line(err: Exception) -> str:
+    return str(err).strip().split("\n")[0].rstrip(".")
+
+
+# ------------------------------------------------------------------------------------------ hyperparameters
+
+
+def _hyperparameters(config: dict) -> dict:
+    """Check that ``config`` is a Llama's and return the numbers that GGUF needs."""
+    kind = config.get("model_type")
+    if kind != "llama":
+        raise QtutorError(
+            f"Only the Llama architecture can be exported here, and this model is {kind!r}: "
+            "use llama.cpp's convert_hf_to_gguf.py for it."
+        )
+    try:
+        heads = int(config["num_attention_heads"])
+        hidden = int(config["hidden_size"])
+        hyper = {
+            "layers": int(config["num_hidden_layers"]),
+            "hidden": hidden,
+            "ffn": int(config["intermediate_size"]),
+            "heads": heads,
+            "kv_heads": int(config.get("num_key_value_heads") or heads),
+            "head_dim": int(config.get("head_dim") or hidden // heads),
+            "vocab": int(config["vocab_size"]),
+            "ctx": int(config["max_position_embeddings"]),
+            "eps": float(config["rms_norm_eps"]),
+            "tied": bool(config.get("tie_word_embeddings", False)),
+        }
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as err:
+        raise QtutorError(f"config.json lacks a usable {err}: it does not describe a Llama model.") from None
+    # transformers 5 keeps RoPE settings in rope_parameters; checkpoints saved before have two keys
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    hyper["rope"] = rope
+    hyper["theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    hyper["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if hyper["rope_type"] not in ("default", "linear", "llama3"):
+        raise QtutorError(
+            f"RoPE scaling {hyper['rope_type']!r} is not known here: use llama.cpp's convert_hf_to_gguf.py."
+        )
+    return hyper
+
+
+def _expected(hyper: dict, names: set[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """GGUF name -> (Hugging Face name, shape), in the order in which they are written."""
+    d, f, q, kv = hyper["hidden"], hyper["ffn"], hyper["heads"], hyper["kv_heads"]
+    q, kv = q * hyper["head_dim"], kv * hyper["head_dim"]
+    shapes = {
+        "input_layernorm": (d,),
+        "self_attn.q_proj": (q, d),
+        "self_attn.k_proj": (kv, d),
+        "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, q),
+        "post_attention_layernorm": (d,),
+        "mlp.gate_proj": (f, d),
+        "mlp.up_proj": (f, d),
+        "mlp.down_proj": (d, f),
+    }
+    wanted = {"model.embed_tokens.weight": (hyper["vocab"], d), "model.norm.weight": (d,)}
+    if not hyper["tied"]:
+        wanted["lm_head.weight"] = (hyper["vocab"], d)
+    for layer in range(hyper["layers"]):
+        for stem, shape in shapes.items():
+            base = f"model.layers.{layer}.{stem}"
+            wanted[f"{base}.weight"] = shape
+            if f"{base}.bias" in names:  # attention_bias / mlp_bias
+                wanted[f"{base}.bias"] = shape[:1]
+    return {gguf_name(name): (name, shape) for name, shape in wanted.items()}
+
+
+def _rope_freqs(hyper: dict) -> np.ndarray:
+    """Llama 3's per-frequency factors (head_dim/2 float32), which llama.cpp reads as a tensor."""
+    rope, dim = hyper["rope"], hyper["head_dim"]
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    old = rope["original_max_position_embeddings"]
+    wavelength = 2 * math.pi * hyper["theta"] ** (np.arange(0, dim, 2) / dim)
+    smooth = (old / wavelength - low) / (high - low)
+    middle = 1 / ((1 - smooth) / factor + smooth)
+    scaled = np.where(wavelength < old / high, 1.0, np.where(wavelength > old / low, factor, middle))
+    return scaled.astype(np.float32)
+
+
+# -------------------------------------------------------------------------------------------------- tokenizer
+
+
+def _tokenizer_json(source: _Source, tokenizer) -> dict:
+    """The tokenizer as the dict that ``tokenizer.json`` holds (the `tokenizers` library's own format)."""
+    if tokenizer is None:
+        if source.folder is None:
+            raise QtutorError("A model object has no tokenizer: pass tokenizer=..., or export from a folder.")
+        if not (source.folder / "tokenizer.json").exists():
+            raise QtutorError(
+                f"{source.folder.name}/ has no tokenizer.json: save a fast tokenizer into the model folder."
+            )
+        return _read_json(source.folder / "tokenizer.json")
+    if isinstance(tokenizer, (str, os.PathLike)):
+        path = Path(tokenizer)
+        return _read_json(path / "tokenizer.json" if path.is_dir() else path)
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not hasattr(backend, "to_str"):
+        raise QtutorError("This tokenizer has no tokenizer.json behind it: use a fast (Rust) tokenizer.")
+    return json.loads(backend.to_str())
+
+
+def pre_tokenizer_name(tokenizer: dict) -> str:
+    """llama.cpp's name (``tokenizer.ggml.pre``) for the pre-tokenizer of a byte-level BPE ``tokenizer.json``.
+
+    Text is cut by a regular expression before merges apply.  llama.cpp has these compiled in under a name;
+    the wrong name gives other tokens on digits, newlines or contractions, and quietly worse output.
+    """
+    steps = tokenizer.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    kinds = [step.get("type") for step in steps]
+    plain = not steps[-1].get("add_prefix_space") and not tokenizer.get("normalizer")
+    if kinds[-1] == "ByteLevel" and plain:
+        regex = steps[-1].get("use_regex", True)
+        if kinds == ["ByteLevel"] and regex:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and regex:
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"] and not regex:
+            name = _SPLIT_REGEX.get(steps[0].get("pattern", {}).get("Regex"))
+            if name:
+                return name
+    raise QtutorError(
+        f"llama.cpp's name for this pre-tokenizer ({' + '.join(map(str, kinds))}) is not known here: "
+        "use llama.cpp's convert_hf_to_gguf.py."
+    )
+
+
+def _first_id(*candidates) -> int | None:
+    for value in candidates:
+        value = value[0] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _vocabulary(tok: dict, n_vocab: int) -> tuple[list[str], list[int]]:
+    """Token strings by id, and GGUF's token type of each (1 normal, 3 control, 4 user-defined, 5 unused)."""
+    from gguf import TokenType
+
+    tokens = {int(i): text for text, i in tok["model"]["vocab"].items()}
+    types = dict.fromkeys(tokens, TokenType.NORMAL)
+    for added in tok.get("added_tokens", []):
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    if max(tokens) >= n_vocab:
+        raise QtutorError(
+            f"The tokenizer has ids up to {max(tokens)} but the model only {n_vocab} embeddings: "
+            "they do not belong together."
+        )
+    return (
+        [tokens.get(i, f"[PAD{i}]") for i in range(n_vocab)],
+        [int(types.get(i, TokenType.UNUSED)) for i in range(n_vocab)],
+    )
+
+
+def _add_tokenizer(writer, tok: dict, config: dict, n_vocab: int) -> None:
+    from tokenizers import Tokenizer
+
+    model = tok.get("model", {})
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise QtutorError("Only byte-level BPE tokenizers can be exported here: use convert_hf_to_gguf.py.")
+    tokens, types = _vocabulary(tok, n_vocab)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer_name(tok))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    bos, eos = _first_id(config.get("bos_token_id")), _first_id(config.get("eos_token_id"))
+    if bos is not None:
+        writer.add_bos_token_id(bos)
+    if eos is not None:
+        writer.add_eos_token_id(eos)
+    if (pad := _first_id(config.get("pad_token_id"))) is not None and 0 <= pad < n_vocab:
+        writer.add_pad_token_id(pad)
+    # llama.cpp's tokenizer must add what Hugging Face's adds by default: ask it rather than guess
+    ids = Tokenizer.from_str(json.dumps(tok)).encode("a").ids
+    writer.add_add_bos_token(bos is not None and ids[0] == bos)
+    writer.add_add_eos_token(eos is not None and len(ids) > 1 and ids[-1] == eos)
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def _prepare(tensor: torch.Tensor, name: str, hyper: dict, dtype: str):
+    """Permute, convert and check one tensor; return the array to write and its GGML type."""
+    from gguf import GGMLQuantizationType as T
+
+    x = tensor.to("cpu", torch.float32)
+    if not torch.isfinite(x).all():
+        raise QtutorError(f"{name} holds NaN or infinity: the weights are damaged or training diverged.")
+    if ".attn_q." in name:
+        x = permute(x, hyper["heads"])
+    elif ".attn_k." in name:
+        x = permute(x, hyper["kv_heads"])
+    x = x.contiguous()
+    if dtype == "f32" or x.ndim == 1:
+        return x.numpy(), T.F32
+    if dtype == "bf16":  # numpy has no bfloat16: hand over the same bits as bytes, the last axis doubled
+        return x.to(torch.bfloat16).view(torch.uint8).numpy(), T.BF16
+    half = x.to(torch.float16)
+    if not torch.isfinite(half).all():
+        raise QtutorError(f"{name} has values beyond float16's 65504: export with dtype='bf16' or 'f32'.")
+    return half.numpy(), T.F16
+
+
+def _add_metadata(writer, source: _Source, hyper: dict, dtype: str, name: str, license: str | None) -> None:
+    from gguf import LlamaFileType, RopeScalingType
+
+    writer.add_type("model")
+    writer.add_name(name)
+    if license:
+        writer.add_license(license)
+    file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}[dtype]
+    writer.add_file_type(LlamaFileType[file_type])
+    writer.add_quantization_version(2)
+    writer.add_block_count(hyper["layers"])
+    writer.add_context_length(hyper["ctx"])
+    writer.add_embedding_length(hyper["hidden"])
+    writer.add_feed_forward_length(hyper["ffn"])
+    writer.add_head_count(hyper["heads"])
+    writer.add_head_count_kv(hyper["kv_heads"])
+    writer.add_key_length(hyper["head_dim"])
+    writer.add_value_length(hyper["head_dim"])
+    writer.add_layer_norm_rms_eps(hyper["eps"])
+    writer.add_rope_freq_base(hyper["theta"])
+    writer.add_rope_dimension_count(hyper["head_dim"])
+    if hyper["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(hyper["rope"]["factor"]))
+    writer.add_vocab_size(hyper["vocab"])
+
+
+def _license_of(folder: Path | None) -> str | None:
+    """The ``license:`` line of a model card's front matter, where the folder has one."""
+    card = folder / "README.md" if folder else None
+    if card is None or not card.is_file():
+        return None
+    front = card.read_text(encoding="utf-8", errors="replace").split("---")
+    match = re.search(r"^license:\s*([\w.\-]+)", front[1], re.M) if len(front) > 2 else None
+    return match[1] if match else None
+
+
+def _write(partial: Path, source: _Source, hyper: dict, dtype: str, tok: dict, name: str, license) -> None:
+    from gguf import GGMLQuantizationType as T
+    from gguf import GGUFWriter
+    from tqdm.auto import tqdm
+
+    wanted = _expected(hyper, source.names)
+    missing = [hf for hf, _ in wanted.values() if hf not in source.names]
+    if missing:
+        raise QtutorError(
+            f"{source.where} lacks {missing[0]} ({len(missing)} missing): the checkpoint is incomplete."
+        )
+    matrix, size = {"f32": (T.F32, 4), "f16": (T.F16, 2), "bf16": (T.BF16, 2)}[dtype]
+    writer = GGUFWriter(partial, "llama")
+    try:
+        _add_metadata(writer, source, hyper, dtype, name, license)
+        _add_tokenizer(writer, tok, source.config, hyper["vocab"])
+        extra = {"rope_freqs.weight": _rope_freqs(hyper)} if hyper["rope_type"] == "llama3" else {}
+        for key, array in extra.items():
+            writer.add_tensor_info(key, array.shape, array.dtype, array.nbytes)
+        for key, (_, shape) in wanted.items():
+            kind, width = (T.F32, 4) if len(shape) == 1 else (matrix, size)
+            # for a type that numpy lacks, gguf wants the shape of the bytes
+            shape_in = (*shape[:-1], shape[-1] * 2) if kind == T.BF16 else shape
+            np_type = {T.F32: np.float32, T.F16: np.float16, T.BF16: np.uint8}[kind]
+            writer.add_tensor_info(key, shape_in, np.dtype(np_type), math.prod(shape) * width, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for array in extra.values():
+            writer.write_tensor_data(array)
+        # one tensor in memory at a time: a 7B model converts on a laptop
+        small = sum(math.prod(shape) for _, shape in wanted.values()) < 100e6
+        for key, (hf, shape) in tqdm(wanted.items(), desc="export", leave=False, disable=small):
+            tensor = source.read(hf)
+            if tuple(tensor.shape) != shape:
+                raise QtutorError(f"{hf} is {tuple(tensor.shape)} but config.json says {shape}.")
+            writer.write_tensor_data(_prepare(tensor, key, hyper, dtype)[0])
+    finally:
+        writer.close()
+
+
+def export(
+    model_dir_or_model, path, dtype: str = "f32", tokenizer=None, *, name: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write a Hugging Face Llama as a GGUF file that llama.cpp runs, and return its path.
+
+    ``model_dir_or_model`` is a folder (config.json, safetensors, tokenizer.json; nothing is executed and
+    no model is built) or a ``LlamaForCausalLM``.  ``dtype`` is the type of the matrices: ``"f32"``,
+    ``"f16"`` or ``"bf16"``; 1-D tensors stay F32.  ``tokenizer`` is a fast tokenizer, a
+    ``tokenizers.Tokenizer`` or a path, and is required with a model object.  ``name`` and ``license`` go
+    to the metadata; by default the folder's name and the model card's licence.
+
+    The file appears under ``path`` only when it is complete.  Raises QtutorError for another architecture, a
+    missing or unsuitable tokenizer, missing or misshapen tensors, NaN, damaged safetensors and a target
+    that cannot be written.
+    """
+    if dtype not in DTYPES:
+        raise QtutorError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}: quantize afterwards.")
+    path = Path(path)
+    is_folder = isinstance(model_dir_or_model, (str, os.PathLike))
+    if not is_folder and not hasattr(model_dir_or_model, "state_dict"):
+        raise QtutorError("Give export() a model folder or a Hugging Face model object.")
+    source = _open_folder(Path(model_dir_or_model)) if is_folder else _open_model(model_dir_or_model)
+    hyper = _hyperparameters(source.config)
+    tok = _tokenizer_json(source, tokenizer)
+    if path.is_dir():
+        raise QtutorError(f"'{path}' is a folder: give the name of the .gguf file to write.")
+    name = name or (source.folder.resolve().name if source.folder else source.where)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(partial, source, hyper, dtype, tok, name, license or _license_of(source.folder))
+        os.replace(partial, path)
+    except OSError as err:
+        raise QtutorError(
+            f"'{path}' cannot be written ({err.strerror or err}): choose another folder or free some space."
+        ) from None
+    finally:
+        try:
+            partial.unlink(missing_ok=True)
+        except OSError:
+            pass  # the folder itself is not one: there is nothing to remove
+    return path
