@@ -1,0 +1,42 @@
+"""What all tests share.  ``--notebook-runs=2`` runs each notebook twice in a row."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from nbmake.pytest_items import NotebookItem
+
+# Two workers on two cores: one thread each, decided before torch is imported.
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("QTUTOR_PROFILE", "quick")
+
+
+class RepeatedNotebook(NotebookItem):
+    """One more run of a notebook, which meets whatever the run before it left behind."""
+
+    def __init__(self, parent, filename, number):
+        pytest.Item.__init__(self, f"{parent.name}, run {number}", parent)
+        self.filename = filename
+
+
+def pytest_addoption(parser):
+    parser.addoption("--notebook-runs", type=int, default=1, help="run each notebook so many times in a row")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Repeat the notebooks, and put them first: they are the longest, and no worker should end on one alone.
+
+    ``--dist loadfile`` keeps the runs of one notebook on one worker, in order.
+    """
+    notebooks, others = [], []
+    for item in items:
+        if not isinstance(item, NotebookItem):
+            others.append(item)
+            continue
+        notebooks.append(item)
+        for number in range(2, config.getoption("--notebook-runs") + 1):
+            again = RepeatedNotebook.from_parent(item.parent, filename=item.filename, number=number)
+            notebooks.append(again)
+    items[:] = notebooks + others
