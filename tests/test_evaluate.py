@@ -1,0 +1,278 @@
+"""evaluate against values worked out by hand, torch's own losses, scipy's statistics and llama-perplexity itself."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from qtutor import QtutorError, course_model, evaluate, llamacpp
+
+VOCAB = 50
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Base logits, a noisy copy, and targets: (400, 50)."""
+    rng = np.random.default_rng(0)
+    base = 2 * rng.standard_normal((400, VOCAB)).astype(np.float32)
+    noisy = base + 0.3 * rng.standard_normal(base.shape).astype(np.float32)
+    return base, noisy, rng.integers(0, VOCAB, 400)
+
+
+def logits_for(probabilities):
+    return np.log(np.array(probabilities, dtype=np.float64))
+
+
+# ---------------------------------------------------------------------------------------------------- by hand
+
+
+def test_perplexity_by_hand():
+    result = evaluate.score(logits_for([[0.5, 0.5], [0.25, 0.75]]), [0, 0])
+    nll = [math.log(2), math.log(4)]
+    assert result.nll == pytest.approx(1.5 * math.log(2))
+    assert result.value == pytest.approx(2**1.5)
+    # sample standard deviation of {ln 2, ln 4} is ln 2 / sqrt 2; over sqrt n it is ln 2 / 2
+    assert result.se == pytest.approx(2**1.5 * math.log(2) / 2)
+    assert result.n == 2 and list(result.token_nll) == pytest.approx(nll)
+
+
+def test_comparison_by_hand():
+    base, model = [[0.5, 0.5], [0.2, 0.8]], [[0.25, 0.75], [0.2, 0.8]]
+    c = evaluate.compare(logits_for(base), logits_for(model), [0, 1])
+    kld = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert c.kld_mean == pytest.approx(kld / 2) and c.kld_max == pytest.approx(kld)
+    assert c.kld_se == pytest.approx(kld / 2) and c.kld_median == pytest.approx(kld / 2)
+    assert c.dp_mean == pytest.approx(-0.125) and c.rms_dp == pytest.approx(0.25 / math.sqrt(2))
+    assert c.rms_dp_se == pytest.approx(0.5 / c.rms_dp * 0.0625 / 2)
+    assert c.ppl_ratio == pytest.approx(math.sqrt(2))
+    assert c.ppl_ratio_se == pytest.approx(math.sqrt(2) * math.log(2) / 2)
+    assert c.n == 2
+
+
+def test_same_model_is_zero_everywhere(pair):
+    base, _, targets = pair
+    c = evaluate.compare(base, base, targets)
+    assert c.kld_mean == c.kld_se == c.rms_dp == c.rms_dp_se == c.ppl_ratio_se == c.same_top_se == 0
+    assert c.same_top == c.ppl_ratio == 1 and c.ppl_correlation == pytest.approx(1)
+
+
+def test_a_token_that_the_base_excludes_costs_nothing():
+    base = np.array([[0.0, 0.0, -np.inf]] * 2)
+    c = evaluate.compare(base, np.zeros((2, 3)), [0, 1])
+    assert c.kld_mean == pytest.approx(math.log(1.5))
+
+
+def test_bits_per_byte():
+    result = evaluate.score(logits_for([[0.5, 0.5]] * 3), [0, 1, 0])
+    bits = evaluate.bits_per_byte(result, n_tokens=30, n_bytes=60)
+    assert bits.value == pytest.approx(0.5) and bits.se == pytest.approx(0)
+
+
+# ---------------------------------------------------------------------------------------------- other libraries
+
+
+def test_against_torch_and_scipy(pair):
+    base, noisy, targets = pair
+    c = evaluate.compare(base, noisy, targets)
+    b, q, t = (torch.from_numpy(x) for x in (base, noisy, targets))
+    b, q = b.double().log_softmax(1), q.double().log_softmax(1)
+    nll, nll_base = (torch.nn.functional.nll_loss(x, t, reduction="none").numpy() for x in (q, b))
+    kld = torch.nn.functional.kl_div(q, b, reduction="none", log_target=True).sum(1).numpy()
+    dp = np.exp(-nll) - np.exp(-nll_base)
+    assert c.kld_mean == pytest.approx(kld.mean()) and c.kld_se == pytest.approx(stats.sem(kld))
+    assert c.kld_p99 == pytest.approx(np.quantile(kld, 0.99)) and c.kld_p999 == pytest.approx(np.quantile(kld, 0.999))
+    assert c.ppl == pytest.approx(math.exp(nll.mean())) and c.ppl_se == pytest.approx(c.ppl * stats.sem(nll))
+    assert c.dp_mean == pytest.approx(dp.mean()) and c.dp_se == pytest.approx(stats.sem(dp))
+    assert c.rms_dp_se == pytest.approx(stats.sem(dp**2) / (2 * c.rms_dp))
+    assert c.ppl_correlation == pytest.approx(stats.pearsonr(nll, nll_base).statistic)
+    same = (b.argmax(1) == q.argmax(1)).numpy()
+    assert c.same_top == same.mean() and c.same_top_se == pytest.approx(stats.sem(same))
+
+
+def test_correlated_error_is_llama_cpps_formula(pair):
+    """perplexity.cpp writes the error of the ratio with variances and a covariance: the same number."""
+    base, noisy, targets = pair
+    c = evaluate.compare(base, noisy, targets)
+    nll, nll_base = evaluate.score(noisy, targets).token_nll, evaluate.score(base, targets).token_nll
+    cov = np.cov(nll, nll_base) / len(nll)
+    expected = math.sqrt(cov[0, 0] + cov[1, 1] - 2 * cov[0, 1])
+    assert c.ppl_ratio_se == pytest.approx(c.ppl_ratio * expected)
+    expected = math.sqrt(c.ppl_se**2 + c.base_ppl_se**2 - 2 * c.ppl * c.base_ppl * cov[0, 1])
+    assert c.ppl_diff_se == pytest.approx(expected)
+    assert c.ppl_diff == pytest.approx(c.ppl - c.base_ppl)
+
+
+def test_standard_errors_cover():
+    """The errors are of the right size: over many samples, the estimates scatter by what they claim."""
+    rng, values, errors = np.random.default_rng(1), [], []
+    for _ in range(150):
+        base = rng.standard_normal((100, 8))
+        c = evaluate.compare(base, base + 0.5 * rng.standard_normal(base.shape), rng.integers(0, 8, 100))
+        values.append((c.kld_mean, c.rms_dp, c.same_top, c.ppl_ratio, c.ppl_diff))
+        errors.append((c.kld_se, c.rms_dp_se, c.same_top_se, c.ppl_ratio_se, c.ppl_diff_se))
+    assert np.std(values, axis=0) == pytest.approx(np.mean(errors, axis=0), rel=0.2)
+
+
+def test_block_errors_see_correlation():
+    independent = np.random.default_rng(2).standard_normal(4096)
+    correlated = np.repeat(independent[:256], 16)
+    assert evaluate.standard_error(correlated, block=16) == pytest.approx(stats.sem(independent[:256]))
+    assert evaluate.standard_error(correlated) < 0.5 * evaluate.standard_error(correlated, block=16)
+
+
+# ------------------------------------------------------------------------------------------- windows and sources
+
+
+def test_windows():
+    cut = evaluate.windows(np.arange(11, dtype=np.uint16), 4)
+    assert cut.dtype == np.int64 and cut.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert evaluate.windows(np.arange(7), 4, stride=2).tolist() == [[0, 1, 2, 3], [2, 3, 4, 5]]
+    assert evaluate.targets_of(np.arange(11), 4).tolist() == [1, 2, 3, 5, 6, 7]
+    assert evaluate.targets_of(np.arange(11), 4, second_half_only=True).tolist() == [3, 7]
+
+
+def test_chunks_make_no_difference(pair):
+    base, noisy, targets = pair
+    whole = evaluate.compare(base, noisy, targets)
+    for first, second in (
+        (base, iter(np.split(noisy, 8))),
+        (iter(np.split(base, 8)), noisy),
+        (iter(np.split(base, 4)), iter(np.split(noisy, 4))),
+    ):
+        assert evaluate.compare(first, second, targets).row() == pytest.approx(whole.row(), rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A Llama of random, not too small weights, and tokens of some text."""
+    model = course_model.new_model(seed=3, num_hidden_layers=2).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.mul_(3)
+    return model
+
+
+def test_sources_agree_and_bos_is_context_only(tiny):
+    tokens = np.random.default_rng(3).integers(1, 4096, 200)
+    direct = evaluate.perplexity(tiny, tokens, ctx=64, second_half_only=True)
+    function = evaluate.perplexity(
+        lambda w: tiny(input_ids=torch.from_numpy(w)[None]).logits[0].detach().numpy(),
+        tokens, ctx=64, second_half_only=True,
+    )  # fmt: skip
+    assert direct.value == pytest.approx(function.value) and direct.n == 3 * 31
+    loss = []
+    for w in evaluate.windows(tokens, 64):
+        ids = torch.from_numpy(w)[None]
+        ids[0, 0] = 0
+        with torch.no_grad():
+            logits = tiny(input_ids=ids).logits[0, :-1]
+        loss.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
+    with_bos = evaluate.perplexity(tiny, tokens, ctx=64, bos=0)
+    assert with_bos.nll == pytest.approx(np.mean(loss), rel=1e-5) and with_bos.n == 3 * 63
+
+
+def test_compare_models_with_models_and_kept_logits(tiny):
+    other = course_model.new_model(seed=4, num_hidden_layers=1).train()
+    tokens = np.random.default_rng(4).integers(0, 4096, 128)
+    kept = evaluate.logits_of(tiny, tokens, ctx=64)
+    assert kept.shape == (126, 4096) and kept.dtype == torch.float32
+    a, b = evaluate.compare_models(tiny, other, tokens, 64), evaluate.compare_models(kept, other, tokens, 64)
+    assert a.row() == pytest.approx(b.row()) and a.kld_mean > 0
+    assert other.training, "evaluation must leave the model as it found it"
+    assert all(isinstance(v, (int, float)) for v in a.row().values())
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: evaluate.windows(np.arange(3), 4),
+        lambda: evaluate.windows(np.arange(8), 1),
+        lambda: evaluate.windows(np.arange(8.0), 4),
+        lambda: evaluate.standard_error([1.0]),
+        lambda: evaluate.score(np.zeros((3, 4)), [0, 1]),
+        lambda: evaluate.score(np.zeros((2, 4)), [0, 1, 2]),
+        lambda: evaluate.score(np.zeros((2, 4)), [0, 4]),
+        lambda: evaluate.score(np.full((2, 4), np.nan), [0, 1]),
+        lambda: evaluate.score(np.zeros(4), [0]),
+        lambda: evaluate.compare(np.zeros((2, 4)), np.zeros((2, 5)), [0, 1]),
+        lambda: evaluate.compare(np.zeros((3, 4)), np.zeros((2, 4)), [0, 1]),
+        lambda: evaluate.compare(iter([np.zeros((2, 4))] * 2), iter([np.zeros((2, 4))]), [0, 1]),
+        lambda: evaluate.perplexity(object(), np.arange(8), 4),
+        lambda: evaluate.perplexity(lambda w: np.zeros((1, 4)), np.arange(8), 4),
+        lambda: evaluate.bits_per_byte(evaluate.score(np.zeros((2, 4)), [0, 1]), 1, 0),
+    ],
+)
+def test_bad_input_is_one_sentence(call):
+    with pytest.raises(QtutorError) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- llama-perplexity
+
+
+@pytest.fixture(scope="module")
+def ggufs(tiny, tmp_path_factory):
+    from qtutor import gguf_export
+
+    folder = tmp_path_factory.mktemp("perplexity")
+    base = gguf_export.export(tiny, folder / "f32.gguf", tokenizer=course_model.load_tokenizer())
+    return folder, base, llamacpp.quantize(base, folder / "q2.gguf", "Q2_K")
+
+
+def _run(program, *arguments):
+    done = subprocess.run(
+        [program, *map(str, arguments)], capture_output=True, text=True, timeout=100, env={**os.environ, "LC_ALL": "C"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not llamacpp.available()[0], reason="llama-cpp-python does not load")
+def test_same_numbers_as_llama_perplexity(ggufs):
+    try:
+        program = llamacpp.tool("llama-perplexity")
+    except QtutorError as error:
+        pytest.skip(str(error))
+    folder, base, quantized = ggufs
+    from qtutor import corpus
+
+    text = folder / "text.txt"
+    text.write_text(corpus.eval_text()[:8000], encoding="utf-8")
+    ctx, logits = 128, folder / "logits.kld"
+    common = ("-f", text, "-c", ctx, "-b", ctx, "-t", 2, "-ngl", 0, "-ctk", "f32", "-ctv", "f32", "-fa", "off")
+    said = _run(program, "-m", base, *common, "--kl-divergence-base", logits)
+    ppl, se = map(float, re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", said).groups())
+    said = _run(program, "-m", quantized, *common, "--kl-divergence-base", logits, "--kl-divergence")
+    printed = dict(re.findall(r"^(\S.*?)\s*: +(-?[\d.]+(?:e[-+]\d+)?%?(?: +± +[\d.]+)?)", said, re.M))
+    printed = {key: [float(x) for x in value.replace("%", "").split("±")] for key, value in printed.items()}
+
+    with llamacpp.Model(base, ctx=ctx) as one, llamacpp.Model(quantized, ctx=ctx) as two:
+        tokens, bos = one.tokenize(text.read_text(encoding="utf-8")), evaluate.bos_of(one)
+        mine = evaluate.perplexity(one, tokens, ctx, second_half_only=True, bos=bos)
+        c = evaluate.compare_models(one, two, tokens, ctx, second_half_only=True, bos=bos)
+    assert (mine.value, mine.se) == (pytest.approx(ppl, rel=1e-3), pytest.approx(se, rel=1e-3))
+    for key, value, error, digits in (
+        ("Mean PPL(Q)", c.ppl, c.ppl_se, 6),
+        ("Mean PPL(Q)/PPL(base)", c.ppl_ratio, c.ppl_ratio_se, 6),
+        ("Mean    KLD", c.kld_mean, c.kld_se, 6),
+        ("RMS Δp", 100 * c.rms_dp, 100 * c.rms_dp_se, 3),
+        ("Same top p", 100 * c.same_top, 100 * c.same_top_se, 3),
+    ):
+        printed_digits = 0.6 * 10**-digits
+        assert value == pytest.approx(printed[key][0], rel=2e-3, abs=printed_digits), key
+        assert error == pytest.approx(printed[key][1], rel=5e-3, abs=printed_digits), key
+    assert c.kld_p999 == pytest.approx(printed["99.9%   KLD"][0], rel=2e-3)
+    assert c.kld_median == pytest.approx(printed["Median  KLD"][0], rel=2e-3)
+    assert 100 * c.ppl_correlation == pytest.approx(printed["Cor(ln(PPL(Q)), ln(PPL(base)))"][0], abs=0.02)
