@@ -33,6 +33,7 @@ import os
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import time
 from collections import deque
@@ -274,6 +275,10 @@ def _tensor_table(rows: list, metadata: dict, kinds: dict, at: int, size: int) -
     return tuple(tensors), start
 
 
+def _is_dense_llama(meta: dict) -> bool:
+    return meta.get("general.architecture") == "llama" and not meta.get("llama.expert_count")
+
+
 def _check_llama(meta: dict, kinds: dict, tensors: tuple[Tensor, ...]) -> None:
     """Hyper-parameters against the tensors: what llama.cpp only asserts, and would abort on."""
 
@@ -374,7 +379,7 @@ def check_gguf(path) -> Gguf:
             raise _Damaged("does not name its architecture")
         if meta.get("split.count", 1) not in (0, 1):
             raise QtutorError(f"{path.name} is one part of a split model: join it with llama-gguf-split --merge.")
-        if arch == "llama" and not meta.get("llama.expert_count"):
+        if _is_dense_llama(meta):
             _check_llama(meta, kinds, tensors)
         if arch != "imatrix" and "tokenizer.ggml.model" in meta:
             _check_tokenizer(meta, kinds)
@@ -491,6 +496,33 @@ def n_threads() -> int:
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
+_PROBE = """
+import sys, llama_cpp.llama_cpp as lib
+params = lib.llama_model_default_params()
+params.n_gpu_layers = 0
+model = lib.llama_model_load_from_file(sys.argv[1].encode("utf-8", "surrogateescape"), params)
+context = lib.llama_context_default_params()
+context.n_ctx = context.n_batch = 32
+sys.exit(0 if model and lib.llama_init_from_model(model, context) else 3)
+"""
+_probed: set = set()
+
+
+def _probe(gguf: Gguf) -> None:
+    """Load a model whose architecture :func:`check_gguf` does not know in a child process first.
+
+    Where llama.cpp aborts, it is the child that ends, and the notebook goes on.
+    """
+    stat = gguf.path.stat()
+    key = (gguf.path.resolve(), stat.st_size, stat.st_mtime_ns)
+    if _is_dense_llama(gguf.metadata) or key in _probed:
+        return
+    child = [sys.executable, "-c", _PROBE, os.fspath(gguf.path)]
+    if subprocess.run(child, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode:
+        raise QtutorError(f"llama.cpp cannot load {gguf.path.name}: it is damaged or too large for this machine.")
+    _probed.add(key)
+
+
 # -------------------------------------------------------------------------------------------------- quantize
 
 
@@ -587,7 +619,9 @@ def quantize(
     importance matrix, a source that is already quantized or damaged, and a target that cannot be written.
     """
     kind, src, dst = _type(type), Path(src), Path(dst)
-    _check_source(check_gguf(src), kind, imatrix, allow_requantize)
+    gguf = check_gguf(src)
+    _check_source(gguf, kind, imatrix, allow_requantize)
+    _probe(gguf)
     if dst.is_dir():
         raise QtutorError(f"'{dst}' is a folder: give the name of the .gguf file to write.")
     partial = dst.with_name(dst.name + ".partial")
@@ -719,7 +753,7 @@ def imatrix(model_or_gguf, tokens, ctx: int = 512) -> dict[str, np.ndarray]:
 
 def _kv_bytes(meta: dict, width: int) -> int:
     """Bytes of keys and values a token, for a Llama's metadata; 0 where the architecture is another."""
-    if meta["general.architecture"] != "llama":
+    if not _is_dense_llama(meta):
         return 0
     heads = meta["llama.attention.head_count"]
     dim = meta.get("llama.attention.key_length", meta["llama.embedding_length"] // heads)
@@ -746,6 +780,7 @@ class Model:
             raise QtutorError(f"{self.gguf.path.name} holds no model with a tokenizer: give another file.")
         self._check_memory(exact)
         self.lib = lib = _native()
+        _probe(self.gguf)
         params = lib.llama_model_default_params()
         params.check_tensors = True  # NaN or infinity in a scale: an error, not a wrong answer
         if gpu_layers is not None:
@@ -828,25 +863,22 @@ class Model:
 
     def detokenize(self, tokens, special: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 (half an emoji) become U+FFFD."""
-        lib, ids = self._open(), self._ids(tokens)
-        if not len(ids):
-            return ""
-        room = 64 + 32 * len(ids)
-        while True:
-            out = ctypes.create_string_buffer(room)
-            n = lib.llama_detokenize(self.vocab, self._c(ids), len(ids), out, room, False, special)
-            if n >= 0:
-                return out.raw[:n].decode("utf-8", "replace")
-            room = -n
+        lib, pieces = self._open(), []
+        # piece by piece: llama_detokenize would also "clean up" spaces before punctuation
+        out = ctypes.create_string_buffer(1024)
+        for token in self._ids(tokens):
+            n = lib.llama_token_to_piece(self.vocab, int(token), out, len(out), 0, special)
+            if n < 0:  # a longer token than the buffer: n is minus its length
+                out = ctypes.create_string_buffer(-n)
+                n = lib.llama_token_to_piece(self.vocab, int(token), out, len(out), 0, special)
+            pieces.append(out.raw[:n])
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def _ids(self, tokens) -> np.ndarray:
         ids = np.asarray(tokens).ravel()
         if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= self.n_vocab):
             raise QtutorError(f"Token ids must be integers in 0..{self.n_vocab - 1}: check the tokenizer.")
         return np.ascontiguousarray(ids, dtype=np.int32)
-
-    def _c(self, ids: np.ndarray):
-        return ids.ctypes.data_as(ctypes.POINTER(self.lib.llama_token))
 
     def _decode(self, ids: np.ndarray, past: int, every: bool) -> np.ndarray:
         """Run ``ids`` after ``past`` cached tokens; logits of all positions or of the last, float32."""

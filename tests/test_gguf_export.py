@@ -1,0 +1,299 @@
+"""gguf_export against Hugging Face, the gguf package, transformers' GGUF reader and llama.cpp itself."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import tiny_llama
+import torch
+
+from qtutor import QtutorError, gguf_export, llamacpp
+
+COURSE = Path(__file__).parent.parent / "data" / "model"
+needs_llamacpp = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
+needs_course = pytest.mark.skipif(
+    not (COURSE / "model.safetensors").exists() or not (COURSE / "tokenizer.json").exists(),
+    reason="the course model is not in data/model",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama.save(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def f32(folder, tmp_path_factory):
+    return gguf_export.export(folder, tmp_path_factory.mktemp("gguf") / "tiny-f32.gguf")
+
+
+def hf(folder):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def hf_logits(model, ids):
+    with torch.inference_mode():
+        return model(torch.as_tensor(ids)[None]).logits[0].float().numpy()
+
+
+def same_logits(model, path, limit):
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 300)
+    with llamacpp.Model(path, ctx=512, exact=True) as llama:
+        assert np.abs(llama.logits(ids) - hf_logits(model, ids)).max() < limit
+
+
+def same_tokens(folder, path, texts):
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(folder)
+    with llamacpp.Model(path, ctx=64) as llama:
+        for text in texts:
+            expected = reference(text)["input_ids"]
+            assert llama.tokenize(text) == expected, text
+            assert llama.detokenize(expected) == text
+
+
+def random_texts(n=300, seed=0):
+    """Strings drawn from all of Unicode but surrogates, with plenty of spaces, digits and newlines."""
+    rng = np.random.default_rng(seed)
+    common = list(" \n\r\t'09azAZ.,-_Ġéß\u00a0")
+    for _ in range(n):
+        points = rng.integers(1, 0x11000, 20)
+        chars = [chr(p) for p in points if not 0xD800 <= p < 0xE000]
+        yield "".join(rng.permutation(chars + list(rng.choice(common, 20))))
+
+
+# ------------------------------------------------------------------------------------------ agreement
+
+
+@needs_llamacpp
+def test_logits_and_tokens_of_a_random_llama(folder, f32):
+    same_logits(hf(folder), f32, 1e-4)
+    same_tokens(folder, f32, tiny_llama.TEXTS)
+
+
+@needs_llamacpp
+def test_tokens_on_random_unicode(folder, f32):
+    same_tokens(folder, f32, random_texts())
+
+
+@needs_llamacpp
+@needs_course
+def test_course_model(tmp_path):
+    path = gguf_export.export(COURSE, tmp_path / "course.gguf")
+    same_logits(hf(COURSE), path, 1e-4)
+    import pydoc_data.topics
+
+    topics = list(pydoc_data.topics.topics.values())
+    same_tokens(COURSE, path, [*tiny_llama.TEXTS, *topics[:20], *random_texts(100)])
+
+
+@needs_llamacpp
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": False},
+        {"attention_bias": True, "mlp_bias": True},
+        {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 128,
+            }
+        },
+    ],
+    ids=["untied", "biases", "mha-theta", "rope-linear", "rope-llama3"],
+)  # fmt: skip
+def test_other_llamas(tmp_path, changes):
+    model = tiny_llama.model(layers=1, **changes)
+    path = gguf_export.export(model, tmp_path / "m.gguf", tokenizer=tiny_llama.tokenizer())
+    same_logits(model, path, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", gguf_export.DTYPES)
+def test_round_trip_through_transformers(folder, tmp_path, dtype):
+    from transformers import AutoModelForCausalLM
+
+    gguf_export.export(folder, tmp_path / "m.gguf", dtype)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).state_dict()
+    original = hf(folder).state_dict()
+    assert back.keys() == original.keys()
+    cast = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    for name, tensor in original.items():
+        expected = tensor if tensor.ndim == 1 else tensor.to(cast).float()
+        assert torch.equal(back[name], expected), name
+
+
+@pytest.mark.parametrize("dtype", gguf_export.DTYPES)
+def test_the_gguf_package_reads_types_metadata_and_tensors(folder, tmp_path, dtype):
+    reader = gguf.GGUFReader(
+        gguf_export.export(folder, tmp_path / "m.gguf", dtype, name="A name", license="apache-2.0")
+    )
+    get = {name: field.contents() for name, field in reader.fields.items()}
+    assert get["general.architecture"] == "llama" and get["general.name"] == "A name"
+    assert get["general.license"] == "apache-2.0"
+    assert get["llama.attention.head_count_kv"] == 2 and get["llama.context_length"] == 1024
+    assert get["llama.rope.freq_base"] == 10000.0 and get["llama.vocab_size"] == 512
+    assert np.float32(get["llama.attention.layer_norm_rms_epsilon"]) == np.float32(1e-6)
+    assert get["tokenizer.ggml.model"] == "gpt2" and get["tokenizer.ggml.pre"] == "gpt-2"
+    assert get["tokenizer.ggml.tokens"][0] == "<|endoftext|>" and get["tokenizer.ggml.token_type"][0] == 3
+    assert get["tokenizer.ggml.bos_token_id"] == get["tokenizer.ggml.eos_token_id"] == 0
+    weights = hf(folder).state_dict()
+    names = {t.name: t for t in reader.tensors}
+    assert "output.weight" not in names  # tied
+    for tensor in reader.tensors:
+        assert tensor.tensor_type.name == ("F32" if "norm" in tensor.name else dtype.upper())
+    down = gguf.quants.dequantize(names["blk.1.ffn_down.weight"].data, names["blk.1.ffn_down.weight"].tensor_type)
+    assert np.abs(down - weights["model.layers.1.mlp.down_proj.weight"].numpy()).max() < 2e-3
+
+
+def test_permute_turns_halves_into_pairs():
+    rows = torch.arange(16.0)[:, None]  # two heads of 8 rows
+    expected = [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+    assert gguf_export.permute(rows, 2)[:, 0].tolist() == expected
+    assert torch.equal(gguf_export.unpermute(gguf_export.permute(rows, 2), 2), rows)
+
+
+def test_model_object_and_folder_give_the_same_file(folder, f32, tmp_path):
+    path = gguf_export.export(hf(folder), tmp_path / "m.gguf", tokenizer=folder, name=folder.name)
+    assert path.read_bytes() == f32.read_bytes()
+
+
+def test_sharded_checkpoint(folder, f32, tmp_path):
+    shards = tmp_path / folder.name
+    hf(folder).save_pretrained(shards, max_shard_size="2MB")
+    assert len(list(shards.glob("*.safetensors"))) > 1
+    shutil.copy(folder / "tokenizer.json", shards)
+    assert gguf_export.export(shards, tmp_path / "m.gguf").read_bytes() == f32.read_bytes()
+
+
+def test_licence_comes_from_the_model_card(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "m" / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Model\n")
+    meta = llamacpp.check_gguf(gguf_export.export(tmp_path / "m", tmp_path / "m.gguf")).metadata
+    assert meta["general.license"] == "apache-2.0" and meta["general.name"] == "m"
+
+
+# -------------------------------------------------------------------------------------------- bad input
+
+
+def one_sentence(info):
+    text = str(info.value)
+    assert "\n" not in text and text[0].isupper() | (text[0] in "'.") | text[0].isalnum() and text.endswith(".")
+    return text
+
+
+def refused(source, target, match, **options):
+    with pytest.raises(QtutorError, match=match) as info:
+        gguf_export.export(source, target, **options)
+    one_sentence(info)
+    assert not Path(target).is_file()
+    assert not list(Path(target).parent.glob("*.partial"))
+
+
+def changed(folder, tmp_path, **config):
+    copy = tmp_path / "changed"
+    shutil.copytree(folder, copy)
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**settings, **config}))
+    return copy
+
+
+def test_not_a_llama(folder, tmp_path):
+    refused(changed(folder, tmp_path, model_type="gpt2"), tmp_path / "m.gguf", "gpt2")
+
+
+def test_config_that_does_not_match_or_is_damaged(folder, tmp_path):
+    copy = changed(folder, tmp_path, num_hidden_layers=3)
+    refused(copy, tmp_path / "m.gguf", "lacks model.layers.2")
+    shutil.rmtree(copy)
+    copy = changed(folder, tmp_path, intermediate_size=512)
+    refused(copy, tmp_path / "m.gguf", "config.json says")
+    (copy / "config.json").write_text("{")
+    refused(copy, tmp_path / "m.gguf", "config.json cannot be read")
+
+
+def test_missing_things(folder, tmp_path):
+    refused(tmp_path / "nowhere", tmp_path / "m.gguf", "no model folder")
+    refused(hf(folder), tmp_path / "m.gguf", "no tokenizer")
+    copy = changed(folder, tmp_path)
+    (copy / "tokenizer.json").unlink()
+    refused(copy, tmp_path / "m.gguf", "tokenizer.json")
+    (copy / "model.safetensors").unlink()
+    refused(copy, tmp_path / "m.gguf", "model.safetensors")
+
+
+def test_tokenizer_that_llamacpp_would_read_differently(folder, tmp_path):
+    copy = changed(folder, tmp_path)
+    tok = json.loads((copy / "tokenizer.json").read_text())
+    tok["pre_tokenizer"] = {"type": "Whitespace"}
+    (copy / "tokenizer.json").write_text(json.dumps(tok))
+    refused(copy, tmp_path / "m.gguf", "pre-tokenizer")
+    refused(folder, tmp_path / "m.gguf", "do not belong together", tokenizer=tiny_llama.tokenizer(600))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path, value):
+    model = tiny_llama.model(layers=1)
+    model.model.layers[0].mlp.down_proj.weight.data[3, 5] = value
+    refused(model, tmp_path / "m.gguf", "ffn_down", tokenizer=tiny_llama.tokenizer())
+
+
+def test_float16_overflow(tmp_path):
+    model = tiny_llama.model(layers=1)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e6
+    refused(model, tmp_path / "m.gguf", "bf16", dtype="f16", tokenizer=tiny_llama.tokenizer())
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, 3000, -1000, -1])
+def test_truncated_safetensors(folder, tmp_path, keep):
+    copy = changed(folder, tmp_path)
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[:keep])
+    refused(copy, tmp_path / "m.gguf", "model.safetensors is damaged")
+
+
+def test_bit_flips_in_the_safetensors_header(folder, tmp_path):
+    """Every flip is refused in a sentence or leaves a sound file (the unused metadata entry)."""
+    copy = changed(folder, tmp_path)
+    data = (copy / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    rng = np.random.default_rng(0)
+    for position in [*range(8), *rng.integers(8, header, 40)]:
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << rng.integers(8)
+        (copy / "model.safetensors").write_bytes(flipped)
+        try:
+            llamacpp.check_gguf(gguf_export.export(copy, tmp_path / "m.gguf"))
+        except QtutorError as err:
+            assert "\n" not in str(err)
+        assert not list(tmp_path.glob("*.partial"))
+
+
+def test_unwritable_targets(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(folder, tmp_path / "file" / "m.gguf", "cannot be written")
+    refused(folder, tmp_path, "is a folder")
+    with pytest.raises(QtutorError, match="dtype"):
+        gguf_export.export(folder, tmp_path / "m.gguf", "q8")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_leaves_nothing(folder, tmp_path, monkeypatch):
+    (tmp_path / "m.gguf.partial").symlink_to("/dev/full")
+    refused(folder, tmp_path / "m.gguf", "cannot be written")
+
+
+def test_an_old_file_survives_a_failed_export(folder, tmp_path):
+    target = tmp_path / "m.gguf"
+    target.write_bytes(b"precious")
+    with pytest.raises(QtutorError):
+        gguf_export.export(changed(folder, tmp_path, num_hidden_layers=3), target)
+    assert target.read_bytes() == b"precious"
