@@ -26,6 +26,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = PROJECT / "notebooks"
 START_PAGE = "00_start_here.ipynb"
 INSTALL = "run 'make lab', or the pip steps in README.md"
+REINSTALL = "start afresh: 'make clean', then 'make lab'"
 
 
 # ---- doctor ----------------------------------------------------------------------------------------------
@@ -52,6 +53,7 @@ def one_line(error: BaseException) -> str:
 
 
 def check_python() -> list[Check]:
+    """The interpreter's version is one that the dependencies support."""
     version = platform.python_version()
     where = f"{version} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     if (3, 11) <= sys.version_info[:2] <= (3, 13):
@@ -84,6 +86,7 @@ def check_packages() -> list[Check]:
 
 
 def check_torch() -> list[Check]:
+    """torch loads; which GPU it sees."""
     import torch
 
     checks = [Check("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
@@ -101,6 +104,7 @@ def check_torch() -> list[Check]:
 
 
 def check_fp8() -> list[Check]:
+    """Real Transformer Engine or the emulation; which recipes run on this GPU."""
     from . import te
 
     status = te.activate()
@@ -115,6 +119,7 @@ def check_fp8() -> list[Check]:
 
 
 def check_llama_cpp() -> list[Check]:
+    """The compiled library loads, and its command line tools are beside it."""
     from . import llamacpp
 
     works, reason = llamacpp.available()
@@ -143,6 +148,7 @@ def check_llama_cpp() -> list[Check]:
 
 
 def check_disk() -> list[Check]:
+    """Room for temporary files, and a cache that can be written."""
     free = shutil.disk_usage(PROJECT).free / 2**30
     found = f"{free:.1f} GiB free"
     if free < 1:
@@ -154,6 +160,7 @@ def check_disk() -> list[Check]:
 
 
 def check_model() -> list[Check]:
+    """The model in use is complete, and its weights are finite."""
     from safetensors import safe_open
 
     from . import course_model
@@ -184,6 +191,7 @@ def check_model() -> list[Check]:
 
 
 def check_jupyter() -> list[Check]:
+    """JupyterLab, the widgets and a kernel are installed."""
     from importlib import metadata
 
     from jupyter_client.kernelspec import KernelSpecManager
@@ -196,6 +204,7 @@ def check_jupyter() -> list[Check]:
 
 
 def check_notebooks() -> list[Check]:
+    """The notebooks are there and can be read."""
     paths, broken = notebook_paths(), []
     for path in paths:
         try:
@@ -213,10 +222,10 @@ def check_notebooks() -> list[Check]:
 CHECKS = {
     "Python": (check_python, ""),
     "packages": (check_packages, INSTALL),
-    "torch": (check_torch, INSTALL),
-    "FP8 training": (check_fp8, INSTALL),
-    "llama.cpp": (check_llama_cpp, INSTALL),
-    "JupyterLab": (check_jupyter, INSTALL),
+    "torch": (check_torch, REINSTALL),
+    "FP8 training": (check_fp8, REINSTALL),
+    "llama.cpp": (check_llama_cpp, REINSTALL),
+    "JupyterLab": (check_jupyter, REINSTALL),
     "disk": (check_disk, ""),
     "course model": (check_model, "git checkout data/model"),
     "notebooks": (check_notebooks, "git checkout notebooks"),
@@ -233,6 +242,8 @@ def doctor(argv: list[str] | None = None) -> int:
             results = check()
         except QtutorError as error:  # says itself what to do
             results = [Check("FAIL", what, one_line(error))]
+        except ImportError as error:
+            results = [Check("FAIL", what, one_line(error), INSTALL)]
         except Exception as error:  # whatever a broken installation raises
             results = [Check("FAIL", what, f"{type(error).__name__}: {one_line(error)}", remedy)]
         for result in results:

@@ -1,0 +1,139 @@
+"""python -m qtutor, in a process of its own, in a sound and in a broken installation."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def qtutor(*argv, env=None, cwd=ROOT, timeout=120):
+    return subprocess.run([sys.executable, "-m", "qtutor", *argv], cwd=cwd, env={**os.environ, **(env or {})},
+                          capture_output=True, text=True, timeout=timeout)
+
+
+def copy_of_package(folder: Path) -> Path:
+    """A project folder with the package, its metadata and one notebook, but no data."""
+    shutil.copytree(ROOT / "qtutor", folder / "qtutor", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "notebooks").mkdir()
+    return folder
+
+
+def test_doctor_passes_here():
+    done = qtutor("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for what in ("Python", "torch", "GPU", "FP8 training", "llama.cpp", "disk", "course model", "notebooks"):
+        assert what in done.stdout
+    assert "FAIL" not in done.stdout
+    assert "DelayedScaling" in done.stdout and "MXFP8" in done.stdout
+    assert done.stderr == ""
+
+
+def test_doctor_survives_a_broken_installation(tmp_path):
+    """torch does not load, llama_cpp and JupyterLab are gone, the model is missing: a list, not a traceback."""
+    project = copy_of_package(tmp_path)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "torch.py").write_text("raise OSError('libtorch_cpu.so: cannot open shared object file')")
+    for name in ("llama_cpp", "jupyter_client"):
+        (broken / f"{name}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{name}'\")")
+    done = qtutor("doctor", cwd=project, env={"PYTHONPATH": str(broken)})
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    failed = [line.split()[1] for line in done.stdout.splitlines() if line.strip().startswith("FAIL")]
+    assert {"torch", "llama.cpp", "JupyterLab", "course", "notebooks"} <= set(failed)
+    lines = done.stdout.splitlines()
+    for number, line in enumerate(lines):
+        if line.strip().startswith("FAIL"):  # each with a remedy: an arrow below, or a sentence that says it
+            assert "->" in lines[number + 1] or ":" in line, line
+
+
+def test_doctor_finds_a_damaged_model(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "data" / "model", model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    done = qtutor("doctor", env={"QTUTOR_MODEL": str(model)})
+    assert done.returncode == 1
+    assert "FAIL" in done.stdout and "Traceback" not in done.stdout + done.stderr
+
+
+def test_recipes_prints_what_is_tagged(tmp_path):
+    project = copy_of_package(tmp_path)
+    cells = [{"cell_type": "markdown", "metadata": {}, "source": ["Recipe: *add* two numbers."]},
+             {"cell_type": "code", "metadata": {"tags": ["recipe"]}, "source": ["a = 1\n", "a + 2"]},
+             {"cell_type": "code", "metadata": {}, "source": ["not_a_recipe = 1"]}]
+    (project / "notebooks" / "07_demo.ipynb").write_text(json.dumps({"cells": cells}))
+    done = qtutor("recipes", "7", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "# ---- 07 · Recipe: add two numbers.\n\na = 1\na + 2\n\n"
+    done = qtutor("recipes", "99", cwd=project)
+    assert (done.returncode, done.stderr) == (1, "qtutor: There is no notebook 99: choose from 07.\n")
+
+
+def test_every_notebook_with_recipes_prints_code_that_compiles():
+    done = qtutor("recipes")
+    assert done.returncode == 0
+    assert "# ---- " in done.stdout
+    compile(done.stdout, "recipes", "exec")
+    assert "qtutor" not in done.stdout
+
+
+@pytest.mark.parametrize("argv, status, said", [
+    ([], 2, "usage:"), (["--help"], 0, "doctor"), (["--version"], 0, "qtutor 0."), (["frobnicate"], 2, "no command"),
+])
+def test_usage(argv, status, said):
+    done = qtutor(*argv)
+    assert done.returncode == status
+    assert said in done.stdout + done.stderr
+
+
+def test_lab_without_start_page_is_one_sentence(tmp_path):
+    done = qtutor("lab", cwd=copy_of_package(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == ("qtutor: notebooks/00_start_here.ipynb is missing: "
+                           "restore it with 'git checkout notebooks'.\n")
+
+
+@pytest.mark.timeout(120)
+def test_lab_opens_on_the_start_page(tmp_path):
+    """The server answers, its first page is the start page, and options are passed on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    log = tmp_path / "log"
+    private = {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
+    with open(log, "wb") as out:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "qtutor", "lab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
+             "--IdentityProvider.token=letmein"], cwd=tmp_path, env={**os.environ, **private}, stdout=out, stderr=out)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(200):
+            try:
+                urllib.request.urlopen(f"{url}/api", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None, log.read_text()
+                time.sleep(0.3)
+        with urllib.request.urlopen(f"{url}/?token=letmein", timeout=20) as page:
+            assert page.url.split("?")[0].endswith("/lab/tree/notebooks/00_start_here.ipynb")
+        request = f"{url}/api/contents/notebooks/00_start_here.ipynb?token=letmein&content=0"
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            assert json.load(answer)["type"] == "notebook"
+        shutdown = urllib.request.Request(f"{url}/api/shutdown?token=letmein", method="POST")
+        urllib.request.urlopen(shutdown, timeout=20)
+        assert server.wait(30) == 0
+    finally:
+        server.kill()
