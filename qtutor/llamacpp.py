@@ -410,7 +410,7 @@ def bits_per_weight(path) -> float:
 
 # -------------------------------------------------------------------------------------- the native library
 
-_log: deque[str] = deque(maxlen=2000)  # what llama.cpp said since the last call, for error messages
+_log: deque[str] = deque(maxlen=20_000)  # what llama.cpp said since the last call, for error messages
 _keep_alive: list = []  # a ctypes callback that Python collects would crash the process
 
 

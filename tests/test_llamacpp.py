@@ -1,0 +1,449 @@
+"""llamacpp against llama.cpp's own programs, PyTorch and the gguf package; and files that are not what they
+say.  A native crash would end pytest itself, so every refusal here also shows that the process is alive."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import tiny_llama
+import torch
+
+from qtutor import QtutorError, gguf_export, llamacpp
+
+pytestmark = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
+DENSE = [t.name for t in llamacpp.TYPES.values() if not t.needs_imatrix and not t.overrides]
+
+
+def has_tool(name):
+    try:
+        return llamacpp.tool(name)
+    except QtutorError:
+        return None
+
+
+needs_quantize = pytest.mark.skipif(not has_tool("llama-quantize"), reason="llama-quantize is not installed")
+needs_imatrix_tool = pytest.mark.skipif(not has_tool("llama-imatrix"), reason="llama-imatrix is not installed")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_llama.model(layers=2, intermediate_size=256)
+
+
+@pytest.fixture(scope="module")
+def f32(llama, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return gguf_export.export(llama, path, tokenizer=tiny_llama.tokenizer())
+
+
+@pytest.fixture(scope="module")
+def q4(f32):
+    return llamacpp.quantize(f32, f32.with_name("tiny-q4.gguf"), "Q4_K_M")
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, 512, 1100)
+
+
+@pytest.fixture(scope="module")
+def importance(llama, tokens):
+    return llamacpp.imatrix(llama, tokens, ctx=256)
+
+
+def run(*command):
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True, timeout=120)
+
+
+def tensor_bytes(path):
+    data = path.read_bytes()
+    return {
+        t.name: (t.type, data[t.offset : t.offset + t.nbytes]) for t in llamacpp.check_gguf(path).tensors
+    }
+
+
+# --------------------------------------------------------------------------------------------- quantize
+
+
+@needs_quantize
+@pytest.mark.parametrize("name", DENSE)
+def test_same_bytes_as_llama_quantize(f32, tmp_path, name):
+    ours = llamacpp.quantize(f32, tmp_path / "ours.gguf", name)
+    run(llamacpp.tool("llama-quantize"), f32, tmp_path / "theirs.gguf", name, 1)
+    assert ours.read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
+
+
+def write_imatrix(path, importance, n=256):
+    """The file that llama-imatrix writes: sums of squares and token counts."""
+    writer = gguf.GGUFWriter(path, "imatrix")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["text"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", n)
+    for name, values in importance.items():
+        writer.add_tensor(name + ".in_sum2", (values * np.float32(n))[None])
+        writer.add_tensor(name + ".counts", np.array([[n]], np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@needs_quantize
+@pytest.mark.parametrize("name", ["Q4_K_M", "Q2_K_S", "IQ2_XS", "IQ4_XS"])
+def test_same_tensors_as_llama_quantize_with_an_importance_matrix(f32, tmp_path, importance, name):
+    ours = llamacpp.quantize(f32, tmp_path / "ours.gguf", name, imatrix=importance)
+    matrix = write_imatrix(tmp_path / "imatrix.gguf", importance)  # counts are powers of two: exact
+    run(llamacpp.tool("llama-quantize"), "--imatrix", matrix, f32, tmp_path / "theirs.gguf", name, 1)
+    assert tensor_bytes(ours) == tensor_bytes(tmp_path / "theirs.gguf")
+
+
+@needs_quantize
+def test_same_bytes_as_llama_quantize_with_overrides_and_pure(f32, tmp_path):
+    program = llamacpp.tool("llama-quantize")
+    overrides = {r"blk\.0\.ffn_down": "Q8_0", "attn_v": "Q6_K"}
+    ours = llamacpp.quantize(f32, tmp_path / "a.gguf", "Q3_K_S", tensor_types=overrides)
+    options = [x for k, v in overrides.items() for x in ("--tensor-type", f"{k}={v}")]
+    run(program, *options, f32, tmp_path / "b.gguf", "Q3_K_S", 1)
+    assert ours.read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    types = {t.name: t.type for t in llamacpp.check_gguf(ours).tensors}
+    assert types["blk.0.ffn_down.weight"] == "Q8_0" and types["blk.1.ffn_down.weight"] == "Q3_K"
+    assert types["blk.1.attn_v.weight"] == "Q6_K"
+    pure = llamacpp.quantize(f32, tmp_path / "c.gguf", "Q4_K_M", pure=True)
+    run(program, "--pure", f32, tmp_path / "d.gguf", "Q4_K_M", 1)
+    assert pure.read_bytes() == (tmp_path / "d.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4"])
+def test_block_float_formats_reach_a_dense_model(f32, tmp_path, name):
+    path = llamacpp.quantize(f32, tmp_path / "m.gguf", name)
+    types = {t.name: t.type for t in llamacpp.check_gguf(path).tensors}
+    matrices = [n for n in types if n.startswith("blk.") and "norm" not in n]
+    assert {types[n] for n in matrices} == {name} and types["token_embd.weight"] == "Q8_0"
+    with llamacpp.Model(path, ctx=32) as model:
+        assert np.isfinite(model.logits(range(32))).all()
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K_M", "IQ2_XS", "Q2_K"])
+def test_plan_is_what_quantize_then_does(f32, tmp_path, importance, name):
+    needs = llamacpp.TYPES[name].needs_imatrix
+    planned = llamacpp.plan(f32, name, imatrix=needs)
+    path = llamacpp.quantize(f32, tmp_path / "m.gguf", name, imatrix=importance if needs else None)
+    done = llamacpp.check_gguf(path).tensors
+    row = lambda t: (t.name, t.type, t.shape, t.nbytes)  # noqa: E731
+    assert sorted(map(row, planned)) == sorted(map(row, done))
+    assert os.listdir(tmp_path) == ["m.gguf"]
+
+
+def test_table_of_types_agrees_with_the_gguf_package():
+    for number, (name, block, size) in llamacpp.GGML_TYPES.items():
+        if name in ("Q2_0", "Q8_1"):  # newer than the gguf package; an old size there (never stored in files)
+            continue
+        kind = gguf.GGMLQuantizationType(number)
+        assert kind.name == name and gguf.GGML_QUANT_SIZES[kind] == (block, size)
+    assert llamacpp.TYPES["Q4_K_M"].bpw == 4.5 and llamacpp.TYPES["Q6_K"].bpw == 6.5625
+    assert llamacpp.TYPES["IQ2_XS"].needs_imatrix and not llamacpp.TYPES["IQ4_XS"].needs_imatrix
+
+
+def test_bits_per_weight_and_tensor_table(f32, q4):
+    assert llamacpp.bits_per_weight(f32) == 32
+    table = llamacpp.tensor_table(q4)
+    reader = gguf.GGUFReader(q4)
+    assert len(table) == len(reader.tensors)
+    for row, tensor in zip(table, reader.tensors, strict=True):
+        assert row["name"] == tensor.name and row["type"] == tensor.tensor_type.name
+        assert row["shape"] == tuple(reversed(tensor.shape.tolist())) and row["bytes"] == tensor.n_bytes
+    expected = 8 * sum(r["bytes"] for r in table) / sum(r["weights"] for r in table)
+    assert llamacpp.bits_per_weight(q4) == expected and 4.5 < expected < 7
+
+
+def test_check_gguf_reads_what_the_gguf_package_reads(q4):
+    ours, reader = llamacpp.check_gguf(q4), gguf.GGUFReader(q4)
+    theirs = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    assert ours.metadata == theirs
+    assert [t.offset for t in ours.tensors] == [t.data_offset for t in reader.tensors]
+
+
+# -------------------------------------------------------------------------------------- importance matrix
+
+
+def test_imatrix_is_the_mean_square_of_the_inputs(llama, tokens, importance):
+    inputs = {}
+    layer = llama.model.layers[1]
+    hook = layer.mlp.down_proj.register_forward_pre_hook(lambda m, a: inputs.setdefault("x", a[0]))
+    with torch.inference_mode():
+        llama(torch.from_numpy(tokens[:1024].reshape(4, 256)))
+    hook.remove()
+    expected = inputs["x"].double().square().mean((0, 1)).numpy()
+    assert np.allclose(importance["blk.1.ffn_down.weight"], expected, rtol=1e-4)
+    assert len(importance) == 14 and all(v.dtype == np.float32 for v in importance.values())
+    assert not any(m._forward_pre_hooks for m in llama.modules())
+
+
+def test_imatrix_of_the_file_equals_that_of_the_model(f32, tokens, importance):
+    from_file = llamacpp.imatrix(f32, tokens, ctx=256)
+    assert from_file.keys() == importance.keys()
+    assert all(np.allclose(from_file[k], importance[k], rtol=1e-5) for k in importance)
+
+
+@needs_imatrix_tool
+def test_imatrix_agrees_with_llama_imatrix(f32, llama, tmp_path):
+    """Relative difference 1e-4, with the F32 cache and without the fused attention kernel."""
+    text = "\n".join(t for t in tiny_llama.TEXTS if "\x00" not in t) * 6
+    (tmp_path / "text.txt").write_text(text, newline="")
+    run(
+        llamacpp.tool("llama-imatrix"), "-m", f32, "-f", tmp_path / "text.txt", "-o", tmp_path / "i.gguf",
+        "-c", 256, "-b", 256, "-t", 2, "-ctk", "f32", "-ctv", "f32", "-fa", "off",
+    )  # fmt: skip
+    with llamacpp.Model(f32, ctx=32) as model:
+        ours = llamacpp.imatrix(llama, model.tokenize(text, parse_special=False), ctx=256)
+    tensors = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "i.gguf").tensors}
+    theirs = {n.removesuffix(".in_sum2"): tensors[n].ravel() for n in tensors if n.endswith(".in_sum2")}
+    assert theirs.keys() == ours.keys()
+    for name, total in theirs.items():
+        mean = total / tensors[name + ".counts"].ravel()[0]
+        assert np.abs(ours[name] - mean).max() <= 1e-4 * np.abs(mean).max(), name
+
+
+def test_imatrix_lowers_the_weighted_error(f32, tmp_path, importance):
+    """What an importance matrix is for: a smaller error where the activations are large."""
+    shuffled = np.random.default_rng(0).permutation(np.logspace(0, 3, 256)).astype(np.float32)
+    skewed = dict.fromkeys(importance, shuffled)
+    weights = tensor_data(f32)
+    errors = []
+    for matrix in (None, skewed):
+        done = tensor_data(llamacpp.quantize(f32, tmp_path / "m.gguf", "Q3_K_S", imatrix=matrix))
+        errors.append(sum(((done[n] - weights[n]) ** 2 * skewed[n]).sum() for n in skewed))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def tensor_data(path):
+    return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+
+
+# --------------------------------------------------------------------------------------------------- running
+
+
+def test_logits_agree_with_pytorch_and_depend_on_the_past_only(f32, llama, tokens):
+    with torch.inference_mode():
+        reference = llama(torch.from_numpy(tokens[None, :300])).logits[0].numpy()
+    with llamacpp.Model(f32, ctx=512) as model:
+        logits = model.logits(tokens[:300])
+        assert logits.dtype == np.float32 and logits.shape == (300, 512)
+        assert np.abs(logits - reference).max() < 1e-4
+        assert np.array_equal(model.logits(tokens[:300]), logits)  # nothing is left in the cache
+        assert np.abs(model.logits(tokens[:7]) - logits[:7]).max() < 1e-4
+    with llamacpp.Model(f32, ctx=512, exact=False) as model:
+        assert np.abs(model.logits(tokens[:300]) - reference).max() < 0.1
+
+
+def test_quantized_logits_match_the_dequantized_weights(q4, tokens):
+    """llama.cpp also rounds the activations to 8 bits, so this agrees closely, not exactly."""
+    reference = llamacpp._hf_from_gguf(q4)
+    with torch.inference_mode():
+        expected = reference(torch.from_numpy(tokens[None, :64])).logits[0].numpy()
+    with llamacpp.Model(q4, ctx=64) as model:
+        logits = model.logits(tokens[:64])
+    assert np.sqrt(((logits - expected) ** 2).mean()) < 0.1 * expected.std()
+
+
+def test_greedy_generation_matches_hugging_face(f32, llama):
+    with llamacpp.Model(f32, ctx=64) as model:
+        prompt = model.tokenize("The for statement")
+        ids = torch.tensor([prompt])
+        expected = llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert model.generate("The for statement", 12) == model.detokenize(expected[0, len(prompt) :].tolist())
+
+
+def test_sampling_is_repeatable_by_seed_and_stops_at_the_context(f32):
+    with llamacpp.Model(f32, ctx=24) as model:
+        first = model.generate("The", 16, temperature=1.0, seed=1)
+        assert model.generate("The", 16, temperature=1.0, seed=1) == first
+        assert model.generate("The", 16, temperature=1.0, seed=2) != first
+        assert model.generate("The", 10_000)  # ends when the context is full
+        assert model.generate("The", 0) == ""
+
+
+def test_bench_reports_positive_rates(q4):
+    result = llamacpp.bench(q4, prompt=16, generate=2, repeats=1)
+    assert result["prompt_tokens_per_s"] > 0 and result["generate_tokens_per_s"] > 0
+
+
+def test_nothing_is_printed(f32, tmp_path, capfd):
+    llamacpp.quantize(f32, tmp_path / "m.gguf", "Q4_0")
+    with llamacpp.Model(tmp_path / "m.gguf", ctx=32) as model:
+        model.generate("The", 4)
+    with pytest.raises(QtutorError):
+        llamacpp.quantize(tmp_path / "m.gguf", tmp_path / "n.gguf", "Q4_0")
+    assert capfd.readouterr() == ("", "")
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(match, function, *args, **kwargs):
+    with pytest.raises(QtutorError, match=match) as info:
+        function(*args, **kwargs)
+    text = str(info.value)
+    assert "\n" not in text and text.endswith(".") and ". " not in text.replace("llama. ", "")
+
+
+def test_types_and_sources_that_cannot_be(f32, q4, tmp_path):
+    target = tmp_path / "m.gguf"
+    refused("no quantization type", llamacpp.quantize, f32, target, "Q9_9")
+    refused("already quantized", llamacpp.quantize, q4, target, "Q4_0")
+    refused("importance matrix", llamacpp.quantize, f32, target, "IQ2_XS")
+    refused("importance matrix", llamacpp.quantize, f32, target, "Q2_K_S")
+    refused("no tensor type", llamacpp.quantize, f32, target, "Q4_0", tensor_types={"attn_v": "Q9"})
+    refused("regular expression", llamacpp.quantize, f32, target, "Q4_0", tensor_types={"(": "Q8_0"})
+    refused("no file", llamacpp.quantize, tmp_path / "none.gguf", target, "Q4_0")
+    refused("is the source", llamacpp.quantize, f32, f32, "Q4_0")
+    assert os.listdir(tmp_path) == []
+
+
+def test_importance_matrices_that_cannot_be(f32, llama, importance, tokens, tmp_path):
+    target = tmp_path / "m.gguf"
+    short = {name: values[:100] for name, values in importance.items()}
+    refused("another model", llamacpp.quantize, f32, target, "IQ2_XS", imatrix=short)
+    bad = {name: np.full_like(values, np.nan) for name, values in importance.items()}
+    refused("non-finite", llamacpp.quantize, f32, target, "IQ2_XS", imatrix=bad)
+    part = {k: v for k, v in importance.items() if "attn_q" not in k}
+    refused("importance matrix", llamacpp.quantize, f32, target, "IQ2_XS", imatrix=part)
+    refused("at least one window", llamacpp.imatrix, llama, tokens[:100], ctx=256)
+    refused("another tokenizer", llamacpp.imatrix, llama, tokens + 500, ctx=256)
+    assert os.listdir(tmp_path) == []
+
+
+def test_targets_that_cannot_be_written(f32, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused("cannot be written", llamacpp.quantize, f32, tmp_path / "file" / "m.gguf", "Q4_0")
+    refused("is a folder", llamacpp.quantize, f32, tmp_path, "Q4_0")
+    made = llamacpp.quantize(f32, tmp_path / "new" / "folder" / "m.gguf", "Q4_0")
+    assert os.listdir(made.parent) == ["m.gguf"]
+
+
+def test_misuse_of_a_model(f32):
+    refused("no file", llamacpp.Model, "nowhere.gguf")
+    refused("GiB", llamacpp.Model, f32, ctx=10**10)
+    refused("at least 1", llamacpp.Model, f32, ctx=0)
+    with llamacpp.Model(f32, ctx=16) as model:
+        refused("1 to 16 tokens", model.logits, range(17))
+        refused("1 to 16 tokens", model.logits, [])
+        refused("Token ids", model.logits, [512])
+        refused("Token ids", model.logits, [-1])
+        refused("Token ids", model.logits, [0.5])
+        refused("1 to 15", model.generate, "")
+        refused("surrogate", model.tokenize, "\ud800")
+        refused("temperature", model.generate, "The", temperature=-1)
+        assert model.detokenize([]) == ""
+    refused("closed", model.logits, [1])
+    refused("closed", model.generate, "The")
+    model.close()
+
+
+def everything(path, tmp_path):
+    """Use a file in every way; QtutorError is the only thing that may happen."""
+    try:
+        with llamacpp.Model(path, ctx=16, threads=1) as model:
+            model.tokenize("The <|endoftext|> 1\r\n😀")
+            model.logits([0, 1, 2])
+            model.generate("The", 2)
+        llamacpp.quantize(path, tmp_path / "out.gguf", "Q4_0", allow_requantize=True)
+    except QtutorError as err:
+        assert "\n" not in str(err)
+        return False
+    return True
+
+
+@pytest.mark.parametrize("fraction", [0, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.02, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_files(q4, tmp_path, fraction):
+    data = q4.read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(data[: int(fraction * len(data))])
+    refused("cut.gguf", llamacpp.check_gguf, tmp_path / "cut.gguf")
+    refused("cut.gguf", llamacpp.Model, tmp_path / "cut.gguf")
+    refused("cut.gguf", llamacpp.quantize, tmp_path / "cut.gguf", tmp_path / "out.gguf", "Q4_0")
+    refused("cut.gguf", llamacpp.imatrix, tmp_path / "cut.gguf", range(512), ctx=512)
+    refused("cut.gguf", llamacpp.plan, tmp_path / "cut.gguf", "Q4_0")
+    assert os.listdir(tmp_path) == ["cut.gguf"]
+
+
+def test_truncated_at_every_byte_of_the_header(q4):
+    data, header = q4.read_bytes(), llamacpp.check_gguf(q4).data_offset
+    for end in [*range(1, 600), *range(600, header, 97), len(data) - 1]:
+        with pytest.raises(llamacpp._Damaged):
+            meta, kinds, rows, at = llamacpp._read_header(llamacpp._Reader(data[:end]))
+            llamacpp._tensor_table(rows, meta, kinds, at, end)
+
+
+def test_files_that_are_something_else(tmp_path, f32):
+    for content in (b"GGUF", b"GGML" * 100, b"PK\x03\x04" + bytes(500), bytes(1000), b"\xff" * 1000):
+        (tmp_path / "x.gguf").write_bytes(content)
+        refused("x.gguf", llamacpp.Model, tmp_path / "x.gguf")
+    data = bytearray(f32.read_bytes())
+    data[4:8] = (3).to_bytes(4, "big")
+    (tmp_path / "x.gguf").write_bytes(data)
+    refused("big-endian", llamacpp.check_gguf, tmp_path / "x.gguf")
+    refused("is a folder", llamacpp.Model, tmp_path)
+
+
+def test_bit_flips_never_take_the_process_down(q4, tmp_path):
+    """Flips among counts, keys, hyper-parameters and the tensor table: refused in a sentence, or harmless."""
+    data = q4.read_bytes()
+    vocabulary = range(data.find(b"tokenizer.ggml.tokens") + 60, data.find(b"tokenizer.ggml.bos_token_id"))
+    places = [i for i in range(llamacpp.check_gguf(q4).data_offset) if i not in vocabulary]
+    rng = np.random.default_rng(0)
+    alive = 0
+    for place in [*range(24), *rng.choice(places, 250)]:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << rng.integers(8)
+        (tmp_path / "flipped.gguf").write_bytes(flipped)
+        alive += everything(tmp_path / "flipped.gguf", tmp_path)
+        assert not list(tmp_path.glob("*.partial"))
+    assert 0 < alive < 150
+
+
+def test_nan_in_the_weights_of_a_file(f32, tmp_path):
+    data = bytearray(f32.read_bytes())
+    tensor = next(t for t in llamacpp.check_gguf(f32).tensors if "ffn_up" in t.name)
+    data[tensor.offset + 4 : tensor.offset + 8] = np.float32(np.nan).tobytes()
+    (tmp_path / "nan.gguf").write_bytes(data)
+    refused("nan.gguf", llamacpp.Model, tmp_path / "nan.gguf")
+    refused("nan.gguf", llamacpp.quantize, tmp_path / "nan.gguf", tmp_path / "out.gguf", "Q4_0")
+    assert os.listdir(tmp_path) == ["nan.gguf"]
+
+
+def test_another_architecture_is_tried_in_a_child_process_first(f32, tmp_path):
+    """Renamed to an architecture whose hyper-parameters are absent: llama.cpp refuses, in the child."""
+    data = f32.read_bytes()
+    key = b"general.architecture" + (8).to_bytes(4, "little") + (5).to_bytes(8, "little")
+    (tmp_path / "other.gguf").write_bytes(data.replace(key + b"llama", key + b"qwen2"))
+    refused("other.gguf", llamacpp.Model, tmp_path / "other.gguf")
+
+
+def test_tools_and_availability(monkeypatch):
+    ok, reason = llamacpp.available()
+    assert ok and "0.3" in reason
+    refused("not installed", llamacpp.tool, "llama-no-such-program")
+    assert 1 <= llamacpp.n_threads() <= os.cpu_count()
+
+
+def test_a_missing_library_is_one_sentence(tmp_path):
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp" / "__init__.py").write_text("raise RuntimeError('Failed to load shared library')")
+    code = "from qtutor import llamacpp; ok, why = llamacpp.available(); print(ok, why)"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert out.stdout.startswith("False llama-cpp-python does not load here") and out.returncode == 0
+
+
+def test_a_copy_elsewhere_works_with_an_unusual_name(f32, tmp_path):
+    path = tmp_path / "modèle 模型.gguf"
+    shutil.copy(f32, path)
+    done = llamacpp.quantize(path, tmp_path / "sortie é.gguf", "Q8_0")
+    with llamacpp.Model(done, ctx=16) as model:
+        assert model.logits([1]).shape == (1, 512)
