@@ -1,0 +1,276 @@
+"""Text that every Python installation already has: nothing to download, nothing to redistribute.
+
+Training text is the docstrings of the installed packages (numpy, scipy, torch, transformers, sympy,
+scikit-learn, pandas, ..., and the standard library): tens of megabytes of technical English.  They are
+read from the source files with ``ast``; no package is imported.
+
+Evaluation text is the Python language reference, which ships inside CPython as ``pydoc_data.topics``
+and which ``help("for")`` prints.  Two things keep it honest.  The topics repeat whole sections, which a
+model (or ``xz``) could score by copying, so every paragraph is kept once.  And a training document that
+shares thirteen consecutive words with the evaluation text is left out (the overlap rule of GPT-3,
+arXiv 2005.14165, appendix C).
+
+    text = corpus.eval_text()
+    ids = corpus.tokens("eval", tokenizer)          # uint16
+    for batch in corpus.batches(ids, batch_size=8, seq_len=256, seed=0): ...
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from . import QtutorError
+
+OVERLAP_WORDS = 13
+MIN_CHARACTERS = 80
+HELD_OUT_EVERY = 100  # one document in so many is validation text, for choices made during training
+_SKIP_FOLDERS = {
+    "tests",
+    "test",
+    "testing",
+    "_test",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "qtutor",
+    "_vendor",
+    "__pycache__",
+}
+
+
+def cache_dir() -> Path:
+    """Return the folder for things that can be made again (``QTUTOR_CACHE``, else ``.cache`` in the project).
+
+    Raises:
+        QtutorError: the folder cannot be created or written.
+    """
+    project = Path(__file__).resolve().parent.parent
+    default = project / ".cache" if (project / "pyproject.toml").exists() else Path.home() / ".cache" / "qtutor"
+    folder = Path(os.environ.get("QTUTOR_CACHE") or default)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise QtutorError(f"The cache folder {folder} cannot be written: set QTUTOR_CACHE to a folder that can.")
+    return folder
+
+
+def fingerprint(text: str) -> str:
+    """Return the first 12 hex digits of the text's SHA-256 (UTF-8), to tell one text from another."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+
+
+def eval_text() -> str:
+    """Return the evaluation text: the language reference in CPython's ``pydoc_data.topics``.
+
+    Topics come in alphabetical order, separated by blank lines, each paragraph once.  The text differs a
+    little between Python versions, so results carry its :func:`fingerprint`.
+    """
+    from pydoc_data.topics import topics
+
+    seen, kept = set(), []
+    for name in sorted(topics):
+        for paragraph in re.split(r"\n\s*\n", topics[name].replace("\r\n", "\n")):
+            key = " ".join(paragraph.split())
+            if key and key not in seen:
+                seen.add(key)
+                kept.append(paragraph.rstrip())
+    return "\n\n".join(kept) + "\n"
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def _shingles(text: str, n: int = OVERLAP_WORDS) -> set[int]:
+    words = _words(text)
+    return {hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1)}
+
+
+def _source_files(packages: tuple[str, ...] | None) -> list[Path]:
+    """Python files of the named packages (all installed ones and the standard library if None), in a fixed order."""
+    site, stdlib = Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("stdlib"))
+    if packages is None:
+        roots = [site, stdlib]
+    else:
+        roots = []
+        for name in packages:
+            for base in (site, stdlib):
+                for root in (base / name, base / f"{name}.py"):
+                    if root.exists():
+                        roots.append(root)
+        if not roots:
+            raise QtutorError(f"None of the packages {', '.join(packages)} is installed: name installed packages.")
+    files = []
+    for root in roots:
+        found = [root] if root.is_file() else sorted(root.rglob("*.py"))
+        base = root.parent if root.is_file() else root
+        files += [f for f in found if not _SKIP_FOLDERS & set(f.relative_to(base).parts[:-1])]
+    return files
+
+
+def docstrings(source: bytes | str) -> list[str]:
+    """Return the docstrings of a module's source, its classes and functions, in order, cleaned as ``help`` does.
+
+    Source that does not parse has none.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    return [text for text in found if text and len(text) >= MIN_CHARACTERS]
+
+
+def _text_of_packages(packages, progress) -> list[str]:
+    from tqdm.auto import tqdm
+
+    known = _shingles(eval_text())
+    documents, seen = [], set()
+    files = _source_files(packages)
+    for path in tqdm(files, desc="reading docstrings", unit="file", disable=not progress, leave=False):
+        source = path.read_bytes()
+        if b'"""' not in source and b"'''" not in source:
+            continue
+        for text in docstrings(source):
+            key = hashlib.sha256(" ".join(text.split()).encode("utf-8", "replace")).digest()[:12]
+            if key in seen:
+                continue
+            seen.add(key)
+            if not known & _shingles(text):
+                documents.append(text)
+    return documents
+
+
+def train_documents(packages: tuple[str, ...] | list[str] | None = None, progress: bool = True) -> list[str]:
+    """Return the training documents: unique docstrings that share no 13 words with the evaluation text.
+
+    Args:
+        packages: names of installed packages to read; None reads all of them and the standard library
+            (two minutes the first time, cached afterwards by Python version and package versions).
+        progress: show a progress bar.
+
+    Raises:
+        QtutorError: none of the packages is installed, or the cache folder cannot be written.
+    """
+    from importlib.metadata import distributions
+
+    packages = None if packages is None else tuple(packages)
+    installed = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]})
+    key = fingerprint(json.dumps([sysconfig.get_python_version(), packages, installed, MIN_CHARACTERS, "v1"]))
+    cached = cache_dir() / f"docstrings-{key}.json"
+    if cached.exists():
+        try:
+            return json.loads(cached.read_text(encoding="utf-8"))
+        except ValueError:  # a cache is only a cache: make it again
+            cached.unlink()
+    documents = _text_of_packages(packages, progress)
+    documents = [d.encode("utf-8", "replace").decode("utf-8") for d in documents]  # lone surrogates
+    partial = cached.with_suffix(".partial")
+    try:
+        partial.write_text(json.dumps(documents), encoding="utf-8")
+        os.replace(partial, cached)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise QtutorError(
+            f"The cache file {cached.name} cannot be written ({error.strerror}): "
+            "free some disk space or set QTUTOR_CACHE to another folder."
+        ) from None
+    return documents
+
+
+def split(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Split documents into (training, validation): every hundredth is held out, for choosing settings."""
+    held_out = documents[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    kept = [d for i, d in enumerate(documents) if (i + 1) % HELD_OUT_EVERY]
+    return kept, held_out
+
+
+def train_text(max_bytes: int | None = None, packages=None, progress: bool = True) -> str:
+    """Return training documents joined by blank lines, cut at ``max_bytes`` UTF-8 bytes (at a document's end)."""
+    kept, size = [], 0
+    for text in split(train_documents(packages, progress))[0]:
+        size += len(text.encode("utf-8")) + 2
+        if max_bytes is not None and size > max_bytes and kept:
+            break
+        kept.append(text)
+    return "\n\n".join(kept) + "\n"
+
+
+def tokens(source, tokenizer, packages=None, max_bytes: int | None = None, progress: bool = True) -> np.ndarray:
+    """Tokenize the evaluation text, the training documents, or a text of your own.
+
+    Args:
+        source: ``"eval"``, ``"train"``, a list of documents, or any other string as the text itself.
+        tokenizer: a Hugging Face tokenizer.
+        packages, max_bytes: for ``"train"``, see :func:`train_documents` and :func:`train_text`.
+
+    Returns:
+        Token ids, shape (n,), dtype uint16 (uint32 for a vocabulary beyond 65,536).  Documents of a list
+        and of ``"train"`` each begin with the end-of-text token, so that the model knows where one starts.
+    """
+    if isinstance(source, str):
+        if source == "train":
+            documents = split(train_documents(packages, progress))[0]
+            if max_bytes is not None:
+                ends = np.cumsum([len(d.encode("utf-8")) for d in documents])
+                documents = documents[: max(1, int(np.searchsorted(ends, max_bytes, side="right")))]
+        else:
+            documents = [eval_text() if source == "eval" else source]
+    else:
+        documents = list(source)
+    marked = source == "train" or not isinstance(source, str)
+    eos = tokenizer.eos_token_id
+    dtype = np.uint16 if len(tokenizer) <= 65_536 else np.uint32
+    pieces = []
+    for start in range(0, len(documents), 1000):  # batched: the Rust tokenizer is far faster that way
+        for ids in tokenizer(documents[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]:
+            pieces.append(np.array([eos, *ids] if marked and eos is not None else ids, dtype=dtype))
+    return np.concatenate(pieces) if pieces else np.zeros(0, dtype)
+
+
+def batches(ids: np.ndarray, batch_size: int, seq_len: int, seed: int = 0, device=None) -> Iterator:
+    """Yield shuffled training batches for ever: windows of ``seq_len + 1`` tokens, a fresh order each epoch.
+
+    Each epoch begins at its own random offset, so that windows differ from epoch to epoch.  The same seed
+    gives the same batches on every machine: this is what makes two precisions comparable.
+
+    Yields:
+        LongTensor of shape (batch_size, seq_len + 1): inputs are ``[:, :-1]``, targets ``[:, 1:]``.
+
+    Raises:
+        QtutorError: there are too few tokens for one batch.
+    """
+    import torch
+
+    window = seq_len + 1
+    per_epoch = (len(ids) - seq_len) // seq_len  # windows overlap by one token: each target is seen once
+    if per_epoch < batch_size + 1:
+        raise QtutorError(
+            f"{len(ids)} tokens are too few for batches of {batch_size} x {seq_len}: "
+            "use more text, or a smaller batch_size or seq_len."
+        )
+    rng = np.random.default_rng(seed)
+    while True:
+        offset = int(rng.integers(0, seq_len))
+        starts = rng.permutation(per_epoch - 1) * seq_len + offset
+        for i in range(0, len(starts) - batch_size + 1, batch_size):
+            chosen = np.stack([ids[s : s + window] for s in starts[i : i + batch_size]]).astype(np.int64)
+            batch = torch.from_numpy(chosen)
+            yield batch.to(device, non_blocking=True) if device is not None else batch
