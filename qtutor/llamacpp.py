@@ -418,6 +418,9 @@ def _native():
     """Import llama_cpp's ctypes bindings once, send its log to :data:`_log`, start the backend."""
     if _keep_alive:
         return _keep_alive[0]
+    # OpenMP threads that wait by spinning keep the core from whoever has work to do: on two busy cores that
+    # made llama.cpp five times slower.  libgomp reads this when it is loaded; the reader's own value wins.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         import llama_cpp.llama_cpp as lib
     except Exception as err:  # a broken build raises OSError, RuntimeError or FileNotFoundError
@@ -814,7 +817,10 @@ class Model:
         lib = self.lib
         params = lib.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = self.ctx
-        params.n_threads = params.n_threads_batch = threads or n_threads()
+        self.threads_prompt = params.n_threads_batch = threads or n_threads()
+        # one token of a small model is microseconds of work a layer: waking a second thread costs more
+        small = self.gguf.n_weights < 50e6
+        self.threads_generate = params.n_threads = threads or (1 if small else n_threads())
         params.no_perf = True
         if exact:
             params.type_k = params.type_v = lib.GGML_TYPE_F32
@@ -953,7 +959,6 @@ def bench(path, prompt: int = 512, generate: int = 64, repeats: int = 3, threads
     if prompt < 1 or generate < 1 or repeats < 1:
         raise QtutorError("bench() needs at least one prompt token, one generated token and one repeat.")
     rng = np.random.default_rng(0)
-    threads = threads or n_threads()
     times: dict[str, list[float]] = {"prompt": [], "generate": []}
     with Model(path, ctx=max(prompt, generate), threads=threads, exact=False) as model:
         ids = rng.integers(0, model.n_vocab, max(prompt, generate), dtype=np.int32)
@@ -973,5 +978,6 @@ def bench(path, prompt: int = 512, generate: int = 64, repeats: int = 3, threads
         "prompt_tokens": prompt,
         "generate_tokens": generate,
         "repeats": repeats,
-        "threads": threads,
+        "prompt_threads": model.threads_prompt,
+        "generate_threads": model.threads_generate,
     }
