@@ -375,7 +375,7 @@ def _prepare(tensor: torch.Tensor, name: str, hyper: dict, dtype: str):
     return half.numpy(), T.F16
 
 
-def _add_metadata(writer, source: _Source, hyper: dict, dtype: str, name: str, license: str | None) -> None:
+def _add_metadata(writer, hyper: dict, dtype: str, name: str, license: str | None) -> None:
     from gguf import LlamaFileType, RopeScalingType
 
     writer.add_type("model")
@@ -414,7 +414,7 @@ def _license_of(folder: Path | None) -> str | None:
 
 def _write(partial: Path, source: _Source, hyper: dict, dtype: str, tok: dict, name: str, license) -> None:
     from gguf import GGMLQuantizationType as T
-    from gguf import GGUFWriter
+    from gguf import GGUFWriter, size_label
     from tqdm.auto import tqdm
 
     wanted = _expected(hyper, source.names)
@@ -423,10 +423,12 @@ def _write(partial: Path, source: _Source, hyper: dict, dtype: str, tok: dict, n
         raise QtutorError(
             f"{source.where} lacks {missing[0]} ({len(missing)} missing): the checkpoint is incomplete."
         )
+    total = sum(math.prod(shape) for _, shape in wanted.values())
     matrix, size = {"f32": (T.F32, 4), "f16": (T.F16, 2), "bf16": (T.BF16, 2)}[dtype]
     writer = GGUFWriter(partial, "llama")
     try:
-        _add_metadata(writer, source, hyper, dtype, name, license)
+        _add_metadata(writer, hyper, dtype, name, license)
+        writer.add_size_label(size_label(total, total, 0, 0))  # e.g. "7.3M", shown by llama.cpp's tools
         _add_tokenizer(writer, tok, source.config, hyper["vocab"])
         extra = {"rope_freqs.weight": _rope_freqs(hyper)} if hyper["rope_type"] == "llama3" else {}
         for key, array in extra.items():
@@ -443,8 +445,7 @@ def _write(partial: Path, source: _Source, hyper: dict, dtype: str, tok: dict, n
         for array in extra.values():
             writer.write_tensor_data(array)
         # one tensor in memory at a time: a 7B model converts on a laptop
-        small = sum(math.prod(shape) for _, shape in wanted.values()) < 100e6
-        for key, (hf, shape) in tqdm(wanted.items(), desc="export", leave=False, disable=small):
+        for key, (hf, shape) in tqdm(wanted.items(), desc="export", leave=False, disable=total < 100e6):
             tensor = source.read(hf)
             if tuple(tensor.shape) != shape:
                 raise QtutorError(f"{hf} is {tuple(tensor.shape)} but config.json says {shape}.")

@@ -154,6 +154,36 @@ def test_the_gguf_package_reads_types_metadata_and_tensors(folder, tmp_path, dty
     assert np.abs(down - weights["model.layers.1.mlp.down_proj.weight"].numpy()).max() < 2e-3
 
 
+def other_tokenizer(kind):
+    """The same vocabulary behind another pre-tokenizer; ``bos`` also puts <|endoftext|> first."""
+    from tokenizers import Regex, pre_tokenizers, processors
+
+    tok, byte_level = tiny_llama.tokenizer(), pre_tokenizers.ByteLevel
+    if kind == "bos":
+        tok.post_processor = processors.TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+        )
+    elif kind == "smollm":
+        steps = [pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)]
+        tok.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    else:
+        regex = next(r for r, name in gguf_export._SPLIT_REGEX.items() if name == kind)
+        split = pre_tokenizers.Split(Regex(regex), behavior="isolated")
+        plain = byte_level(add_prefix_space=False, use_regex=False)
+        tok.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
+    return tok
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("kind", ["bos", "smollm", "llama-bpe", "qwen2"])
+def test_other_tokenizers(tmp_path, kind):
+    tok = other_tokenizer(kind)
+    path = gguf_export.export(tiny_llama.model(layers=1), tmp_path / "m.gguf", tokenizer=tok)
+    with llamacpp.Model(path, ctx=16) as llama:
+        for text in [*tiny_llama.TEXTS, *random_texts(100)]:
+            assert llama.tokenize(text) == tok.encode(text).ids, text
+
+
 def test_permute_turns_halves_into_pairs():
     rows = torch.arange(16.0)[:, None]  # two heads of 8 rows
     expected = [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
