@@ -26,7 +26,8 @@ help: ## this list
 lab: $(VENV)/.lab ## open JupyterLab on the start page (ARGS="--port 9999" passes options on)
 	$(PY) -m qtutor lab $(ARGS)
 
-test: $(VENV)/.test check ## every test: units, recipes, exercises, a real browser, each notebook twice, network off
+test: $(VENV)/.test ## every test: units, recipes, exercises, a real browser, each notebook twice, network off
+	$(PY) -m ruff check .
 	QTUTOR_PROFILE=$${QTUTOR_PROFILE:-quick} $(PY) tests/offline.py -m pytest tests notebooks \
 		--nbmake --nbmake-timeout=300 --notebook-runs=2 -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
