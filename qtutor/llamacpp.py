@@ -487,7 +487,7 @@ def tool(name: str) -> Path:
 
 
 def n_threads() -> int:
-    """Physical cores that this process may use: hyper-threads and forbidden cores slow llama.cpp down."""
+    """Physical cores that this process may use (at most ``OMP_NUM_THREADS``): more would slow llama.cpp down."""
     import psutil
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -496,6 +496,9 @@ def n_threads() -> int:
         allowed = min(allowed, max(1, round(int(quota) / int(period))))
     except (OSError, ValueError):
         pass
+    limit = os.environ.get("OMP_NUM_THREADS", "")  # whoever runs several programs side by side says so with this
+    if limit.isdigit() and int(limit):
+        allowed = min(allowed, int(limit))
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
