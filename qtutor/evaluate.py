@@ -186,7 +186,7 @@ def _log_probs(logits: torch.Tensor, what: str) -> torch.Tensor:
     logits = logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
     logp = logits.double().log_softmax(-1)
     if torch.isnan(logp).any():
-        raise QtutorError(f"The {what} logits hold NaN or infinity: the model is damaged or diverged.")
+        raise QtutorError(f"The {what} logits hold NaN or infinity: load a model that is not damaged.")
     return logp
 
 

@@ -359,7 +359,7 @@ def _prepare(tensor: torch.Tensor, name: str, hyper: dict, dtype: str):
 
     x = tensor.to("cpu", torch.float32)
     if not torch.isfinite(x).all():
-        raise QtutorError(f"{name} holds NaN or infinity: the weights are damaged or training diverged.")
+        raise QtutorError(f"{name} holds NaN or infinity: export a model whose weights are finite.")
     if ".attn_q." in name:
         x = permute(x, hyper["heads"])
     elif ".attn_k." in name:

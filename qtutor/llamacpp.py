@@ -582,7 +582,7 @@ def _check_source(gguf: Gguf, kind: QuantType, imatrix, allow_requantize: bool) 
         if values is not None and np.size(values) != tensor.shape[-1]:
             raise QtutorError(
                 f"The importance matrix of {tensor.name} has {np.size(values)} values for {tensor.shape[-1]} "
-                "columns: it was computed from another model."
+                "columns: it belongs to another model, compute it from this one."
             )
 
 
