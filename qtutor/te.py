@@ -15,6 +15,7 @@ The emulation rounds the numbers as the hardware does; it is not faster than BF1
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.metadata
 import sys
 import types
@@ -91,6 +92,7 @@ def _install_emulation() -> None:
     modules = {name: types.ModuleType(name, doc=te_emulated.__doc__) for name in _NAMES}
     for name, module in modules.items():
         module.__version__ = "emulated"
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)  # find_spec() asks for it
         module.__path__ = []  # a package, so that submodule imports look into sys.modules
         parent, _, child = name.rpartition(".")
         if parent:
