@@ -185,7 +185,7 @@ def _share(hits: np.ndarray) -> Estimate:
 def _log_probs(logits: torch.Tensor, what: str) -> torch.Tensor:
     logits = logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
     logp = logits.double().log_softmax(-1)
-    if torch.isnan(logp).any():
+    if torch.isnan(logp[:, 0]).any():  # one NaN or +infinity in a row makes the whole row NaN
         raise QtutorError(f"The {what} logits hold NaN or infinity: load a model that is not damaged.")
     return logp
 
@@ -326,11 +326,14 @@ def _per_token(base: torch.Tensor, logits: torch.Tensor, true: torch.Tensor) -> 
         )
     _check_targets(true, logits.shape[-1])
     logp, logb = _log_probs(logits, "model's"), _log_probs(base.to(logits.device), "base model's")
-    p_base = logb.exp()
-    # a token that the base model excludes contributes 0 (the limit of p log p), not 0 * infinity
-    kld = torch.where(p_base > 0, p_base * (logb - logp), 0.0).sum(1)
     true = true.to(logp.device)[:, None]
-    return -logp.gather(1, true)[:, 0], -logb.gather(1, true)[:, 0], kld, logp.argmax(1) == logb.argmax(1)
+    nll, base_nll = -logp.gather(1, true)[:, 0], -logb.gather(1, true)[:, 0]
+    p_base, difference = logb.exp(), logb.sub_(logp)  # in place: at a large vocabulary these are the memory
+    # a token that the base model excludes contributes 0 (the limit of p log p), not 0 * infinity
+    kld = difference.mul_(p_base).sum(1)
+    if torch.isnan(kld).any():
+        kld = torch.where(p_base > 0, difference, 0.0).sum(1)
+    return nll, base_nll, kld, (logits.argmax(1) == base.to(logits.device).argmax(1)).to(nll.device)
 
 
 def compare(base, logits, targets) -> Comparison:
