@@ -392,7 +392,8 @@ class _DelayedState:
 
 def _next_scale(amax, scale, fp8_max: float, recipe: DelayedScaling) -> torch.Tensor:
     """fp8_max / amax / 2**margin; the old scale where amax is 0, inf or NaN; FP32's maximum where it overflows."""
-    new = (fp8_max / amax) / 2**recipe.margin
+    # Not ``fp8_max / amax``: torch turns that into reciprocal-and-multiply, which is off by one bit now and then.
+    new = torch.div(torch.full_like(amax, fp8_max * 2.0**-recipe.margin), amax)
     usable = (amax > 0) & torch.isfinite(amax)
     return torch.where(usable, new.clamp(max=_FP32_MAX), scale)
 

@@ -1,0 +1,494 @@
+"""The emulation against ml_dtypes (rounding), a hand-written delayed-scaling loop (state), fp32 (gradients) and,
+where data/reference/ has them, vectors recorded from the real Transformer Engine on a GPU."""
+
+import copy
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from qtutor import te as switch
+from qtutor import te_emulated as te
+from qtutor.te_emulated import DelayedScaling, DType, Float8CurrentScaling, Format
+
+REFERENCE = Path(__file__).resolve().parent.parent / "data" / "reference"
+NUMPY = {DType.kFloat8E4M3: ml_dtypes.float8_e4m3fn, DType.kFloat8E5M2: ml_dtypes.float8_e5m2}
+ALL_BF16 = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).reshape(256, 256)
+
+
+@pytest.fixture(autouse=True)
+def fresh_region(monkeypatch):
+    monkeypatch.setattr(te._Region, "members", {})
+
+
+def spec_codes(x: torch.Tensor, scale: float, dtype: DType) -> np.ndarray:
+    """Scale in FP32, saturate, round to nearest even: with numpy and ml_dtypes only."""
+    scaled = x.float().numpy() * np.float32(scale)
+    return np.clip(scaled, -dtype.max, dtype.max).astype(NUMPY[dtype]).view(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------- quantization
+@pytest.mark.parametrize("dtype", list(DType))
+@pytest.mark.parametrize("scale", [1.0, 0.3, 448.0, 2.0**-20, 3.1e38])
+def test_every_bf16_number_is_cast_like_ml_dtypes(dtype, scale):
+    finite = torch.where(torch.isfinite(ALL_BF16), ALL_BF16, torch.zeros((), dtype=torch.bfloat16))
+    quantizer = te.Float8Quantizer(torch.tensor([scale]), torch.zeros(1), dtype)
+    result = quantizer(finite)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(result._data.numpy(), spec_codes(finite, quantizer.scale.item(), dtype))
+    assert quantizer.amax.item() == finite.float().abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", list(DType))
+def test_infinity_saturates_and_nan_stays(dtype):
+    x = torch.tensor([float("inf"), -float("inf"), float("nan"), 1.0])
+    amax = torch.zeros(1)
+    back = te.Float8Quantizer(torch.ones(1), amax, dtype)(x).dequantize()
+    assert back[0] == dtype.max and back[1] == -dtype.max and back[2].isnan() and back[3] == 1
+    assert amax.item() == float("inf")
+    te.Float8Quantizer(torch.ones(1), amax.zero_(), dtype)(x[2:])
+    assert amax.item() == 1  # NaN does not count
+
+
+@pytest.mark.parametrize("dtype", list(DType))
+def test_current_scaling_is_amax_over_the_format(dtype):
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 1e-3
+    result = te.Float8CurrentScalingQuantizer(dtype)(x)
+    scale = np.float32(dtype.max) / np.float32(x.abs().max().item())
+    np.testing.assert_array_equal(result._data.numpy(), spec_codes(x, scale, dtype))
+    assert result._scale_inv.item() == np.float32(1 / scale)
+    assert result.dequantize().dtype == x.dtype
+
+
+def test_current_scaling_of_special_tensors():
+    quantizer = te.Float8CurrentScalingQuantizer(DType.kFloat8E4M3)
+    assert quantizer(torch.zeros(4, 4))._scale_inv.item() == 1
+    assert quantizer(torch.full((4, 4), float("inf")))._scale_inv.item() == 1
+    assert quantizer(torch.full((4, 4), 1e-40))._data.float().isfinite().all()
+    powers = te.Float8CurrentScalingQuantizer(DType.kFloat8E4M3, force_pow_2_scales=True, amax_epsilon=1.0)
+    assert powers(torch.full((4, 4), 0.5))._scale_inv.item() == 2.0**-8  # 448 / max(0.5, 1) rounded down: 256
+
+
+# ---------------------------------------------------------------------------------- delayed scaling's state
+def layer_of(**options):
+    torch.manual_seed(0)
+    return te.Linear(32, 48, bias=True, **options)
+
+
+@pytest.mark.parametrize("algo", ["max", "most_recent"])
+@pytest.mark.parametrize("margin", [0, 2])
+@pytest.mark.parametrize("length", [1, 4])
+def test_history_and_scales_follow_a_hand_written_loop(algo, margin, length):
+    layer, recipe = layer_of(), DelayedScaling(margin=margin, amax_history_len=length, amax_compute_algo=algo)
+    past = {"x": [0.0] * length, "w": [0.0] * length, "dy": [0.0] * length}
+    scales = dict(x=1.0, w=1.0, dy=1.0)
+    maxima = dict(x=448, w=448, dy=57344)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(10):
+        x = torch.randn(16, 32, generator=generator) * (0 if step == 5 else 10.0 ** (step % 4 - 2))
+        dy = torch.randn(16, 48, generator=generator) * (float("inf") if step == 8 else 1e-3)
+        with te.autocast(recipe=recipe):
+            y = layer(x)
+        y.backward(dy)
+        for name, tensor in dict(x=x, w=layer.weight, dy=dy).items():
+            amax = tensor.detach()[~tensor.isnan()].abs().max().item()
+            past[name] = past[name][1:] + [amax]  # oldest first
+            chosen = max(past[name]) if algo == "max" else amax
+            if 0 < chosen < float("inf"):
+                scales[name] = (np.float32(maxima[name]) / np.float32(chosen)) / np.float32(2**margin)
+        forward, backward = layer.fp8_meta["scaling_fwd"], layer.fp8_meta["scaling_bwd"]
+        for state, column, name in ((forward, 0, "x"), (forward, 1, "w"), (backward, 0, "dy")):
+            assert state.scale[column].item() == scales[name], (step, name)
+            # Row 0 is the step under way; after it come the remembered ones, oldest first.
+            want = [0.0, *past[name][1:]] if length > 1 else [0.0]
+            assert state.amax_history[:, column].tolist() == pytest.approx(want, rel=0, abs=0), (step, name)
+        assert forward.scale[2] == 1 and backward.scale[1] == 1  # outputs are not quantized
+
+
+def test_a_vanishing_amax_gives_the_largest_scale():
+    amax = torch.tensor([1e-40, 0.0, float("inf"), float("nan")])
+    new = te._next_scale(amax, torch.full((4,), 7.0), 448, DelayedScaling())
+    assert new.tolist() == [torch.finfo(torch.float32).max, 7, 7, 7]
+
+
+def test_callables_replace_both_algorithms():
+    recipe = DelayedScaling(amax_history_len=2, amax_compute_algo=lambda history: history.mean(0),
+                            scaling_factor_compute_algo=lambda amax, old, fp8_max, recipe: amax + 1)  # fmt: skip
+    layer, x = layer_of(), torch.ones(16, 32)
+    with te.autocast(recipe=recipe):
+        layer(x)
+    assert layer.fp8_meta["scaling_fwd"].scale[0] == 1.5
+
+
+def test_only_training_moves_scales_and_only_the_outermost_exit():
+    layer, recipe = layer_of(), DelayedScaling(amax_history_len=4)
+    with torch.no_grad(), te.autocast(recipe=recipe):
+        layer(torch.ones(16, 32))
+    assert layer.fp8_meta["scaling_fwd"].scale[0] == 1
+    assert layer.fp8_meta["scaling_fwd"].amax_history[0, 0] == 1  # noted all the same
+    with te.autocast(recipe=recipe):
+        with te.autocast(recipe=recipe):
+            layer(torch.full((16, 32), 2.0))
+        assert layer.fp8_meta["scaling_fwd"].scale[0] == 1
+    assert layer.fp8_meta["scaling_fwd"].scale[0] == 224
+
+
+def test_gradient_scales_move_after_the_first_module():
+    recipe = DelayedScaling(amax_history_len=4)
+    layers = nn.Sequential(te.Linear(32, 32), te.Linear(32, 32))
+    seen = []
+    layers[1].register_full_backward_hook(lambda *_: seen.append(layers[1].fp8_meta["scaling_bwd"].scale[0].item()))
+    with te.autocast(recipe=recipe):
+        y = layers(torch.randn(16, 32, requires_grad=True))
+    y.sum().backward()
+    assert seen == [1.0]  # not yet when its own backward was done
+    assert all(layer.fp8_meta["scaling_bwd"].scale[0] != 1 for layer in layers)
+
+
+def test_history_length_can_change_and_recipes_too():
+    layer, x = layer_of(), torch.ones(16, 32)
+    for length in (4, 2, 8):
+        with te.autocast(recipe=DelayedScaling(amax_history_len=length)):
+            layer(x)
+        assert layer.fp8_meta["scaling_fwd"].amax_history.shape == (length, 3)
+    with pytest.warns(UserWarning, match="Recipe type changed"), te.autocast(recipe=Float8CurrentScaling()):
+        layer(x)
+
+
+# ------------------------------------------------------------------------------------- products and gradients
+@pytest.mark.parametrize("recipe", [DelayedScaling(amax_history_len=2), Float8CurrentScaling(),
+                                    DelayedScaling(fp8_format=Format.E4M3)])  # fmt: skip
+def test_outputs_and_gradients_stay_within_fp8_of_fp32(recipe):
+    torch.manual_seed(0)
+    layer, x = te.Linear(64, 96), torch.randn(4, 32, 64, requires_grad=True)
+    plain = nn.Linear(64, 96)
+    plain.load_state_dict({k: v for k, v in layer.state_dict().items() if "extra" not in k})
+    dy = torch.randn(4, 32, 96)
+    for _ in range(2):  # delayed scaling has its scales in the second step
+        layer.zero_grad(), setattr(x, "grad", None)
+        with te.autocast(recipe=recipe):
+            y = layer(x)
+        y.backward(dy)
+    mine = y, x.grad, layer.weight.grad
+    x.grad = None
+    z = plain(x)
+    z.backward(dy)
+    # Relative rounding errors: E4M3 at most 2^-4, E5M2 2^-3, uniform in size, so about 0.4 of that in the root
+    # mean square; two operands add in quadrature.
+    for got, want, bound in zip(mine, (z, x.grad, plain.weight.grad), (0.05, 0.09, 0.09), strict=True):
+        error = ((got - want).norm() / want.norm()).item()
+        assert 0.001 < error < bound
+    torch.testing.assert_close(layer.bias.grad, plain.bias.grad)  # a sum: not in FP8
+
+
+def test_product_is_exactly_that_of_the_dequantized_operands():
+    layer, x = layer_of(), torch.randn(16, 32)
+    with te.autocast(recipe=Float8CurrentScaling()):
+        y = layer(x)
+    quantize = te.Float8CurrentScalingQuantizer(DType.kFloat8E4M3)
+    a, b = (quantize(t).dequantize().double() for t in (x, layer.weight.detach()))
+    torch.testing.assert_close(y.double(), a @ b.t(), rtol=1e-5, atol=1e-6)
+
+
+def test_without_autocast_it_is_a_linear_layer():
+    layer, x = layer_of(), torch.randn(3, 5, 32)
+    for context in (te.autocast(enabled=False), warnings.catch_warnings()):
+        with context:
+            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert layer.get_extra_state().numel() == 0
+
+
+def test_bf16_autocast_keeps_fp32_weights_and_gradients():
+    layer, x = layer_of(), torch.randn(16, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), te.autocast(recipe=Float8CurrentScaling()):
+        y = layer(x)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.weight.dtype == layer.weight.grad.dtype == x.grad.dtype == torch.float32
+
+
+def test_what_is_saved_for_backward_is_eight_bits():
+    saved, layer = [], layer_of()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with te.autocast(recipe=Float8CurrentScaling()):
+            layer(torch.randn(16, 32, requires_grad=True))
+    assert sum(t.nbytes for t in saved) == 16 * 32 + 48 * 32
+
+
+def test_microbatches_reuse_the_weight():
+    layer, x = layer_of(), torch.randn(16, 32)
+    with te.autocast(recipe=Float8CurrentScaling()):
+        first = layer(x, is_first_microbatch=True)
+        with torch.no_grad():
+            layer.weight.zero_()
+        assert torch.equal(layer(x, is_first_microbatch=False), first)
+        assert torch.equal(layer(x, is_first_microbatch=True), layer.bias.expand(16, -1))
+
+
+def test_return_bias_and_no_bias():
+    layer = te.Linear(32, 16, bias=False, return_bias=False)
+    assert layer.bias.numel() == 0 and list(dict(layer.named_parameters())) == ["weight"]
+    out, bias = te.Linear(32, 16, return_bias=True)(torch.ones(16, 32))
+    assert out.shape == (16, 16) and bias.shape == (16,)
+
+
+# ------------------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize("shape, sizes", [((7, 32), (32, 32)), ((16, 24), (24, 32)), ((3, 5, 32), (32, 32)),
+                                          ((16, 32), (32, 20))])  # fmt: skip
+def test_bad_sizes_are_refused(shape, sizes):
+    layer = te.Linear(*sizes)
+    layer(torch.ones(shape))  # high precision takes any size
+    with te.autocast(), pytest.raises(ValueError, match="divisible by 8 and the last dimension to be divisible by 16"):
+        layer(torch.ones(shape))
+    assert not te._Region.enabled and te._Region.depth == 0
+
+
+def test_bad_sizes_of_the_backward_pass():
+    layer = te.Linear(32, 32)
+    with te.autocast():
+        y = layer(torch.ones(8, 32))
+    with pytest.raises(RuntimeError, match="divisible by 16"):
+        y.sum().backward()
+
+
+def test_other_errors():
+    with pytest.raises(RuntimeError, match="compute capability 10.0"), te.autocast(recipe=te.MXFP8BlockScaling()):
+        pass
+    with pytest.raises(RuntimeError, match="compute capability 9.0"), te.autocast(recipe=te.Float8BlockScaling()):
+        pass
+    with pytest.raises(RuntimeError, match="NVFP4"), te.autocast(recipe=te.NVFP4BlockScaling()):
+        pass
+    region = te.autocast()
+    with region, pytest.raises(RuntimeError, match="more than once"), region:
+        pass
+    with pytest.raises(AssertionError, match="E5M2"):
+        DelayedScaling(fp8_format=Format.E5M2)
+    with pytest.raises(ValueError, match="most_recent"):
+        DelayedScaling(amax_compute_algo="mean")
+    with pytest.raises(TypeError, match="must match"):
+        te.Linear(32, 32)(torch.ones(16, 32, dtype=torch.bfloat16))
+    with pytest.raises(AssertionError, match="GEMM not possible"):
+        te.Linear(32, 32)(torch.ones(16, 48))
+    with pytest.warns(DeprecationWarning), te.fp8_autocast(fp8_recipe=Float8CurrentScaling()):
+        assert te._Region.enabled
+
+
+# ------------------------------------------------------------------------------------------- state, copies
+def trained():
+    layer, recipe = layer_of(), DelayedScaling(amax_history_len=4)
+    for step in range(3):
+        with te.autocast(recipe=recipe):
+            y = layer(torch.full((16, 32), float(step + 1)))
+        y.sum().backward()
+    return layer, recipe
+
+
+def test_state_round_trip_goes_on_bit_for_bit(monkeypatch, tmp_path):
+    layer, recipe = trained()
+    torch.save(layer.state_dict(), tmp_path / "layer.pt")
+    resumed = te.Linear(32, 48)
+    state = torch.load(tmp_path / "layer.pt", weights_only=True)
+    monkeypatch.delenv(te._UNSAFE_STATE, raising=False)
+    with pytest.raises(RuntimeError, match="NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1"):
+        resumed.load_state_dict(state)
+    monkeypatch.setenv(te._UNSAFE_STATE, "1")
+    resumed.load_state_dict(state)
+    x, outputs = torch.randn(16, 32) * 5, []
+    for module in (layer, resumed, copy.deepcopy(layer)):
+        with te.autocast(recipe=recipe):
+            outputs.append(module(x))
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    for direction in ("fwd", "bwd"):
+        mine, theirs = (m.fp8_meta[f"scaling_{direction}"] for m in (layer, resumed))
+        assert torch.equal(mine.amax_history.roll(0), mine.amax_history) and mine.scale.shape == theirs.scale.shape
+    with pytest.raises(RuntimeError, match="not written by the emulation"):
+        resumed.set_extra_state(torch.ones(9, dtype=torch.uint8))
+
+
+def test_stateless_recipes_save_nothing():
+    layer = layer_of()
+    with te.autocast(recipe=Float8CurrentScaling()):
+        layer(torch.ones(16, 32))
+    assert layer.state_dict()["_extra_state"].numel() == 0
+
+
+def test_state_follows_the_module():
+    layer, recipe = trained()
+    layer.to(torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16 and layer.fp8_meta["scaling_fwd"].scale.dtype == torch.float32
+    with te.autocast(recipe=recipe):
+        assert layer(torch.ones(16, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+# --------------------------------------------------------------------------------------------- te.activate
+def test_activate_installs_the_names():
+    status = switch.activate()
+    assert switch.activate() is status
+    if status.real:
+        return
+    import transformer_engine.common.recipe as recipe
+    import transformer_engine.pytorch as real
+
+    assert real.Linear is te.Linear and recipe.DelayedScaling is DelayedScaling
+    assert importlib.util.find_spec("transformer_engine.pytorch") is not None  # accelerate asks
+    assert "emulated" in str(status) and status.recipes["DelayedScaling"] == (True, "")
+    for name, (available, reason) in status.recipes.items():
+        assert available or reason.endswith("."), name
+
+
+def test_activate_survives_an_installation_without_its_gpu_library(tmp_path):
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise RuntimeError('no GPU library')\n")
+    code = ("from qtutor import te; s = te.activate(); import transformer_engine.pytorch as m; "
+            "print(s.real, m.Linear.__module__)")  # fmt: skip
+    paths = os.pathsep.join([str(tmp_path), str(REFERENCE.parent.parent)])
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env={**os.environ, "PYTHONPATH": paths},
+                            capture_output=True, text=True, check=True)  # fmt: skip
+    if not torch.cuda.is_available():
+        assert result.stdout.split() == ["False", "qtutor.te_emulated"]
+
+
+def test_swap_linears_keeps_function_names_and_weights():
+    torch.manual_seed(0)
+    model = nn.ModuleDict(dict(a=nn.Linear(32, 48), odd=nn.Linear(20, 48), lm_head=nn.Linear(48, 64, bias=False)))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert switch.swap_linears(model) == 1
+    assert type(model["odd"]) is type(model["lm_head"]) is nn.Linear and type(model["a"]) is not nn.Linear
+    after = model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+# ------------------------------------------------------------------------------ the real Transformer Engine
+def recorded(pattern):
+    return [pytest.param(p, id=p.stem) for p in sorted(REFERENCE.glob(pattern))]
+
+
+def make_recipe(stem: str):
+    name = stem.removeprefix("te_linear_").rsplit("_", 1)[0]
+    return {
+        "delayed": DelayedScaling(amax_history_len=8),
+        "delayed_recent": DelayedScaling(amax_history_len=8, amax_compute_algo="most_recent", margin=1),
+        "delayed_e4m3": DelayedScaling(amax_history_len=1, fp8_format=Format.E4M3),
+        "current": Float8CurrentScaling(),
+    }[name]
+
+
+def close(got, want, dtype, context):
+    """Within two roundings of BF16 of the largest value: the hardware keeps fewer bits in its sums."""
+    assert got.dtype == want.dtype and got.shape == want.shape, context
+    got, want = got.float(), want.float()
+    finite = want.isfinite() & got.isfinite()
+    assert torch.equal(want.isnan(), got.isnan()), context
+    error = (got - want)[finite].abs().max().item() if finite.any() else 0.0
+    size = want[finite].abs().max().item() if finite.any() else 0.0
+    assert error <= 2.0**-7 * size, (context, error, size)
+
+
+def test_linear_reproduces_the_recorded_steps():
+    for path in sorted(REFERENCE.glob("te_linear_*.safetensors")):
+        check_linear(path)
+
+
+def check_linear(path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    special, data, recipe = json.loads(metadata["special_steps"]), load_file(path), make_recipe(path.stem)
+    dtype = data["x"].dtype
+    layer = te.Linear(data["x"].shape[-1], data["dy"].shape[-1], params_dtype=dtype)
+    for step in range(int(metadata["steps"])):
+        context = (path.stem, step)
+        x, dy = data["x"][step].clone().requires_grad_(), data["dy"][step]
+        with torch.no_grad():
+            layer.weight.copy_(data["weight"][step]), layer.bias.copy_(data["bias"][step])
+        layer.weight.grad = layer.bias.grad = None
+        if step == 0:
+            with te.autocast(enabled=False, calibrating=True, recipe=recipe):
+                layer(x)  # allocates the state and touches nothing
+        for name, tensor, quantizer in (("x", x, layer.quantizers["scaling_fwd"][0]),
+                                        ("w", layer.weight, layer.quantizers["scaling_fwd"][1]),
+                                        ("dy", dy, layer.quantizers["scaling_bwd"][0])):  # fmt: skip
+            quantizer = copy.deepcopy(quantizer)
+            result = quantizer(tensor)
+            assert torch.equal(result._data, data[f"{name}_codes"][step]), (*context, name)
+            assert torch.equal(result._scale_inv, data[f"{name}_scale_inv"][step].reshape(-1)), (*context, name)
+        if step == special["evaluation"]:
+            with torch.no_grad(), te.autocast(recipe=recipe):
+                y = layer(x)
+        else:
+            with te.autocast(recipe=recipe):
+                y = layer(x)
+            y.backward(dy)
+            close(x.grad, data["dx"][step], dtype, (*context, "dx"))
+            close(layer.weight.grad, data["dw"][step], dtype, (*context, "dw"))
+            close(layer.bias.grad, data["db"][step], dtype, (*context, "db"))
+        close(y.detach(), data["y"][step], dtype, (*context, "y"))
+        for direction in ("fwd", "bwd"):
+            if f"scale_{direction}" in data:
+                state = layer.fp8_meta[f"scaling_{direction}"]
+                assert torch.equal(state.scale, data[f"scale_{direction}"][step]), (*context, direction)
+                assert torch.equal(state.amax_history, data[f"amax_history_{direction}"][step]), (*context, direction)
+
+
+def test_cast_reproduces_the_recorded_bytes():
+    from safetensors.torch import load_file
+
+    path = REFERENCE / "te_cast.safetensors"
+    data = load_file(path) if path.exists() else {}
+    for tag in {name.removesuffix("_codes") for name in data if name.endswith("_codes") and "current" not in name}:
+        name, scale = tag.rsplit("_", 1)
+        quantizer = te.Float8Quantizer(torch.tensor([float(scale)]), torch.zeros(1), DType[name])
+        got, want = quantizer(ALL_BF16)._data, data[f"{tag}_codes"]
+        numbers = ~ALL_BF16.isnan()
+        assert torch.equal(got[numbers], want[numbers]), tag
+        values = te.Float8Tensor(want, torch.ones(1), DType[name], torch.float32).dequantize()
+        assert torch.equal(values.isnan(), ~numbers), tag
+        assert torch.equal(quantizer.amax, data[f"{tag}_amax"]), tag
+    for name in DType.__members__ if data else ():
+        result = te.Float8CurrentScalingQuantizer(DType[name])(data[f"{name}_current_x"])
+        assert torch.equal(result._data, data[f"{name}_current_codes"])
+        assert torch.equal(result._scale_inv, data[f"{name}_current_scale_inv"].reshape(-1))
+
+
+def test_two_layers_under_autocast_reproduce_the_recorded_steps():
+    from safetensors.torch import load_file
+
+    path = REFERENCE / "te_autocast.safetensors"
+    if not path.exists():
+        return
+    data = load_file(path)
+    n = data["weight"].shape[-1]
+    layers = nn.Sequential(*(te.Linear(n, n, bias=False) for _ in range(2)))
+    with torch.no_grad():
+        for layer, weight in zip(layers, data["weight"], strict=True):
+            layer.weight.copy_(weight)
+    recipe = DelayedScaling(amax_history_len=4)
+    for step in range(len(data["x"])):
+        x = data["x"][step].clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16), te.autocast(recipe=recipe):
+            y = layers[0](x) if step == 3 else layers(x)
+        layers.zero_grad()
+        y.float().square().mean().backward()
+        close(y.detach(), data["y"][step], y.dtype, ("autocast", step, "y"))
+        close(x.grad, data["dx"][step], x.dtype, ("autocast", step, "dx"))
+        close(layers[0].weight.grad, data["dw"][step], x.dtype, ("autocast", step, "dw"))
+        for i, layer in enumerate(layers):
+            state = layer.fp8_meta["scaling_fwd"]
+            # The first layer sees the recorded input: exact.  The second sees an output, equal within BF16.
+            check = torch.equal if i == 0 else lambda a, b: torch.allclose(a, b, rtol=2**-6)
+            assert check(state.scale, data[f"scale_fwd{i}"][step]), (step, i)
+            assert check(state.amax_history, data[f"amax_history_fwd{i}"][step]), (step, i)
+            state = layer.fp8_meta["scaling_bwd"]
+            assert torch.allclose(state.scale, data[f"scale_bwd{i}"][step], rtol=2**-5), (step, i)
+            assert torch.equal(state.amax_history > 0, data[f"amax_history_bwd{i}"][step] > 0), (step, i)
