@@ -116,6 +116,7 @@ class FloatFormat:
         q = self.round(_checked(x))
         a = q.abs()
         exponent = (torch.frexp(a).exponent - 1).clamp(min=1 - self.bias)
+        exponent = torch.where(a > 0, exponent, 1 - self.bias)  # frexp calls the exponent of 0.0 zero
         mantissa = (a / torch.ldexp(torch.ones_like(a), exponent - self.mantissa_bits)).to(torch.int32)
         # A normal number has mantissa >= 2**mantissa_bits: the leading 1 carries into the exponent field.
         code = ((exponent + self.bias - 1) << self.mantissa_bits) + mantissa
@@ -259,7 +260,8 @@ def _blocks(x: torch.Tensor, granularity: str, group_size: int | None) -> torch.
         raise QtutorError(f"There is no granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}.")
     if not group_size or group_size < 1 or x.shape[-1] % group_size:
         raise QtutorError(
-            f"A last dimension of {x.shape[-1]} cannot be cut into groups of {group_size}: choose a group_size that divides it."
+            f"A last dimension of {x.shape[-1]} cannot be cut into groups of {group_size}: "
+            "choose a group_size that divides it."
         )
     return x.reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
 
@@ -271,8 +273,9 @@ def scale_for(x: torch.Tensor, fmt, granularity: str = "tensor", group_size: int
         x: weights or activations, shape (..., columns); a channel is a row, a group ``group_size`` neighbours in it.
         fmt: a format or its name.
         granularity: "tensor", "channel" or "group".
-        symmetric: ``scale = amax / fmt.max`` and no zero point; otherwise (integers only) the range from the smallest
-            to the largest value, widened to hold zero, is spread over all codes: ``x_hat = (code - zero_point) * scale``.
+        symmetric: ``scale = amax / fmt.max`` and no zero point; otherwise (integers only) the range from the
+            smallest to the largest value, widened to hold zero, is spread over all codes and
+            ``x_hat = (code - zero_point) * scale``.
 
     Returns:
         ``scale`` if symmetric, else ``(scale, zero_point)``: float32, shape (1, 1), (rows, 1) or (..., groups, 1).
