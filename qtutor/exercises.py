@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from .lesson import exercise
 
-
 # ------------------------------------------------------------- notebook 05: fake quantization
 
 

@@ -43,11 +43,11 @@ def ste_picture(bits: int = 3, clip: float = 1.0):
 
 
 def granularity_weight(outlier: float = 8.0):
-    """A (64, 256) weight whose rows differ in size by 10x, with a few input columns ``outlier`` times larger."""
+    """A (64, 256) weight whose rows grow 10x from first to last, with a few input columns ``outlier`` times larger."""
     import torch
 
     g = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, 256, generator=g) * torch.logspace(-1, 0, 64)[torch.randperm(64, generator=g), None]
+    weight = torch.randn(64, 256, generator=g) * torch.logspace(-1, 0, 64)[:, None]
     weight[:, [37, 101, 230]] *= outlier
     return weight
 
@@ -78,17 +78,17 @@ def granularity_picture(bits: int = 4, granularity: str = "channel", outlier: fl
     image = left.imshow(((quantized - weight).abs() / row_size)[:, :128], vmin=0, vmax=1, cmap="magma", aspect="auto",
                         interpolation="nearest")  # fmt: skip
     left.grid(False)
-    left.set(title=f"int{bits} per {granularity}: |error| / RMS of the row", xlabel="input feature (first 128)",
+    left.set_title(f"int{bits} per {granularity}: |error| / RMS of the row", fontsize=10)
+    left.set(xlabel="input feature (first 128)",
              ylabel="output channel")  # fmt: skip
-    left.title.set_fontsize(10)
     fig.colorbar(image, ax=left, label="relative error")
     for marker, name in zip("osD^v", GRANULARITIES, strict=True):
         points = [granularity_error(weight, b, name)[:2] for b in range(2, 9)]
         right.plot([p[1] for p in points], [p[0] for p in points], marker=marker, ms=4, lw=1, label=f"per {name}")
     right.plot(stored, error, "o", ms=13, mfc="none", mec="black", mew=1.5, label="your choice")
-    right.set(yscale="log", title=f"All choices: your error is {error:.3f} at {stored:.2f} bits", ylim=(0.003, 1.5),
+    right.set_title(f"All choices; yours: error {error:.3f} at {stored:.2f} bits", fontsize=10)
+    right.set(yscale="log", ylim=(0.003, 1.5),
               xlabel="stored bits per weight (codes + 16-bit scales)", ylabel="RMS error / RMS weight")  # fmt: skip
-    right.title.set_fontsize(10)
     right.legend(fontsize=7.5, loc="lower left")
     return fig
 
