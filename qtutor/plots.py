@@ -16,6 +16,7 @@ import io
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from matplotlib.text import Text
 
 from . import QtutorError
 
@@ -87,7 +88,8 @@ def annotate(ax, xs, ys, labels, fontsize: float = 8.5, color="0.25") -> list:
             line = {"arrowstyle": "-", "color": "0.6", "lw": 0.6} if abs(dx) + abs(dy) > 10 else None
             note = ax.annotate(label, (x, y), xytext=(dx, dy), textcoords="offset points", fontsize=fontsize,
                                color=color, ha=horizontal, va=vertical, arrowprops=line)  # fmt: skip
-            box = note.get_window_extent(renderer).padded(1)
+            note.update_positions(renderer)
+            box = Text.get_window_extent(note, renderer).padded(1)  # the text alone, without the line to the point
             hits = sum(box.overlaps(other) for other in taken)
             hits += sum(box.contains(*p) for i, p in enumerate(points) if i != number)
             hits += 3 * (box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1)
