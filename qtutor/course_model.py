@@ -234,7 +234,7 @@ def mean_nll(model, ids, context: int = TRAINED_CONTEXT, batch_size: int = 16, m
     return total / n
 
 
-def _save_checkpoint(folder: Path, model, opts, step: int, log: list, settings: dict) -> None:
+def _save_checkpoint(folder: Path, model, opts, step: int, log: list, settings: dict, seconds: float) -> None:
     """Weights, optimizer state and log, each written whole and then renamed; safetensors only, no pickle."""
     import torch
     from safetensors.torch import save_file
@@ -247,17 +247,17 @@ def _save_checkpoint(folder: Path, model, opts, step: int, log: list, settings: 
             for key, value in values.items():
                 state[f"optimizer.{i}.{key}.{names[id(p)]}"] = torch.as_tensor(value).detach().cpu().contiguous()
     save_file(state, folder / "checkpoint.partial")
-    (folder / "state.partial").write_text(json.dumps(dict(step=step, log=log, settings=settings)))
+    (folder / "state.partial").write_text(json.dumps(dict(step=step, log=log, settings=settings, seconds=seconds)))
     os.replace(folder / "checkpoint.partial", folder / "checkpoint.safetensors")
     os.replace(folder / "state.partial", folder / "state.json")
 
 
-def _load_checkpoint(folder: Path, model, opts, settings: dict) -> tuple[int, list]:
-    """Return (step, log) of the checkpoint in ``folder`` after loading it, or (0, []) if there is none."""
+def _load_checkpoint(folder: Path, model, opts, settings: dict) -> tuple[int, list, float]:
+    """Return (step, log, seconds) of the checkpoint in ``folder`` after loading it, or (0, [], 0.0)."""
     from safetensors.torch import load_file
 
     if not (folder / "state.json").exists():
-        return 0, []
+        return 0, [], 0.0
     saved = json.loads((folder / "state.json").read_text())
     if saved["settings"] != settings:
         raise QtutorError(f"{folder} holds a checkpoint with other settings: use them again or choose another --out.")
@@ -270,7 +270,7 @@ def _load_checkpoint(folder: Path, model, opts, settings: dict) -> tuple[int, li
         if key.startswith("optimizer."):
             _, i, field, name = key.split(".", 3)
             opts[int(i)].state[by_name[name]][field] = value if field != "step" or value.is_cuda else value.cpu()
-    return saved["step"], saved["log"]
+    return saved["step"], saved["log"], saved["seconds"]
 
 
 def train(out: Path, ids, valid_ids=None, precision: str = "auto", steps: int = 1000, batch_size: int = 64,
@@ -321,12 +321,12 @@ def train(out: Path, ids, valid_ids=None, precision: str = "auto", steps: int = 
     out = Path(out)
     settings = dict(precision=precision, steps=steps, batch_size=batch_size, seq_len=seq_len, rate=rate,
                     optimizer=optimizer, weight_decay=weight_decay, seed=seed)  # fmt: skip
-    first, log = _load_checkpoint(out, model, opts, settings)
+    first, log, spent = _load_checkpoint(out, model, opts, settings)
     stream = corpus.batches(ids, batch_size, seq_len, seed=seed, device=device)
     for _ in range(first):
         next(stream)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    began, running = time.perf_counter(), []
+    began, running = time.perf_counter() - spent, []
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not progress, desc=precision, unit="step")
     for step in bar:
         for opt in opts:
@@ -355,7 +355,7 @@ def train(out: Path, ids, valid_ids=None, precision: str = "auto", steps: int = 
             log.append(row)
             bar.set_postfix(loss=f"{mean:.3f}")
         if (step + 1) % save_every == 0:
-            _save_checkpoint(out, model, opts, step + 1, log, settings)
+            _save_checkpoint(out, model, opts, step + 1, log, settings, time.perf_counter() - began)
     seconds = time.perf_counter() - began
     # Same names, plain layers: the trained weights go back into a Hugging Face Llama.
     plain = new_model(seed, **changes)
@@ -388,7 +388,7 @@ by `python -m qtutor model train`. Weights are bfloat16 safetensors.
 | tokens seen | {info["tokens"] / 1e6:.0f} M ({info["epochs"]:.1f} passes) |
 | optimizer | {info["optimizer"]}, peak rate {info["rate"]}, weight decay {info["weight_decay"]} |
 | batch | {info["batch_size"]} x {info["seq_len"]} tokens, {info["steps"]:,} steps |
-| time | {info["seconds"]:.0f} s |
+| time | {info["seconds"]:.0f} s{info.get("note", "")} |
 
 Evaluation text: the Python language reference (`pydoc_data.topics`), each paragraph once, {info["eval_bytes"]:,} bytes,
 fingerprint `{info["eval_fingerprint"]}` (Python {info["python"]}); no training document shares 13 words in a row
