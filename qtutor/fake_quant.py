@@ -76,7 +76,10 @@ class _FakeQuantizeFloat(torch.autograd.Function):
     def forward(ctx, x, scale, fmt):
         y = x.float() / scale
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(y.abs() <= fmt.max)
+            # Inside as for integers: what rounds to a number of the format, i.e. up to half a step beyond the largest.
+            # (amax / (amax / max) can come out a hair above max, and the largest value must not lose its gradient.)
+            half_step = 2.0 ** (fmt.max_exponent - fmt.mantissa_bits - 1)
+            ctx.save_for_backward(y.abs() <= fmt.max + half_step)
         return (_round_float(y, fmt) * scale).to(x.dtype)
 
     @staticmethod
