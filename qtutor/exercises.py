@@ -1,7 +1,8 @@
 """The checks behind the exercises of the notebooks.
 
-Each check looks at the reader's answer and returns None when it is right, or one sentence that helps on.
-The solution and a list of typical wrong answers are registered with it: the tests try them all.
+Each check looks at the reader's answer and raises AssertionError with one sentence that helps on when it is wrong;
+when it is right it returns None or a sentence of praise (see :mod:`qtutor.lesson`).  The solution and typical wrong
+answers are registered with it: the tests try them all.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ from .lesson import exercise
           solution=[0, 1, 1, 1, 0])  # fmt: skip
 def _ste_gradient(answer):
     if not isinstance(answer, (list, tuple)) or len(answer) != 5:
-        return "Give a list of five numbers, one for each input."
+        raise AssertionError("Give a list of five numbers, one for each input.")
     codes, right = [-3, -1, 1, 1, 2], [0, 1, 1, 1, 0]
     for i, (given, expected) in enumerate(zip(answer, right, strict=True)):
         if given != expected:
-            return (f"Look at input {i} again: divided by the scale and rounded it is {codes[i]}; "
-                    "is there such a code among -2, -1, 0, 1?")  # fmt: skip
+            raise AssertionError(f"Look at input {i} again: divided by the scale and rounded it is {codes[i]}; "
+                                 "is there such a code among -2, -1, 0, 1?")  # fmt: skip
     return None
 
 
 @exercise("05.bits_per_weight", wrong=[3, 3.25, 3 + 16 / 64, 22, 3 + 19 / 32, "3"], solution=3 + (16 + 3) / 64)
 def _bits_per_weight(answer):
     if not isinstance(answer, (int, float)):
-        return "Give a number of bits."
+        raise AssertionError("Give a number of bits.")
     if abs(answer - (3 + 19 / 64)) > 1e-3:
-        return "Each weight has its own 3 bits, and 64 weights share 16 bits of scale and 3 bits of zero point."
+        raise AssertionError("Each weight has its own 3 bits, and 64 weights share 16 bits of scale and 3 bits "
+                             "of zero point.")  # fmt: skip
     return None
 
 
@@ -48,17 +50,18 @@ def _smallest_scale(answer):
     import torch
 
     if not callable(answer):
-        return "Give the function itself: smallest_scale, without brackets."
+        raise AssertionError("Give the function itself: smallest_scale, without brackets.")
     for bits in (2, 4, 8):
         for x in (torch.tensor([-1.0, 0.2, 0.9]), torch.tensor([-0.3, 0.1, 2.0]), torch.tensor([-5.0, 0.0, 0.1])):
             expected, given = _smallest_scale_solution(x, bits), answer(x.clone(), bits)
-            if given is None or given is ...:
-                return None if given is ... else "The function returned nothing."
+            if given is None:
+                raise AssertionError("The function returned nothing.")
             if float(given) < expected * (1 - 1e-5):
-                return f"With scale {float(given):.4f} a value of {x.tolist()} lies beyond the int{bits} grid."
+                raise AssertionError(f"With scale {float(given):.4f} a value of {x.tolist()} lies beyond the int{bits} "
+                                     "grid.")  # fmt: skip
             if float(given) > expected * (1 + 1e-5):
-                return (f"For {x.tolist()} at int{bits} a smaller scale than {float(given):.4f} still fits: "
-                        "the negative end has one more code than the positive end.")  # fmt: skip
+                raise AssertionError(f"For {x.tolist()} at int{bits} a smaller scale than {float(given):.4f} still "
+                                     "fits: the negative end has one more code than the positive end.")  # fmt: skip
     return None
 
 
@@ -81,18 +84,102 @@ def _ternary(answer):
     import torch
 
     if not callable(answer):
-        return "Give the function itself: ternary, without brackets."
+        raise AssertionError("Give the function itself: ternary, without brackets.")
     w = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     y = answer(w)
     if not isinstance(y, torch.Tensor) or y.shape != w.shape:
-        return "The function must return a tensor of the shape of w."
+        raise AssertionError("The function must return a tensor of the shape of w.")
     expected = _ternary_solution(w.detach())
     if not torch.allclose(y, expected, atol=1e-6):
-        return (f"The values differ: yours has {len(y.detach().unique())} different ones, "
-                "it should have -1, 0 and +1 times the mean of |w|.")  # fmt: skip
+        raise AssertionError(f"The values differ: yours has {len(y.detach().unique())} different ones, "
+                             "it should have -1, 0 and +1 times the mean of |w|.")  # fmt: skip
     if not y.requires_grad:
-        return "No gradient can flow back: let w itself take part in what you return."
+        raise AssertionError("No gradient can flow back: let w itself take part in what you return.")
     y.sum().backward()
     if not torch.equal(w.grad, torch.ones_like(w)):
-        return "The values are right, but the gradient must be 1 for each weight: detach everything but w."
+        raise AssertionError("The values are right, but the gradient must be 1 for each weight: detach everything "
+                             "but w.")  # fmt: skip
     return None
+
+
+# ------------------------------------------------------------- notebook 08: quantization after training, llama.cpp
+
+
+@exercise("08.bits_q6_k", solution=8 * (128 + 64 + 16 + 2) / 256, wrong=[6, 6.5, 6.625, 210, 8 * 210, 0.82, "6.5625"])
+def _bits_q6_k(answer):
+    assert isinstance(answer, (int, float)), "Give a number of bits."
+    assert answer not in (210, 8 * 210), "That is the whole super-block: it serves 256 weights."
+    assert answer != 6, "The codes alone are 6 bits; the scales are stored, too."
+    assert abs(answer - 6.5625) < 1e-3, "Add 4-bit parts, 2-bit parts, 16 scales of 8 bits, 16 bits; divide by 256."
+    return "210 bytes for 256 weights: half a bit goes to the scales, a sixteenth to the float16."
+
+
+def _dequantize_q8_0_solution(blocks):
+    d = blocks[:, :2].copy().view("float16").astype("float32")
+    return d * blocks[:, 2:].view("int8").astype("float32")
+
+
+def _unsigned_q8_0(blocks):
+    d = blocks[:, :2].copy().view("float16").astype("float32")
+    return d * blocks[:, 2:].astype("float32")
+
+
+@exercise("08.dequantize_q8_0", solution=_dequantize_q8_0_solution, wrong=[
+    _unsigned_q8_0,
+    lambda blocks: blocks[:, 2:].view("int8").astype("float32"),                           # no scale
+    lambda blocks: _dequantize_q8_0_solution(blocks).ravel(),                              # no blocks
+    lambda blocks: blocks[:, 32:].copy().view("float16").astype("float32") * blocks[:, :32].view("int8"),
+    lambda blocks: None,
+])  # fmt: skip
+def _dequantize_q8_0(answer):
+    import gguf
+    import numpy as np
+
+    assert callable(answer), "Give the function itself: dequantize_q8_0, without brackets."
+    weights = np.random.default_rng(8).standard_normal((6, 32), dtype=np.float32)
+    blocks = gguf.quantize(weights, gguf.GGMLQuantizationType.Q8_0).reshape(-1, 34)
+    given = answer(blocks.copy())
+    assert isinstance(given, np.ndarray) and given.shape == (6, 32), "Return an array of shape (blocks, 32)."
+    expected = gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
+    assert not np.allclose(given, _unsigned_q8_0(blocks)), "The codes are signed: bytes above 127 are negative."
+    share = np.isclose(given, expected, rtol=1e-3, atol=1e-6).mean()
+    assert share == 1, f"{share:.0%} of the weights are right: which bytes are the scale, and is it multiplied in?"
+    return "The same as gguf's own dequantizer."
+
+
+def _paired_ratio_solution(nll, base_nll):
+    import numpy as np
+
+    difference = nll - base_nll
+    ratio = np.exp(difference.mean())
+    return ratio, ratio * difference.std(ddof=1) / np.sqrt(len(difference))
+
+
+def _unpaired_ratio(nll, base_nll):
+    import numpy as np
+
+    ratio = np.exp(nll.mean() - base_nll.mean())
+    return ratio, ratio * np.sqrt((nll.var(ddof=1) + base_nll.var(ddof=1)) / len(nll))
+
+
+@exercise("08.paired_ratio", solution=_paired_ratio_solution, wrong=[
+    _unpaired_ratio,
+    lambda nll, base_nll: (nll.mean() / base_nll.mean(), 0.01),                                   # not perplexities
+    lambda nll, base_nll: (_paired_ratio_solution(nll, base_nll)[0], (nll - base_nll).std()),     # no sqrt(n)
+    lambda nll, base_nll: _paired_ratio_solution(base_nll, nll),                                  # upside down
+    lambda nll, base_nll: _paired_ratio_solution(nll, base_nll)[0],
+])  # fmt: skip
+def _paired_ratio(answer):
+    import numpy as np
+
+    assert callable(answer), "Give the function itself: ratio_with_error, without brackets."
+    rng = np.random.default_rng(8)
+    base_nll = rng.gamma(1.0, 2.0, 500)
+    nll = base_nll + 0.1 + 0.5 * rng.standard_normal(500)
+    given = answer(nll.copy(), base_nll.copy())
+    assert isinstance(given, tuple) and len(given) == 2, "Return two numbers: the ratio and its standard error."
+    ratio, error = _paired_ratio_solution(nll, base_nll)
+    assert abs(given[0] - ratio) < 1e-6, "The ratio of the perplexities exp(mean nll) is exp of the mean difference."
+    assert abs(given[1] - _unpaired_ratio(nll, base_nll)[1]) > 1e-6, "That is the unpaired error: subtract first."
+    assert abs(given[1] / error - 1) < 0.01, "se of the mean difference is std / sqrt(n); times the ratio."
+    return f"Paired ± {error:.3f}; unpaired it would have been ± {_unpaired_ratio(nll, base_nll)[1]:.3f}."
