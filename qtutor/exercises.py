@@ -12,27 +12,23 @@ from .lesson import exercise
 # ------------------------------------------------------------- notebook 05: fake quantization
 
 
-@exercise("05.ste_gradient", wrong=[[1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 0], [0, 1, 1], 3],
-          solution=[0, 1, 1, 1, 0])  # fmt: skip
+@exercise("05.ste_gradient", solution=[0, 1, 1, 1, 0],
+          wrong=[[1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 0], [0, 1, 1], 3])  # fmt: skip
 def _ste_gradient(answer):
-    if not isinstance(answer, (list, tuple)) or len(answer) != 5:
-        raise AssertionError("Give a list of five numbers, one for each input.")
-    codes, right = [-3, -1, 1, 1, 2], [0, 1, 1, 1, 0]
-    for i, (given, expected) in enumerate(zip(answer, right, strict=True)):
-        if given != expected:
-            raise AssertionError(f"Look at input {i} again: divided by the scale and rounded it is {codes[i]}; "
-                                 "is there such a code among -2, -1, 0, 1?")  # fmt: skip
-    return None
+    assert isinstance(answer, (list, tuple)) and len(answer) == 5, "Give a list of five numbers, one for each input."
+    for i, (code, right) in enumerate(zip([-3, -1, 1, 1, 2], [0, 1, 1, 1, 0], strict=True)):
+        assert answer[i] == right, (
+            f"Look at input {i} again: divided by the scale and rounded it is {code}; "
+            "is there such a code among -2, -1, 0, 1?")  # fmt: skip
+    return "The first and the last round to codes that do not exist: clipped, no gradient."
 
 
-@exercise("05.bits_per_weight", wrong=[3, 3.25, 3 + 16 / 64, 22, 3 + 19 / 32, "3"], solution=3 + (16 + 3) / 64)
+@exercise("05.bits_per_weight", solution=3 + (16 + 3) / 64, wrong=[3, 3.25, 22, 3 + 19 / 32, 3 + 16 / 32, "3"])
 def _bits_per_weight(answer):
-    if not isinstance(answer, (int, float)):
-        raise AssertionError("Give a number of bits.")
-    if abs(answer - (3 + 19 / 64)) > 1e-3:
-        raise AssertionError("Each weight has its own 3 bits, and 64 weights share 16 bits of scale and 3 bits "
-                             "of zero point.")  # fmt: skip
-    return None
+    assert isinstance(answer, (int, float)), "Give a number of bits."
+    assert abs(answer - (3 + 19 / 64)) < 1e-3, (
+        "Each weight has its own 3 bits, and 64 weights share 16 bits of scale and 3 bits of zero point.")  # fmt: skip
+    return "Three bits of code, and 19 bits shared by 64 weights."
 
 
 def _smallest_scale_solution(x, bits):
@@ -49,20 +45,18 @@ def _smallest_scale_solution(x, bits):
 def _smallest_scale(answer):
     import torch
 
-    if not callable(answer):
-        raise AssertionError("Give the function itself: smallest_scale, without brackets.")
+    assert callable(answer), "Give the function itself: smallest_scale, without brackets."
     for bits in (2, 4, 8):
         for x in (torch.tensor([-1.0, 0.2, 0.9]), torch.tensor([-0.3, 0.1, 2.0]), torch.tensor([-5.0, 0.0, 0.1])):
-            expected, given = _smallest_scale_solution(x, bits), answer(x.clone(), bits)
-            if given is None:
-                raise AssertionError("The function returned nothing.")
-            if float(given) < expected * (1 - 1e-5):
-                raise AssertionError(f"With scale {float(given):.4f} a value of {x.tolist()} lies beyond the int{bits} "
-                                     "grid.")  # fmt: skip
-            if float(given) > expected * (1 + 1e-5):
-                raise AssertionError(f"For {x.tolist()} at int{bits} a smaller scale than {float(given):.4f} still "
-                                     "fits: the negative end has one more code than the positive end.")  # fmt: skip
-    return None
+            given, expected = answer(x.clone(), bits), _smallest_scale_solution(x, bits)
+            assert given is not None, "The function returns nothing: is there a return?"
+            shown = [round(v, 2) for v in x.tolist()]
+            assert float(given) > expected * (1 - 1e-5), (
+                f"With scale {float(given):.4f} a value of {shown} lies beyond the int{bits} grid.")  # fmt: skip
+            assert float(given) < expected * (1 + 1e-5), (
+                f"For {shown} at int{bits} a smaller scale than {float(given):.4f} still fits: "
+                "the negative end has one code more than the positive end.")  # fmt: skip
+    return "Each end asks for its own scale, and the larger one serves both."
 
 
 def _ternary_solution(w):
@@ -77,29 +71,24 @@ def _ternary_without_ste(w):
 
 
 @exercise("05.ternary", solution=_ternary_solution, wrong=[
-    _ternary_without_ste, lambda w: w, lambda w: w.sign(),
+    _ternary_without_ste, lambda w: w, lambda w: w.sign(), lambda w: None,
     lambda w: w + (w.sign() * w.abs().max() - w).detach(),             # the scale of the largest weight
 ])  # fmt: skip
 def _ternary(answer):
     import torch
 
-    if not callable(answer):
-        raise AssertionError("Give the function itself: ternary, without brackets.")
+    assert callable(answer), "Give the function itself: ternary, without brackets."
     w = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     y = answer(w)
-    if not isinstance(y, torch.Tensor) or y.shape != w.shape:
-        raise AssertionError("The function must return a tensor of the shape of w.")
-    expected = _ternary_solution(w.detach())
-    if not torch.allclose(y, expected, atol=1e-6):
-        raise AssertionError(f"The values differ: yours has {len(y.detach().unique())} different ones, "
-                             "it should have -1, 0 and +1 times the mean of |w|.")  # fmt: skip
-    if not y.requires_grad:
-        raise AssertionError("No gradient can flow back: let w itself take part in what you return.")
+    assert isinstance(y, torch.Tensor) and y.shape == w.shape, "Return a tensor of the shape of w."
+    assert torch.allclose(y, _ternary_solution(w.detach()), atol=1e-6), (
+        f"The values differ: yours has {len(y.detach().unique())} different ones, "
+        "it should have -1, 0 and +1 times the mean of |w|.")  # fmt: skip
+    assert y.requires_grad, "No gradient can flow back: let w itself take part in what you return."
     y.sum().backward()
-    if not torch.equal(w.grad, torch.ones_like(w)):
-        raise AssertionError("The values are right, but the gradient must be 1 for each weight: detach everything "
-                             "but w.")  # fmt: skip
-    return None
+    assert torch.equal(w.grad, torch.ones_like(w)), (
+        "The values are right, but the gradient must be 1 for each weight: detach everything but w.")  # fmt: skip
+    return "Values from the grid, gradient straight through."
 
 
 # ------------------------------------------------------------- notebook 08: quantization after training, llama.cpp
