@@ -214,6 +214,21 @@ def test_one_sentence_and_the_kernel_lives(kernel, case):
     still_alive(kernel)
 
 
+@pytest.mark.parametrize("shape", [(3, 32), (16, 40)])
+def test_odd_shapes_in_fp8_say_what_the_hardware_wants(kernel, shape):
+    """The emulation raises what Transformer Engine raises, in its words, so that readers can look them up."""
+    error = kernel.run(f"""
+from qtutor import te
+te.activate()
+import transformer_engine.pytorch as engine
+with engine.autocast(enabled=True):
+    engine.Linear({shape[1]}, 32)(torch.randn{shape})
+""")
+    assert error is not None and "\n" not in error[1]
+    assert "divisible by 8" in error[1] and "divisible by 16" in error[1] and str(list(shape)) in error[1]
+    still_alive(kernel)
+
+
 @pytest.mark.parametrize("source", ["sound.gguf", "q4.gguf"])
 @pytest.mark.parametrize("where", ["header", "anywhere"])
 def test_random_bit_flips_never_end_the_kernel(kernel, source, where):
