@@ -18,7 +18,7 @@ import os
 __version__ = "0.1.0"
 
 _MODULES = (
-    "capacity corpus course_model evaluate fake_quant formats gguf_export lesson llamacpp measure "
+    "corpus course_model evaluate fake_quant formats gguf_export lesson llamacpp measure "
     "notebooks plots results te te_emulated widgets"
 ).split()
 
