@@ -118,7 +118,7 @@ def _unsigned_q8_0(blocks):
     lambda blocks: blocks[:, 2:].view("int8").astype("float32"),                           # no scale
     lambda blocks: _dequantize_q8_0_solution(blocks).ravel(),                              # no blocks
     lambda blocks: blocks[:, 32:].copy().view("float16").astype("float32") * blocks[:, :32].view("int8"),
-    lambda blocks: None,
+    lambda blocks: blocks,
 ])  # fmt: skip
 def _dequantize_q8_0(answer):
     import gguf
@@ -172,3 +172,42 @@ def _paired_ratio(answer):
     assert abs(given[1] - _unpaired_ratio(nll, base_nll)[1]) > 1e-6, "That is the unpaired error: subtract first."
     assert abs(given[1] / error - 1) < 0.01, "se of the mean difference is std / sqrt(n); times the ratio."
     return f"Paired ± {error:.3f}; unpaired it would have been ± {_unpaired_ratio(nll, base_nll)[1]:.3f}."
+
+
+# ------------------------------------------------------------- notebook 00: start here
+
+
+@exercise("00.bits_per_weight", solution=4.5, wrong=[4, 20, 4 + 32 / 16, 36, 4.05, "4.5"])
+def _start_bits_per_weight(answer):
+    if not isinstance(answer, (int, float)):
+        return "Give a number of bits."
+    if answer != 4.5:
+        return "32 weights take 32 x 4 bits, and 16 more bits for their scale: divide the sum by 32."
+    return None
+
+
+def _nats_for_bits(perplexity, bytes_per_token):
+    import math
+
+    return math.log(perplexity) / bytes_per_token
+
+
+def _right_bits_per_byte(perplexity, bytes_per_token):
+    import math
+
+    return math.log2(perplexity) / bytes_per_token
+
+
+@exercise(
+    "00.bits_per_byte",
+    solution=_right_bits_per_byte,
+    wrong=[_nats_for_bits, lambda p, b: p / b, lambda p, b: _right_bits_per_byte(p, 1) * b, 1.3, lambda p: p],
+)
+def _start_bits_per_byte(answer):
+    if not callable(answer):
+        return "Give a function of perplexity and bytes_per_token."
+    if abs(answer(256.0, 1.0) - 8) > 1e-6:
+        return "A perplexity of 256 over single bytes is 8 bits per byte: which logarithm gives that?"
+    if abs(answer(256.0, 4.0) - 2) > 1e-6:
+        return "Eight bits for a token of four bytes are two bits for each byte."
+    return None
