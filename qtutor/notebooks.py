@@ -54,7 +54,8 @@ def _read(path):
         raise QtutorError(f"There is no notebook '{path.name}': run 'python -m qtutor notebooks list'.") from None
     except Exception as error:  # nbformat raises its own and json's errors
         shown = " ".join(str(error).split())[:120]
-        raise QtutorError(f"'{path.name}' is no notebook ({shown}): restore it with 'git checkout notebooks'.") from None
+        raise QtutorError(f"'{path.name}' is no notebook ({shown}): restore it with "
+                          "'git checkout notebooks'.") from None  # fmt: skip
     nb.nbformat_minor = 5
     return nb
 
@@ -108,6 +109,14 @@ def _final_line(line: str) -> str:
     return line.rstrip("\r").rsplit("\r", 1)[-1]
 
 
+def _same_each_run(data) -> None:
+    """Replace what differs from run to run: the address in an object's repr, the random ids of a pandas Styler."""
+    if "text/html" in data:
+        data["text/plain"] = _ADDRESS.sub("", data.get("text/plain", "")).replace(" >", ">")
+        for number, name in enumerate(sorted(set(re.findall(r'<table id="(T_[0-9a-f]{5})"', data["text/html"])))):
+            data["text/html"] = data["text/html"].replace(name, f"T_{number:05d}")
+
+
 def _clean_outputs(outputs, count) -> list:
     """Outputs without stderr, widgets and metadata; neighbouring pieces of stdout joined."""
     import nbformat
@@ -124,6 +133,7 @@ def _clean_outputs(outputs, count) -> list:
             if _WIDGET in output.data:  # a viewer without the widget's state could only say "model not found"
                 continue
             output.metadata = nbformat.NotebookNode()
+            _same_each_run(output.data)
             if output.output_type == "execute_result":
                 output.execution_count = count
         output.pop("transient", None)
@@ -275,8 +285,10 @@ def _texts(output):
                 yield value
 
 
-def _check_outputs(nb) -> list[str]:
+def _check_outputs(nb, path) -> list[str]:
     found, count = [], 0
+    if not any(cell.get("execution_count") for cell in nb.cells):
+        return ["it was not executed: python -m qtutor notebooks run " + path.stem[:2]]
     for i, cell in enumerate(nb.cells):
         if cell.cell_type != "code":
             continue
@@ -294,9 +306,9 @@ def _check_outputs(nb) -> list[str]:
                     if match := pattern.search(text):
                         shown = text[max(0, match.start() - 20) : match.end() + 30].replace("\n", " ")
                         found.append(f"cell {i}: {what} in the output: '{shown}'")
-            picture = output.get("data", {}).get("image/png")
-            if picture and len(base64.b64decode(picture)) > MAX_PNG:
-                found.append(f"cell {i}: a PNG of {len(base64.b64decode(picture)) // 1000} kB; {MAX_PNG // 1000} at most")
+            size = len(base64.b64decode(output.get("data", {}).get("image/png", "")))
+            if size > MAX_PNG:
+                found.append(f"cell {i}: a PNG of {size // 1000} kB; {MAX_PNG // 1000} at most")
     return found
 
 
@@ -306,7 +318,7 @@ def check(path) -> list[str]:
 
     path = Path(path)
     nb, text = _read(path), path.read_text("utf-8")
-    found = _check_structure(nb, path) + _check_outputs(nb)
+    found = _check_structure(nb, path) + _check_outputs(nb, path)
     if len(text.encode()) > MAX_FILE:
         found.append(f"the file has {len(text.encode()) / 1e6:.1f} MB; {MAX_FILE / 1e6} at most")
     try:
@@ -327,7 +339,8 @@ def _paths(chosen) -> list[Path]:
         stem = Path(name).name.removesuffix(".ipynb")
         match = [n for n in order if stem in (n, n[:2]) or stem.zfill(2) == n[:2]]
         if not match:
-            raise QtutorError(f"There is no notebook {name!r}: choose from {', '.join(n[:2] for n in order) or 'none'}.")
+            known = ", ".join(n[:2] for n in order) or "none"
+            raise QtutorError(f"There is no notebook {name!r}: choose from {known}.")
         wanted.append(NOTEBOOKS / f"{match[0]}.ipynb")
     return wanted
 
