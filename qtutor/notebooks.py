@@ -11,12 +11,14 @@ links to the neighbours, the opening, exercises with solutions, recipes, and out
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import copy
 import os
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import QtutorError
@@ -29,10 +31,13 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-MAX_LINES, MAX_PNG, MAX_FILE = 40, 200_000, 1_500_000
+MAX_LINES, MAX_RECIPE_LINES, MAX_PNG, MAX_FILE = 40, 30, 200_000, 1_500_000
 
 _PATH = re.compile(r"(?<![\w:/.<~-])/(?:root|home|tmp|work|Users)\b|[A-Z]:\\Users")
-_ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]{6,}")
+_SOURCE_PATH = re.compile(r"(?<![\w:/.<~-])/(?:root|home|work|Users)/")  # /tmp is nobody's: a cell may use it
+_ADDRESS = re.compile(r" ?\bat 0x[0-9a-fA-F]{6,}")
+_STYLER = re.compile(r"T_[0-9a-f]{5}(?=[_\" {#,])")  # the random name that pandas gives a styled table
+_PROGRESS = re.compile(r"\d+%\||\?it/s\]|\d(?:it/s|s/it)\b")  # tqdm, also where it draws without a widget
 _WARNING = re.compile(r"\b[A-Z]\w*Warning: |\bWARNING\b")
 _MEASURED = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)?\s?"
                        r"(?:ms\b|tok(?:ens)?/s|TFLOP|GiB used|J/token|x faster|× faster|times faster)")  # fmt: skip
@@ -81,6 +86,40 @@ def tags(cell) -> list:
     return cell.get("metadata", {}).get("tags", [])
 
 
+@dataclass(frozen=True)
+class Asked:
+    """An exercise as it stands in a notebook: its cell, the name and the answer it checks, its folded solution."""
+
+    name: str
+    cell: int
+    source: str
+    answer: str  # the expression that the check gets, usually "answer"
+    solution: str | None  # the first fenced Python block of the cell that follows
+
+
+def _checks(source: str) -> list[tuple[str, str]]:
+    """Name and answer of each ``check("NN.name", answer)`` in a cell."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return []
+    return [(call.args[0].value, ast.unparse(call.args[1])) for call in ast.walk(tree)
+            if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] == "check"
+            and len(call.args) == 2 and isinstance(call.args[0], ast.Constant)]  # fmt: skip
+
+
+def exercises(path) -> list[Asked]:
+    """The exercises of a notebook, in order: what each cell tagged "exercise" checks."""
+    cells, found = _read(path).cells, []
+    for number, cell in enumerate(cells):
+        if "exercise" in tags(cell):
+            after = cells[number + 1].source if number + 1 < len(cells) else ""
+            fence = re.search(r"```python\n(.*?)```", after, re.S) if "<details>" in after else None
+            found += [Asked(name, number, cell.source, answer, fence and fence[1])
+                      for name, answer in _checks(cell.source)]  # fmt: skip
+    return found
+
+
 # --------------------------------------------------------------------------------------------------- canonical form
 
 
@@ -117,6 +156,14 @@ def _same_each_run(data) -> None:
             data["text/html"] = data["text/html"].replace(name, f"T_{number:05d}")
 
 
+def _lasting(value):
+    """Text without what is different in every run: addresses of objects, random names of styled tables."""
+    if not isinstance(value, str):
+        return value
+    new_names = {}
+    return _STYLER.sub(lambda m: new_names.setdefault(m[0], f"T_{len(new_names):05x}"), _ADDRESS.sub("", value))
+
+
 def _clean_outputs(outputs, count) -> list:
     """Outputs without stderr, widgets and metadata; neighbouring pieces of stdout joined."""
     import nbformat
@@ -132,6 +179,9 @@ def _clean_outputs(outputs, count) -> list:
         elif output.output_type in ("display_data", "execute_result"):
             if _WIDGET in output.data:  # a viewer without the widget's state could only say "model not found"
                 continue
+            if _PROGRESS.search(output.data.get("text/plain", "")):
+                continue
+            output.data = nbformat.from_dict({kind: _lasting(value) for kind, value in output.data.items()})
             output.metadata = nbformat.NotebookNode()
             _same_each_run(output.data)
             if output.output_type == "execute_result":
@@ -140,7 +190,7 @@ def _clean_outputs(outputs, count) -> list:
         cleaned.append(output)
     for output in cleaned:
         if output.output_type == "stream":
-            output.text = "\n".join(map(_final_line, output.text.split("\n")))
+            output.text = _lasting("\n".join(map(_final_line, output.text.split("\n"))))
     return [output for output in cleaned if output.output_type != "stream" or output.text.strip()]
 
 
@@ -235,7 +285,8 @@ def _prose(cells):
     """Paragraphs of the markdown cells without fenced code: (cell number, paragraph)."""
     for number, cell in enumerate(cells):
         if cell.cell_type == "markdown":
-            for paragraph in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", cell.source, flags=re.S)):
+            text = re.sub(r"```.*?```", "", cell.source, flags=re.S)
+            for paragraph in re.split(r"\n\s*\n(?!\s*\|)", text):  # a table belongs to the sentence above it
                 yield number, paragraph
 
 
@@ -248,8 +299,9 @@ def _check_structure(nb, path) -> list[str]:
     if not re.search(rf"^# {number} · \S", text, re.M):
         found.append(f"no title '# {number} · ...'")
     setups = [i for i, cell in enumerate(cells) if "setup" in tags(cell)]
-    if len(setups) != 1 or cells[setups[0]].source != SETUP:
-        found.append(f"there must be one cell tagged 'setup', with exactly {SETUP!r}")
+    code = [i for i, cell in enumerate(cells) if cell.cell_type == "code"]
+    if len(setups) != 1 or setups != code[:1] or cells[setups[0]].source != SETUP:
+        found.append(f"the first code cell, and no other, must be tagged 'setup', with exactly {SETUP!r}")
     opening = "\n".join(cell.source for cell in cells[: setups[0] if setups else 3])
     for part in ("You will be able to", "You need", "Time"):
         if not re.search(rf"\*\*{part}", opening):
@@ -259,20 +311,65 @@ def _check_structure(nb, path) -> list[str]:
             found.append(f"cell {i}: unknown tags {sorted(unknown)}")
         if cell.cell_type == "code" and cell.source.count("\n") + 1 > MAX_LINES:
             found.append(f"cell {i}: {cell.source.count(chr(10)) + 1} lines; {MAX_LINES} fit a screen")
-    exercises = [i for i, cell in enumerate(cells) if "exercise" in tags(cell)]
+        if match := _SOURCE_PATH.search(cell.source):
+            found.append(f"cell {i}: an absolute path that begins with '{match[0]}'")
+    for part in ("Recap", "Where to go next"):
+        if not re.search(rf"^#+ .*\b{part}\b|^\*\*{part}", text, re.M):
+            found.append(f"no {part!r} heading")
+    pictures = any("image/png" in output.get("data", {}) for i in code for output in cells[i].outputs)
+    if pictures and "**What you should see" not in text:
+        found.append("there are pictures, but no '**What you should see.**'")
+    return found + _check_exercises(cells, number) + _check_recipes(cells) + _check_prose(cells, path)
+
+
+def _check_exercises(cells, number) -> list[str]:
+    exercises, found = [i for i, cell in enumerate(cells) if "exercise" in tags(cell)], []
     if not 2 <= len(exercises) <= 4:
         found.append(f"{len(exercises)} exercises; two to four are wanted")
     for i in exercises:
+        asked = _checks(cells[i].source)
+        if not asked or not all(name.startswith(f"{number}.") for name, _ in asked):
+            found.append(f"cell {i}: the exercise needs a qtutor.lesson.check(\"{number}.name\", answer)")
+        elif cells[i].execution_count and "not attempted yet" not in str(cells[i].outputs):
+            found.append(f"cell {i}: the exercise is answered already: leave 'answer = ...'")
+        before = cells[i - 1]
+        if before.cell_type != "markdown" or not re.search(r"\bmin", before.source):
+            found.append(f"cell {i}: the task, with minutes and difficulty, must stand in the cell before")
         after = cells[i + 1] if i + 1 < len(cells) else None
-        if after is None or after.cell_type != "markdown" or "<details>" not in after.source:
-            found.append(f"cell {i}: no folded solution (markdown with <details>) follows the exercise")
-    if not any("recipe" in tags(cell) for cell in cells):
-        found.append("no cell tagged 'recipe'")
-    if not re.search(r"^#+ .*\bRecap\b|^\*\*Recap", text, re.M):
-        found.append("no 'Recap' heading")
+        folded = after is not None and after.cell_type == "markdown" and "<details>" in after.source
+        if not folded or "```python" not in after.source or "</details>" not in after.source:
+            found.append(f"cell {i}: no folded solution (markdown with <details> and ```python) follows the exercise")
+    return found
+
+
+def _check_recipes(cells) -> list[str]:
+    recipes, found = [i for i, cell in enumerate(cells) if "recipe" in tags(cell)], []
+    if not 1 <= len(recipes) <= 3:
+        found.append(f"{len(recipes)} cells tagged 'recipe'; one to three are wanted")
+    for i in recipes:
+        if "qtutor" in cells[i].source:
+            found.append(f"cell {i}: a recipe stands alone, without qtutor")
+        if (lines := cells[i].source.count("\n") + 1) > MAX_RECIPE_LINES:
+            found.append(f"cell {i}: a recipe of {lines} lines; {MAX_RECIPE_LINES} at most")
+        if not re.search(r"^\W*Recipe\b", cells[i - 1].source, re.M):
+            found.append(f"cell {i}: the cell before a recipe must say what it is for: 'Recipe: ...'")
+    return found
+
+
+def measured_numbers(paragraph: str) -> list[str]:
+    """What looks measured ("12 ms", "3 x faster") in a paragraph that links no source."""
+    linked = re.search(r"\]\(https?:|https?://", paragraph)
+    return [] if linked else [match[0] for match in _MEASURED.finditer(paragraph)]
+
+
+def _check_prose(cells, path) -> list[str]:
+    found = []
     for i, paragraph in _prose(cells):
-        if (match := _MEASURED.search(paragraph)) and not re.search(r"\]\(|https?://", paragraph):
-            found.append(f"cell {i}: '{match[0]}' looks measured: print it from data, or link its source")
+        for number in measured_numbers(paragraph):
+            found.append(f"cell {i}: '{number}' looks measured: print it from data, or link its source")
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", paragraph):
+            if not re.match(r"[a-z]+:", target) and not (path.parent / target).exists():
+                found.append(f"cell {i}: a link to {target!r}, which does not exist")
     return found
 
 
