@@ -179,11 +179,8 @@ def _paired_ratio(answer):
 
 @exercise("00.bits_per_weight", solution=4.5, wrong=[4, 20, 4 + 32 / 16, 36, 4.05, "4.5"])
 def _start_bits_per_weight(answer):
-    if not isinstance(answer, (int, float)):
-        return "Give a number of bits."
-    if answer != 4.5:
-        return "32 weights take 32 x 4 bits, and 16 more bits for their scale: divide the sum by 32."
-    return None
+    assert isinstance(answer, (int, float)), "Give a number of bits."
+    assert answer == 4.5, "32 weights take 32 x 4 bits, and 16 more bits for their scale: divide the sum by 32."
 
 
 def _nats_for_bits(perplexity, bytes_per_token):
@@ -204,13 +201,10 @@ def _right_bits_per_byte(perplexity, bytes_per_token):
     wrong=[_nats_for_bits, lambda p, b: p / b, lambda p, b: _right_bits_per_byte(p, 1) * b, 1.3, lambda p: p],
 )
 def _start_bits_per_byte(answer):
-    if not callable(answer):
-        return "Give a function of perplexity and bytes_per_token."
-    if abs(answer(256.0, 1.0) - 8) > 1e-6:
-        return "A perplexity of 256 over single bytes is 8 bits per byte: which logarithm gives that?"
-    if abs(answer(256.0, 4.0) - 2) > 1e-6:
-        return "Eight bits for a token of four bytes are two bits for each byte."
-    return None
+    assert callable(answer), "Give a function of perplexity and bytes_per_token."
+    assert abs(answer(256.0, 1.0) - 8) < 1e-6, (
+        "A perplexity of 256 over single bytes is 8 bits per byte: which logarithm gives that?")
+    assert abs(answer(256.0, 4.0) - 2) < 1e-6, "Eight bits for a token of four bytes are two bits for each byte."
 
 
 # ------------------------------------------------------------- notebook 02: FP8 training
