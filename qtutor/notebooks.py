@@ -94,7 +94,7 @@ class Asked:
     cell: int
     source: str
     answer: str  # the expression that the check gets, usually "answer"
-    solution: str | None  # the first fenced Python block of the cell that follows
+    solution: str  # the fenced Python blocks of the cell that follows
 
 
 def _checks(source: str) -> list[tuple[str, str]]:
@@ -114,9 +114,8 @@ def exercises(path) -> list[Asked]:
     for number, cell in enumerate(cells):
         if "exercise" in tags(cell):
             after = cells[number + 1].source if number + 1 < len(cells) else ""
-            fence = re.search(r"```python\n(.*?)```", after, re.S) if "<details>" in after else None
-            found += [Asked(name, number, cell.source, answer, fence and fence[1])
-                      for name, answer in _checks(cell.source)]  # fmt: skip
+            solution = "\n\n".join(re.findall(r"```python\n(.*?)```", after, re.S)) if "<details>" in after else ""
+            found += [Asked(name, number, cell.source, answer, solution) for name, answer in _checks(cell.source)]
     return found
 
 

@@ -40,7 +40,7 @@ def run(source, folder):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("source", recipes())
+@pytest.mark.parametrize("source", list(recipes()))
 def test_recipe_runs_alone(source, tmp_path):
     assert "qtutor" not in source
     assert "import " in source, "a recipe shows the imports that it needs"

@@ -1,0 +1,245 @@
+"""The notebooks are in the form that the course promises; and the tool that says so finds what it should find."""
+
+from __future__ import annotations
+
+import base64
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from qtutor import QtutorError, notebooks
+
+PATHS = [notebooks.NOTEBOOKS / f"{name}.ipynb" for name in notebooks.names()]
+
+
+def test_there_are_notebooks_from_the_start_page_on():
+    assert PATHS and PATHS[0].stem == notebooks.CONTENTS
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_notebook_is_in_form(path):
+    assert notebooks.check(path) == []
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_restore_changes_nothing(path):
+    nb = nbformat.read(path, as_version=4)
+    once = notebooks.canonical(nb, path)
+    assert notebooks.dumps(once) == path.read_text("utf-8")
+    assert notebooks.dumps(notebooks.canonical(once, path)) == notebooks.dumps(once)
+
+
+# -------------------------------------------------------------------------------- the tool, on a notebook made here
+
+OPENING = "# 01 · Demo\n\n**You will be able to** see.\n\n**You need** nothing.\n\n**Time**: 1 minute."
+
+
+def exercise(name):
+    return [new_markdown_cell("### Exercise (2 minutes, easy)"),
+            new_code_cell(f'answer = ...\nqtutor.lesson.check("{name}", answer)', metadata={"tags": ["exercise"]},
+                          outputs=[new_output("stream", name="stdout", text=f"{name}: not attempted yet\n")]),
+            new_markdown_cell("<details><summary>Solution</summary>\n\n```python\nanswer = 1\n```\n</details>")]
+
+
+def good():
+    """A small notebook without fault, as an author would hand it in, except that restore has not seen it yet."""
+    cells = [new_markdown_cell(OPENING), new_code_cell(notebooks.SETUP, metadata={"tags": ["setup"]}),
+             *exercise("01.one"), *exercise("01.two"),
+             new_markdown_cell("Recipe: add two numbers."),
+             new_code_cell("import math\nmath.pi + 1", metadata={"tags": ["recipe"]}),
+             new_markdown_cell("## Recap\n\n- so\n\n## Where to go next\n\n- [there](https://example.org)")]
+    for count, cell in enumerate([cell for cell in cells if cell.cell_type == "code"], 1):
+        cell.execution_count = count
+    return new_notebook(cells=cells)
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """Save a notebook as 01_demo.ipynb, restored or as it is, and return what check says."""
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# 00 · Start")]), tmp_path / "00_start_here.ipynb")
+
+    def check(nb, restored=True):
+        path = tmp_path / "01_demo.ipynb"
+        nbformat.write(nb, path)
+        if restored:
+            notebooks.restore(path)
+        return notebooks.check(path)
+
+    return check
+
+
+def test_a_good_notebook_has_no_problems(problems):
+    assert problems(good()) == []
+    assert [line for line in problems(good(), restored=False) if "canonical" in line]
+
+
+def change(find, **changes):
+    def apply(nb):
+        cell = next(cell for cell in nb.cells if find in cell.source or find in notebooks.tags(cell))
+        cell.update(changes)
+    return apply
+
+
+def shows(**output):
+    """The recipe cell shows this output."""
+    return change("recipe", outputs=[new_output(**output)])
+
+
+def says(text):
+    return shows(output_type="stream", name="stdout", text=text)
+
+
+def prose(text):
+    return change("Recipe:", source="Recipe: add. " + text)
+
+
+def drop(find, offset=0):
+    def apply(nb):
+        del nb.cells[next(i for i, cell in enumerate(nb.cells) if find in cell.source) + offset]
+    return apply
+
+
+BIG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(300_000)).decode()
+FAULTS = {
+    "title": (change("# 01", source=OPENING.replace("# 01", "# 02")), "title"),
+    "opening": (change("# 01", source=OPENING.replace("**Time**", "Time")), "Time"),
+    "setup differs": (change("setup", source="import qtutor\nqtutor.setup('hello')"), "setup"),
+    "setup comes late": (lambda nb: nb.cells.insert(1, new_code_cell("1", execution_count=1)), "setup"),
+    "unknown tag": (change("recipe", metadata={"tags": ["recipes"]}), "recipes"),
+    "long cell": (change("setup", source="\n".join("x" * 50)), "lines"),
+    "one exercise": (drop('"01.two"'), "1 exercises"),
+    "exercise of another notebook": (lambda nb: nb.cells.extend(exercise("02.one")), "01.name"),
+    "answered exercise": (change("exercise", outputs=[]), "answered"),
+    "no minutes": (change("### Exercise", source="### Exercise"), "minutes"),
+    "no solution": (drop('"01.one"', 1), "solution"),
+    "no recipe": (change("recipe", metadata={}), "recipe"),
+    "recipe with qtutor": (change("recipe", source="import qtutor"), "qtutor"),
+    "long recipe": (change("recipe", source="\n".join("x" * 31)), "31 lines"),
+    "recipe without title": (change("Recipe:", source="Another way:"), "Recipe: ..."),
+    "no recap": (drop("## Recap"), "Recap"),
+    "pictures without words": (shows(output_type="display_data", data={"image/png": "AAAA"}), "What you should see"),
+    "large picture": (shows(output_type="display_data", data={"image/png": BIG}), "PNG"),
+    "error": (shows(output_type="error", ename="ValueError", evalue="no", traceback=[]), "ValueError"),
+    "path": (says("saved in /home/me/model.gguf\n"), "path"),
+    "path in a cell": (change("recipe", source="open('/home/me/model.gguf')"), "path"),
+    "warning": (says("x.py:3: UserWarning: deprecated\n"), "warning"),
+    "measured": (prose("It takes 12 ms."), "12 ms"),
+    "measured in a list": (prose("Speed:\n\n- 3 x faster\n"), "3 x faster"),
+    "dead link": (prose("See [that](99_nothing.ipynb)."), "99_nothing"),
+    "not executed": (change("recipe", execution_count=None), "executed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_check_finds(fault, problems):
+    nb = good()
+    apply, expected = FAULTS[fault]
+    apply(nb)
+    found = problems(nb)
+    assert any(expected in line for line in found), found
+
+
+@pytest.mark.parametrize("text", [
+    "[The paper](https://arxiv.org/abs/1) measured 12 ms.",
+    "As in <https://example.org>:\n\n| step | time |\n|---|---|\n| one | 12 ms |",
+    "```\n12 ms\n```",
+    "Numbers such as 448, 0.5 and 16 bits, E4M3 and 7 nm.",
+])  # fmt: skip
+def test_published_figures_with_their_source_are_welcome(text, problems):
+    nb = good()
+    prose(text)(nb)
+    assert problems(nb) == []
+
+
+def test_stderr_and_counts_in_a_file_that_was_not_restored(problems):
+    nb = good()
+    nb.cells[-2].outputs = [new_output("stream", name="stderr", text="hm\n")]
+    nb.cells[-2].execution_count = 17
+    found = problems(nb, restored=False)
+    assert any("stderr" in line for line in found) and any("17" in line for line in found)
+
+
+def test_restore_removes_what_differs_from_run_to_run(tmp_path):
+    nb = good()
+    nb.metadata = nbformat.from_dict({"widgets": {"state": 1}, "kernelspec": {"name": "my-env", "display_name": "x"}})
+    cell = nb.cells[-2]
+    cell.metadata["execution"] = {"iopub.status.busy": "2020-01-01"}
+    widget = "application/vnd.jupyter.widget-view+json"
+    cell.outputs = [
+        new_output("stream", name="stdout", text="one "),
+        new_output("stream", name="stderr", text=" 50%|#####     | 1/2\r100%|##########| 2/2\n"),
+        new_output("stream", name="stdout", text="two\n 50%\r100%\n"),
+        new_output("display_data", data={widget: {"model_id": "a"}, "text/plain": "VBox()"}),
+        new_output("display_data", data={"text/plain": "  0%|          | 0/10 [00:00<?, ?it/s]"}),
+        new_output("execute_result", data={"text/plain": "<Thing at 0x7f1234567890>"}, execution_count=5),
+    ]
+    path = tmp_path / "01_demo.ipynb"
+    nbformat.write(nb, path)
+    assert notebooks.restore(path) is True
+    assert notebooks.restore(path) is False
+    nb = nbformat.read(path, as_version=4)
+    assert nb.metadata == notebooks.METADATA
+    cell = next(cell for cell in nb.cells if "recipe" in notebooks.tags(cell))
+    assert cell.metadata == {"tags": ["recipe"]}
+    assert [output.get("text") or dict(output.data) for output in cell.outputs] == [
+        "one two\n100%\n", {"text/plain": "<Thing>"}]
+    assert cell.outputs[1].execution_count == cell.execution_count
+    assert len({cell.id for cell in nb.cells}) == len(nb.cells)
+
+
+def test_navigation_links_the_files_that_are_there(tmp_path):
+    for name in ("00_start_here", "01_demo", "05_more"):
+        nbformat.write(new_notebook(cells=[new_markdown_cell(f"# {name[:2]} · About {name[3:]}")]),
+                       tmp_path / f"{name}.ipynb")  # fmt: skip
+        notebooks.restore(tmp_path / f"{name}.ipynb")
+    for name in ("00_start_here", "01_demo", "05_more"):
+        notebooks.restore(tmp_path / f"{name}.ipynb")
+    start, demo, more = (nbformat.read(path, as_version=4).cells for path in sorted(tmp_path.glob("*.ipynb")))
+    assert demo[0].source == demo[-1].source
+    assert "(00_start_here.ipynb)" in demo[0].source and "(05_more.ipynb)" in demo[0].source
+    assert "About more" in demo[0].source
+    assert "(01_demo.ipynb)" in start[0].source and "Contents" not in start[0].source
+    assert "(01_demo.ipynb)" in more[0].source and "→" not in more[0].source
+
+
+def test_the_exercises_of_a_notebook(tmp_path):
+    path = tmp_path / "01_demo.ipynb"
+    nbformat.write(good(), path)
+    one, two = notebooks.exercises(path)
+    assert (one.name, one.answer, one.solution, two.name) == ("01.one", "answer", "answer = 1\n", "01.two")
+
+
+@pytest.mark.timeout(180)
+def test_execute_runs_in_a_fresh_kernel_and_keeps_the_file_when_a_cell_fails(tmp_path):
+    path = tmp_path / "01_demo.ipynb"
+    nb = new_notebook(cells=[new_markdown_cell("# 01 · Demo"), new_code_cell("import os\nprint(os.listdir())"),
+                             new_code_cell("import sys; print('noise', file=sys.stderr)\n6 * 7")])
+    nbformat.write(nb, path)
+    assert notebooks.execute(path) > 0
+    first, second = (cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    assert first.outputs[0].text == "['01_demo.ipynb']\n"
+    assert [output.get("data") for output in second.outputs] == [{"text/plain": "42"}]
+    nb.cells[2].source = "import qtutor\nraise qtutor.QtutorError('Bring more memory.')"
+    nbformat.write(nb, path)
+    before = path.read_bytes()
+    with pytest.raises(QtutorError, match="cell 2: QtutorError: Bring more memory"):
+        notebooks.execute(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("content", [None, "", "{", '{"cells": 3}'])
+def test_what_is_no_notebook_is_one_sentence(content, tmp_path):
+    path = tmp_path / "01_demo.ipynb"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(QtutorError, match="01_demo"):
+        notebooks.check(path)
+
+
+def test_the_command(capsys):
+    assert notebooks.main(["list", "0"]) == 0
+    assert capsys.readouterr().out.startswith("00_start_here")
+    with pytest.raises(QtutorError, match="no notebook '77'"):
+        notebooks.main(["check", "77"])
