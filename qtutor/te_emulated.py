@@ -217,10 +217,13 @@ def get_default_recipe() -> Recipe:
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    for kind, check in ((Float8BlockScaling, is_fp8_block_scaling_available), (MXFP8BlockScaling, is_mxfp8_available),
-                        (NVFP4BlockScaling, is_nvfp4_available)):  # fmt: skip
+    for kind, check, error in (
+        (Float8BlockScaling, is_fp8_block_scaling_available, RuntimeError),
+        (MXFP8BlockScaling, is_mxfp8_available, RuntimeError),
+        (NVFP4BlockScaling, is_nvfp4_available, AssertionError),  # the real library's kind of error, each
+    ):
         if isinstance(recipe, kind):
-            raise RuntimeError(check(return_reason=True)[1])
+            raise error(check(return_reason=True)[1])
 
 
 # -------------------------------------------------------------------------------------- numbers and tensors
@@ -383,7 +386,8 @@ class _DelayedState:
         else:
             amax = history.amax(0) if recipe.amax_compute_algo == "max" else history[0].clone()
         if len(history) > 1:
-            history.copy_(history.roll(-1, 0))
+            # A tensor whose amax is 0 leaves its history alone (seen on an H200: a zero input does not roll it).
+            history.copy_(torch.where(history[0] != 0, history.roll(-1, 0), history))
         history[0].zero_()
         fp8_max = recipe.fp8_format.value.max_fwd if self.forward else recipe.fp8_format.value.max_bwd
         compute = recipe.scaling_factor_compute_algo or _next_scale

@@ -2,11 +2,16 @@
 
     python data/reference/record_te.py OUT_DIR
 
-needs a GPU on which FP8 runs (Hopper was used) and imports nothing of this project.  It writes, for each recipe
-and dtype of the activations, ``te_linear_<recipe>_<dtype>.safetensors``: inputs, quantized bytes, scales, amax
-histories, outputs and gradients of one te.Linear over 24 steps of a small optimization, with an outlier, a zero
-tensor, an evaluation without gradients and (last, because it spoils a history) an infinity on the way.  Versions
-and the messages of the errors that the library raises are in the files' metadata.
+needs a GPU on which FP8 runs (Hopper was used) and imports nothing of this project.  It writes
+
+- ``te_linear.safetensors``: one te.Linear over 24 steps, by recipe and dtype.  ``inputs.*`` are common to all
+  (float32; cast them): input, output gradient, first weight, bias and the factor that moves the weight after each
+  step.  ``<recipe>_<dtype>.*`` are quantized bytes, scales and amax histories of every step, outputs and gradients
+  of the steps in the metadata.  On the way: an outlier, a zero tensor, an evaluation without gradients, tiny
+  numbers, and (late, because it spoils a history) an infinity;
+- ``te_autocast.safetensors``: two layers with FP32 weights under torch.autocast(bfloat16);
+- ``te_cast.safetensors``: every BF16 number through both formats;
+- ``te_errors.json``: what the library says to shapes and recipes that it cannot run.
 """
 
 import json
@@ -21,6 +26,7 @@ from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScalin
 
 TOKENS, IN, OUT, STEPS, HISTORY = 32, 64, 48, 24, 8
 OUTLIER, ZERO, EVALUATION, TINY, INFINITE = 6, 10, 13, 17, 22
+KEPT = (0, 1, OUTLIER, ZERO, EVALUATION, INFINITE)  # steps of which outputs and gradients are kept: files stay small
 RECIPES = {
     "delayed": lambda: DelayedScaling(amax_history_len=HISTORY, amax_compute_algo="max"),
     "delayed_recent": lambda: DelayedScaling(amax_history_len=HISTORY, amax_compute_algo="most_recent", margin=1),
@@ -53,6 +59,10 @@ def batch(step, dtype, generator):
     if step == INFINITE:
         x[0, 0], dy[1, 1] = float("inf"), float("-inf")
     return x.to("cuda", dtype), dy.to("cuda", dtype)
+
+
+def factor(step):
+    return 1.0 + 0.25 * ((step % 3) - 1)
 
 
 def record(make_recipe, dtype):
@@ -97,9 +107,28 @@ def record(make_recipe, dtype):
             if hasattr(state, "scale"):
                 keep(f"scale_{direction}", state.scale), keep(f"amax_history_{direction}", state.amax_history)
         with torch.no_grad():  # move the weights, so that their scales move too
-            layer.weight.mul_(1.0 + 0.25 * ((step % 3) - 1))
+            layer.weight.mul_(factor(step))
             layer.weight.grad = layer.bias.grad = None
     return {name: torch.stack(tensors).contiguous() for name, tensors in rows.items()}
+
+
+def thin(recorded):
+    """Join the recordings ("delayed_bf16": rows, ...) into one file's tensors, keeping each number once."""
+    source = next(rows for tag, rows in recorded.items() if tag.endswith("fp32"))
+    tensors = {"inputs.x": source["x"], "inputs.dy": source["dy"], "inputs.weight": source["weight"][0],
+               "inputs.bias": source["bias"][0], "inputs.factor": torch.tensor([factor(s) for s in range(STEPS)])}
+    for tag, rows in recorded.items():
+        for name in ("x", "dy"):
+            assert torch.equal(source[name].to(rows[name].dtype), rows[name])
+        for name, tensor in rows.items():
+            if name in ("x", "dy", "weight", "bias"):
+                continue
+            if name in ("y", "dx", "dw", "db"):
+                if not tag.startswith(("delayed_bf16", "delayed_fp32", "current")):
+                    continue  # products do not depend on where the scales came from
+                tensor = tensor[list(KEPT)]
+            tensors[f"{tag}.{name}"] = tensor.contiguous()
+    return tensors
 
 
 def autocast_case():
@@ -136,7 +165,7 @@ def cast_case():
     x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).cuda().reshape(256, 256)
     rows = {}
     for name in ("kFloat8E4M3", "kFloat8E5M2"):
-        for scale in (1.0, 0.3):
+        for scale in (0.3,):
             quantizer = te.Float8Quantizer(torch.tensor([scale], device="cuda"), torch.zeros(1, device="cuda"),
                                            getattr(te.DType, name))  # fmt: skip
             quantizer.set_usage(rowwise=True, columnwise=False)
@@ -207,18 +236,17 @@ def main(out):
     metadata = {
         "transformer_engine": transformer_engine.__version__, "torch": torch.__version__,
         "cuda": torch.version.cuda, "device": torch.cuda.get_device_name(), "steps": str(STEPS),
+        "kept": json.dumps(KEPT),
         "special_steps": json.dumps(dict(outlier=OUTLIER, zero=ZERO, evaluation=EVALUATION, tiny=TINY,
                                          infinite=INFINITE)),
     }  # fmt: skip
+    recorded = {}
     for name, recipe in RECIPES.items():
-        for dtype in (torch.bfloat16, torch.float32):
-            if dtype == torch.float32 and name not in ("delayed", "current"):
-                continue
-            short = "bf16" if dtype == torch.bfloat16 else "fp32"
-            path = out / f"te_linear_{name}_{short}.safetensors"
-            save_file(record(recipe, dtype), path, metadata=metadata)
-            print(path.name, path.stat().st_size, flush=True)
-    for name, case in (("autocast", autocast_case), ("cast", cast_case)):
+        recorded[f"{name}_bf16"] = record(recipe, torch.bfloat16)
+        if name in ("delayed", "current"):
+            recorded[f"{name}_fp32"] = record(recipe, torch.float32)
+    cases = {"linear": lambda: thin(recorded), "autocast": autocast_case, "cast": cast_case}
+    for name, case in cases.items():
         path = out / f"te_{name}.safetensors"
         save_file(case(), path, metadata=metadata)
         print(path.name, path.stat().st_size, flush=True)
