@@ -83,6 +83,7 @@ def title(path) -> str:
 
 
 def tags(cell) -> list:
+    """The tags of a cell, an empty list where it has none."""
     return cell.get("metadata", {}).get("tags", [])
 
 
@@ -147,14 +148,6 @@ def _final_line(line: str) -> str:
     return line.rstrip("\r").rsplit("\r", 1)[-1]
 
 
-def _same_each_run(data) -> None:
-    """Replace what differs from run to run: the address in an object's repr, the random ids of a pandas Styler."""
-    if "text/html" in data:
-        data["text/plain"] = _ADDRESS.sub("", data.get("text/plain", "")).replace(" >", ">")
-        for number, name in enumerate(sorted(set(re.findall(r'<table id="(T_[0-9a-f]{5})"', data["text/html"])))):
-            data["text/html"] = data["text/html"].replace(name, f"T_{number:05d}")
-
-
 def _lasting(value):
     """Text without what is different in every run: addresses of objects, random names of styled tables."""
     if not isinstance(value, str):
@@ -182,7 +175,6 @@ def _clean_outputs(outputs, count) -> list:
                 continue
             output.data = nbformat.from_dict({kind: _lasting(value) for kind, value in output.data.items()})
             output.metadata = nbformat.NotebookNode()
-            _same_each_run(output.data)
             if output.output_type == "execute_result":
                 output.execution_count = count
         output.pop("transient", None)
@@ -207,6 +199,8 @@ def canonical(nb, path):
     nb.cells = cells
     code = [cell for cell in cells if cell.cell_type == "code"]
     executed = all(cell.execution_count for cell in code)  # a notebook that was not run must not look as if it were
+    counts = [cell.execution_count for cell in code if cell.execution_count]
+    in_order = counts == sorted(set(counts))  # new numbers must not hide that cells were run in another order
     links, count = navigation(path), 0
     for number, cell in enumerate(cells):
         cell.id = f"cell-{number:02d}"
@@ -216,8 +210,10 @@ def canonical(nb, path):
         cell.source = cell.source.strip("\n")
         if cell.cell_type == "code":
             count += 1
-            cell.execution_count = count if executed else None
+            cell.execution_count = (count if in_order else cell.execution_count) if executed else None
             cell.source = "\n".join(line.rstrip() for line in cell.source.split("\n")).rstrip()
+            if "setup" in found and cell.source.split() == SETUP.split():
+                cell.source = SETUP
             cell.outputs = _clean_outputs(cell.outputs, cell.execution_count) if executed else []
         elif "nav" in found:
             cell.source = links
