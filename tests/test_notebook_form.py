@@ -127,6 +127,7 @@ FAULTS = {
     "measured": (prose("It takes 12 ms."), "12 ms"),
     "measured in a list": (prose("Speed:\n\n- 3 x faster\n"), "3 x faster"),
     "dead link": (prose("See [that](99_nothing.ipynb)."), "99_nothing"),
+    "executed out of order": (change("recipe", execution_count=2), "execution count"),
     "not executed": (change("recipe", execution_count=None), "executed"),
 }  # fmt: skip
 
@@ -173,6 +174,7 @@ def test_restore_removes_what_differs_from_run_to_run(tmp_path):
         new_output("display_data", data={widget: {"model_id": "a"}, "text/plain": "VBox()"}),
         new_output("display_data", data={"text/plain": "  0%|          | 0/10 [00:00<?, ?it/s]"}),
         new_output("execute_result", data={"text/plain": "<Thing at 0x7f1234567890>"}, execution_count=5),
+        new_output("display_data", data={"text/html": '<style>#T_3fa2b_row0 {}</style><table id="T_3fa2b">'}),
     ]
     path = tmp_path / "01_demo.ipynb"
     nbformat.write(nb, path)
@@ -183,7 +185,8 @@ def test_restore_removes_what_differs_from_run_to_run(tmp_path):
     cell = next(cell for cell in nb.cells if "recipe" in notebooks.tags(cell))
     assert cell.metadata == {"tags": ["recipe"]}
     assert [output.get("text") or dict(output.data) for output in cell.outputs] == [
-        "one two\n100%\n", {"text/plain": "<Thing>"}]
+        "one two\n100%\n", {"text/plain": "<Thing>"},
+        {"text/html": '<style>#T_00000_row0 {}</style><table id="T_00000">'}]
     assert cell.outputs[1].execution_count == cell.execution_count
     assert len({cell.id for cell in nb.cells}) == len(nb.cells)
 
