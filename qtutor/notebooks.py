@@ -214,8 +214,6 @@ def canonical(nb, path):
             cell.source = "\n".join(line.rstrip() for line in cell.source.split("\n")).rstrip()
             if "setup" in found and cell.source.split() == SETUP.split():
                 cell.source = SETUP  # the same everywhere, blank lines included
-            if "setup" in found and cell.source.split() == SETUP.split():
-                cell.source = SETUP
             cell.outputs = _clean_outputs(cell.outputs, cell.execution_count) if executed else []
         elif "nav" in found:
             cell.source = links
