@@ -25,7 +25,8 @@ def probes(name):
     rng = np.random.default_rng(0)
     low, high = math.log2(fmt.min_subnormal) - 3, math.log2(fmt.max)
     random = np.exp2(rng.uniform(low, high, 1_000_000)) * rng.choice([-1, 1], 1_000_000)
-    x = np.concatenate([edges, np.nextafter(edges, np.float32(-np.inf)), np.nextafter(edges, np.float32(np.inf)), random])
+    below, above = (np.nextafter(edges, np.float32(end)) for end in (-np.inf, np.inf))
+    x = np.concatenate([edges, below, above, random])
     return x.astype(np.float32).clip(-fmt.max, fmt.max)
 
 
