@@ -70,6 +70,7 @@ def test_format_explorer_moves_in_jupyterlab():
         for _ in range(5):
             page.keyboard.press("ArrowRight")
         after = changed(page, image, before)
+        screenshots.wait_for(page, lambda state: state["kernel"] == "idle", 60, "the pictures in between")
         page.screenshot(path=artifact("explorer_after.png"))
         assert explorer.locator(".widget-readout").first.inner_text() != readout
         assert after["sha256"] != before["sha256"], "the slider moved and the picture did not"
