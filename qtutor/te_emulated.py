@@ -386,8 +386,10 @@ class _DelayedState:
         else:
             amax = history.amax(0) if recipe.amax_compute_algo == "max" else history[0].clone()
         if len(history) > 1:
-            # A tensor whose amax is 0 leaves its history alone (seen on an H200: a zero input does not roll it).
-            history.copy_(torch.where(history[0] != 0, history.roll(-1, 0), history))
+            # The fused kernel leaves the history of a tensor with amax 0 alone (recorded on an H200); the path for
+            # functions of the user's, written in Python, rolls it all the same.
+            unfused = callable(recipe.amax_compute_algo) or callable(recipe.scaling_factor_compute_algo)
+            history.copy_(torch.where((history[0] != 0) | unfused, history.roll(-1, 0), history))
         history[0].zero_()
         fp8_max = recipe.fp8_format.value.max_fwd if self.forward else recipe.fp8_format.value.max_bwd
         compute = recipe.scaling_factor_compute_algo or _next_scale
@@ -426,8 +428,8 @@ class _Region:
     """What every module asks: is FP8 on, by which recipe, and is this the region's first FP8 module?
 
     ``members`` holds, for each recipe, the modules that take part in its updates: a module enters at its first
-    forward pass and stays.  An update therefore rolls the history of all of them, also of a module that this
-    step did not call (its entry is a zero).  The real library does the same.
+    forward pass and stays.  An update visits all of them, also a module that this step did not call; its amax is 0,
+    which changes nothing.  The real library does the same.
     """
 
     enabled = False

@@ -128,6 +128,9 @@ def test_callables_replace_both_algorithms():
     with te.autocast(recipe=recipe):
         layer(x)
     assert layer.fp8_meta["scaling_fwd"].scale[0] == 1.5
+    with te.autocast(recipe=recipe):
+        layer(0 * x)
+    assert not layer.fp8_meta["scaling_fwd"].amax_history[:, 0].any()  # this path rolls zeros, too
 
 
 def test_only_training_moves_scales_and_only_the_outermost_exit():
@@ -483,10 +486,10 @@ def test_two_layers_under_autocast_reproduce_the_recorded_steps():
             y = layers[0](x) if step == 3 else layers(x)
         layers.zero_grad()
         y.float().square().mean().backward()
-        # Through two layers, a last bit of BF16 can move an operand to the next FP8 number, an eighth further.
-        close(y.detach(), data["y"][step], torch.bfloat16, (step, "y"), 2.0**-5)
-        close(x.grad.bfloat16(), data["dx"][step], torch.bfloat16, (step, "dx"), 2.0**-3)
-        close(layers[0].weight.grad.bfloat16(), data["dw"][step], torch.bfloat16, (step, "dw"), 2.0**-3)
+        # A last bit of the first layer's output can tip the second onto a neighbouring FP8 number: compare as a whole.
+        for name, got in (("y", y.detach()), ("dx", x.grad), ("dw", layers[0].weight.grad)):
+            error = (got.float() - data[name][step].float()).norm() / data[name][step].float().norm()
+            assert error <= 2.0**-6, (step, name, error)
         for i, layer in enumerate(layers):
             state = layer.fp8_meta["scaling_fwd"]
             # The first layer sees the recorded input: exact.  The second sees an output, equal within BF16.

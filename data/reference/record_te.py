@@ -147,7 +147,7 @@ def autocast_case():
         x = torch.randn(TOKENS, IN, generator=generator).mul_(step + 1)
         x = x.to("cuda").requires_grad_()
         with torch.autocast("cuda", torch.bfloat16), te.autocast(enabled=True, recipe=recipe):
-            # step 3 leaves the second layer out: its history rolls all the same
+            # step 3 leaves the second layer out: its history stays as it is
             y = layers[0](x) if step == 3 else layers(x)
         layers.zero_grad()
         y.float().square().mean().backward()
