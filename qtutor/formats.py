@@ -12,11 +12,12 @@ error is.  The more values share one scale, the cheaper it is and the more an ou
 
 Sources: FP8 Formats for Deep Learning, arXiv 2209.05433 (E4M3, E5M2); OCP Microscaling Formats (MX)
 specification v1.0 (E2M3, E3M2, E2M1, E8M0, MXFP8, MXFP4); NVIDIA, "Introducing NVFP4" and the Transformer
-Engine documentation (NVFP4).  Tested bit for bit against ml_dtypes and torchao.
+Engine documentation (NVFP4); ONNX, "Float stored in 8 bits".  Tested bit for bit against ml_dtypes and torchao.
 
-Saturation.  Values beyond the grid, infinities included, become the largest grid value: that is what FP8
-training and quantization want.  (Casts elsewhere differ: ml_dtypes gives NaN for E4M3, torch gives infinity
-for E5M2.)  NaN has no place on most grids and is refused.
+Saturation.  Rounding sends values beyond the grid, infinities included, to the largest grid value: that is what
+FP8 training and quantization want, and the ONNX Cast operator's default.  (Other casts differ: ml_dtypes gives
+NaN for E4M3 and infinity for E5M2, and so does torch for E5M2.)  NaN has no place on most grids and is refused;
+where a scale is computed from the data, infinity is refused too, because no scale makes it fit.
 """
 
 from __future__ import annotations
@@ -102,14 +103,13 @@ class FloatFormat:
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Return the nearest numbers of the format, ties to even, saturating; float32, the shape of ``x``."""
-        x = x.float()
+        x = x if x.dtype == torch.float64 else x.float()  # rounding float64 to float32 first would round twice
         a = x.abs().clamp(max=self.max)
         # Between two powers of two the grid is even, with this step; below min_normal the step stays.
         exponent = torch.frexp(a).exponent - 1
-        exponent = exponent.clamp(min=1 - self.bias)
-        step = torch.ldexp(torch.ones_like(a), exponent - self.mantissa_bits)
+        step = _power_of_two(exponent.clamp(min=1 - self.bias) - self.mantissa_bits)
         # torch.round rounds halves to even, and an even multiple of step is an even mantissa.
-        return torch.copysign((torch.round(a / step) * step).clamp(max=self.max), x)
+        return torch.copysign((torch.round(a / step) * step).clamp(max=self.max), x).float()
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Return the codes of the rounded values, uint8: sign, exponent and mantissa from the high bits down."""
@@ -117,14 +117,14 @@ class FloatFormat:
         a = q.abs()
         exponent = (torch.frexp(a).exponent - 1).clamp(min=1 - self.bias)
         exponent = torch.where(a > 0, exponent, 1 - self.bias)  # frexp calls the exponent of 0.0 zero
-        mantissa = (a / torch.ldexp(torch.ones_like(a), exponent - self.mantissa_bits)).to(torch.int32)
+        mantissa = (a / _power_of_two(exponent - self.mantissa_bits)).to(torch.int32)
         # A normal number has mantissa >= 2**mantissa_bits: the leading 1 carries into the exponent field.
         code = ((exponent + self.bias - 1) << self.mantissa_bits) + mantissa
         return (code + (torch.signbit(q).to(torch.int32) << (self.bits - 1))).to(torch.uint8)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the values of uint8 codes, float32; NaN and infinity for the codes that mean them."""
-        return self._table.to(codes.device)[codes.long()]
+        return self._table.to(codes.device)[_checked_codes(codes, self.bits).long()]
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class ScaleFormat:
         Raises:
             QtutorError: a value is negative, which no scale is.
         """
-        x = _checked(x).double().clamp(max=2.0**127)
+        x = _checked(x).double().clamp(max=self.max)
         if (x < 0).any():
             raise QtutorError("E8M0 has no sign: give it scales that are not negative.")
         mantissa, exponent = torch.frexp(x)  # mantissa in [0.5, 1), so 0.75 is the middle
@@ -160,8 +160,7 @@ class ScaleFormat:
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the values of uint8 codes, float32."""
-        values = torch.exp2(codes.double() - self.bias).float()
-        return torch.where(codes == 255, torch.nan, values)
+        return torch.where(codes == 255, torch.nan, _power_of_two(codes.to(torch.int32) - self.bias))
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Return the nearest powers of two, float32."""
@@ -199,7 +198,7 @@ class IntFormat:
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the values of uint8 codes, float32."""
-        codes = codes.to(torch.int32)
+        codes = _checked_codes(codes, self.bits).to(torch.int32)
         return torch.where(codes > self.max, codes - 2**self.bits, codes).float()
 
 
@@ -213,10 +212,27 @@ INT2, INT3, INT4, INT5, INT6, INT7, INT8 = (IntFormat(f"INT{b}", b) for b in ran
 FORMATS = {f.name: f for f in (E4M3, E5M2, E2M3, E3M2, E2M1, E8M0, INT2, INT3, INT4, INT5, INT6, INT7, INT8)}
 
 
-def _checked(x: torch.Tensor) -> torch.Tensor:
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """2.0**exponent for integers from -149 to 127, float32, exact on every device (through float64)."""
+    return torch.exp2(exponent.double()).float()
+
+
+def _checked(x: torch.Tensor, to_scale: bool = False) -> torch.Tensor:
+    """Return ``x`` without its graph (rounding has no useful gradient: see fake_quant) where it can be quantized."""
+    x = torch.as_tensor(x).detach()
     if torch.isnan(x).any():
         raise QtutorError("The tensor contains NaN, which cannot be quantized: find out where it comes from first.")
+    if to_scale and torch.isinf(x).any():
+        raise QtutorError("The tensor contains infinity, and no scale makes that fit: clamp the tensor first.")
+    if to_scale and x.numel() == 0:
+        raise QtutorError(f"A tensor of shape {tuple(x.shape)} has no values to choose a scale for: give it some.")
     return x
+
+
+def _checked_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < 2**bits):
+        raise QtutorError(f"A code of {bits} bits lies between 0 and {2**bits - 1}: these codes are of another format.")
+    return codes
 
 
 def get(fmt):
@@ -255,15 +271,18 @@ def _blocks(x: torch.Tensor, granularity: str, group_size: int | None) -> torch.
     if granularity == "tensor":
         return x.reshape(1, -1)
     if granularity == "channel":
-        return x.reshape(-1, x.shape[-1])
+        return x.reshape(-1, x.shape[-1] if x.ndim else 1)
     if granularity != "group":
         raise QtutorError(f"There is no granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}.")
-    if not group_size or group_size < 1 or x.shape[-1] % group_size:
+    if not group_size or group_size < 1:
+        raise QtutorError(f"A group size of {group_size} makes no groups: give group_size=32, for example.")
+    columns = x.shape[-1] if x.ndim else 1
+    if columns % group_size:
         raise QtutorError(
-            f"A last dimension of {x.shape[-1]} cannot be cut into groups of {group_size}: "
-            "choose a group_size that divides it."
+            f"A last dimension of {columns} cannot be cut into groups of {group_size}: "
+            "choose a group size that divides it, or pad the tensor."
         )
-    return x.reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
+    return x.reshape(*x.shape[:-1], columns // group_size, group_size)
 
 
 def scale_for(x: torch.Tensor, fmt, granularity: str = "tensor", group_size: int | None = None, symmetric: bool = True):
@@ -282,17 +301,18 @@ def scale_for(x: torch.Tensor, fmt, granularity: str = "tensor", group_size: int
         Where all values are zero the scale is 1.
 
     Raises:
-        QtutorError: NaN in ``x``, a group size that does not fit, or an affine float format.
+        QtutorError: NaN or infinity in ``x``, no values in it, a group size that does not divide the last
+            dimension, or an affine float format.
     """
     fmt = get(fmt)
-    blocks = _blocks(_checked(x).float(), granularity, group_size)
+    blocks = _blocks(_checked(x, to_scale=True).float(), granularity, group_size)
     if symmetric:
         scale = blocks.abs().amax(-1, keepdim=True) / fmt.max
         return torch.where(scale > 0, scale, 1.0)
     if not isinstance(fmt, IntFormat):
         raise QtutorError(f"{fmt.name} is symmetric about zero: affine quantization (symmetric=False) is for integers.")
     low, high = blocks.amin(-1, keepdim=True).clamp(max=0), blocks.amax(-1, keepdim=True).clamp(min=0)
-    scale = (high - low) / (fmt.max - fmt.min)
+    scale = high / (fmt.max - fmt.min) - low / (fmt.max - fmt.min)  # high - low could overflow
     scale = torch.where(scale > 0, scale, 1.0)
     return scale, (fmt.min - torch.round(low / scale)).clamp(fmt.min, fmt.max)
 
@@ -353,9 +373,9 @@ def quantize(x: torch.Tensor, fmt, granularity: str = "tensor", group_size: int 
         :class:`Quantized`; ``.dequantize()`` has the shape of ``x``, float32.
 
     Raises:
-        QtutorError: as :func:`scale_for`.
+        QtutorError: as :func:`scale_for`, or a scale that is not positive or does not broadcast.
     """
-    fmt = get(fmt)
+    fmt, x = get(fmt), _checked(x)
     zero_point = None
     if scale is None:
         scale = scale_for(x, fmt, granularity, group_size, symmetric)
@@ -364,7 +384,16 @@ def quantize(x: torch.Tensor, fmt, granularity: str = "tensor", group_size: int 
     else:
         scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
         scale = scale.reshape(1, 1) if scale.ndim == 0 else scale
-    blocks = _blocks(_checked(x).float(), granularity, group_size)
+        if not (scale > 0).all():
+            raise QtutorError("A scale must be positive: look for zeros, negative numbers and NaN in yours.")
+    blocks = _blocks(x.float(), granularity, group_size)
+    try:
+        scale.broadcast_to((*blocks.shape[:-1], 1))
+    except RuntimeError:
+        raise QtutorError(
+            f"A scale of shape {tuple(scale.shape)} does not fit blocks of shape {tuple(blocks.shape)}: "
+            f"give one number, or shape {(*blocks.shape[:-1], 1)}."
+        ) from None
     # For an integer grid the zero point shifts after rounding, so that 0.0 stays exactly representable.
     scaled = blocks / scale if zero_point is None else torch.round(blocks / scale) + zero_point
     return Quantized(fmt.encode(scaled), scale, zero_point, fmt, x.shape, group_size)
@@ -377,25 +406,38 @@ def quantize_dequantize(x: torch.Tensor, fmt, granularity: str = "tensor", group
 
 
 def _microscaled(x: torch.Tensor, fmt: FloatFormat, block: int) -> Quantized:
-    blocks = _blocks(_checked(x).float(), "group", block)
-    amax = blocks.abs().amax(-1, keepdim=True).clamp(max=torch.finfo(torch.float32).max)
+    x = _checked(x, to_scale=True)
+    blocks = _blocks(x.float(), "group", block)
+    amax = blocks.abs().amax(-1, keepdim=True)
     exponent = torch.frexp(amax).exponent - 1 - fmt.max_exponent  # floor(log2(amax)) - emax
-    exponent = torch.where(amax > 0, exponent, -127).clamp(-127, 127)
-    scale = torch.exp2(exponent.double()).float()
+    scale = _power_of_two(torch.where(amax > 0, exponent, -127).clamp(-127, 127))  # what E8M0 can hold
     return Quantized(fmt.encode(blocks / scale), scale, None, fmt, x.shape, block, scale_bits=8)
 
 
-def mxfp8(x: torch.Tensor, fmt: FloatFormat = E4M3) -> Quantized:
-    """Quantize to MXFP8: blocks of 32 FP8 values share a power of two (OCP MX v1.0, sections 5 and 6.3).
+def mxfp8(x: torch.Tensor, fmt=E4M3) -> Quantized:
+    """Quantize to MXFP8: blocks of 32 FP8 values share a power of two, 8.25 bits per value (OCP MX v1.0).
 
-    The shared scale is ``2**(floor(log2(amax)) - emax)``.  It is rounded down, so the largest value of a block
-    can exceed the format and saturate.  Last dimension: a multiple of 32.
+    The shared scale is ``2**(floor(log2(amax)) - emax)`` (section 6.3 of the specification; emax: the exponent of
+    the format's largest number).  It is rounded down, so the largest values of a block can exceed the format and
+    saturate.
+
+    Args:
+        x: tensor (..., columns), columns a multiple of 32.  fmt: E4M3 or E5M2; E2M3 and E3M2 give MXFP6.
+
+    Returns:
+        :class:`Quantized` with float32 scales of shape (..., columns / 32, 1).
+
+    Raises:
+        QtutorError: NaN or infinity in ``x``, or a last dimension that is no multiple of 32.
     """
-    return _microscaled(x, fmt, 32)
+    return _microscaled(x, get(fmt), 32)
 
 
 def mxfp4(x: torch.Tensor) -> Quantized:
-    """Quantize to MXFP4: blocks of 32 E2M1 values share a power of two, 4.25 bits per value (OCP MX v1.0)."""
+    """Quantize to MXFP4: blocks of 32 E2M1 values share a power of two, 4.25 bits per value (OCP MX v1.0).
+
+    Shapes, rule for the scale and errors: as :func:`mxfp8`.
+    """
     return _microscaled(x, E2M1, 32)
 
 
@@ -403,13 +445,24 @@ def nvfp4(x: torch.Tensor) -> Quantized:
     """Quantize to NVFP4: blocks of 16 E2M1 values share an E4M3 scale, all blocks one FP32 scale.
 
     The FP32 scale is ``amax / (448 * 6)``, so that the block scales fill E4M3's range.  A finer, non-power-of-two
-    scale for half as many values is what it has over MXFP4, for 4.5 bits instead of 4.25.  Last dimension: a
-    multiple of 16.  Reference: torchao.prototype.mx_formats.nvfp4_tensor.
+    scale for half as many values is what it has over MXFP4, for 4.5 bits instead of 4.25.
+
+    Args:
+        x: tensor (..., columns), columns a multiple of 16.
+
+    Returns:
+        :class:`Quantized` with float32 ``scale`` (E4M3 numbers) of shape (..., columns / 16, 1) and ``global_scale``.
+
+    Raises:
+        QtutorError: NaN or infinity in ``x``, or a last dimension that is no multiple of 16.
+
+    Sources: NVIDIA, "Introducing NVFP4"; torchao.prototype.mx_formats.nvfp4_tensor.
     """
-    blocks = _blocks(_checked(x).float(), "group", 16)
+    x = _checked(x, to_scale=True)
+    blocks = _blocks(x.float(), "group", 16)
     amax = blocks.abs().amax(-1, keepdim=True)
     whole = amax.max() / (E4M3.max * E2M1.max)
-    whole = torch.where(whole > 0, whole, 1.0)
+    whole = torch.where(whole > 0, whole, 1.0).clamp(min=2.0**-120)  # smaller, and its reciprocal overflows below
     # Tiny blocks take E4M3's smallest normal number: a scale that is zero would make them NaN.
     scale = E4M3.round((amax / E2M1.max / whole).clamp(min=E4M3.min_normal))
     codes = E2M1.encode(blocks * ((1.0 / whole) / scale))  # reciprocal first, as the GPU kernels do

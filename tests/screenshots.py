@@ -242,25 +242,25 @@ def main(argv: list[str] | None = None) -> int:
     width, height = map(int, args.size.split("x"))
     failed = 0
     settings = {"notebook-extension/tracker": {"windowingMode": "none"}}
-    with Lab(args.notebooks, clear=not args.as_committed, settings=settings) as lab:
-        for path in args.notebooks:
-            with browser_page(width, height) as page:
-                problems = []
-                page.on("pageerror", lambda error, seen=problems: seen.append(f"script error: {error}"))
-                try:
-                    open_notebook(page, lab, path.name)
-                    if not args.with_sidebar:
-                        hide_sidebar(page)
-                    if not args.as_committed:
-                        problems += run_all(page, args.timeout)["errors"]
-                except Exception as error:  # show what there is to see, then go on with the next one
-                    problems.append(str(error).splitlines()[0])
-                paths = screenfuls(page, args.out, path.stem)
-                problems += [f"refused a request to {url}" for url in page.refused[:5]]
-            print(f"{path.name}: {len(paths)} screenfuls, {paths[0]} to {paths[-1].name}")
-            for problem in problems:
-                print(f"  {problem}")
-            failed += bool(problems)
+    for path in args.notebooks:
+        problems = []
+        with (Lab([path], clear=not args.as_committed, settings=settings) as lab,
+              browser_page(width, height) as page):
+            page.on("pageerror", lambda error, seen=problems: seen.append(f"script error: {error}"))
+            try:
+                open_notebook(page, lab, path.name)
+                if not args.with_sidebar:
+                    hide_sidebar(page)
+                if not args.as_committed:
+                    problems += run_all(page, args.timeout)["errors"]
+            except Exception as error:  # show what there is to see, then go on with the next one
+                problems.append(str(error).splitlines()[0])
+            paths = screenfuls(page, args.out, path.stem)
+            problems += [f"refused a request to {url}" for url in page.refused[:5]]
+        print(f"{path.name}: {len(paths)} screenfuls, {paths[0]} to {paths[-1].name}", flush=True)
+        for problem in problems:
+            print(f"  {problem}")
+        failed += bool(problems)
     return 1 if failed else 0
 
 
