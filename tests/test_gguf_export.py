@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -11,7 +12,7 @@ import pytest
 import tiny_llama
 import torch
 
-from qtutor import QtutorError, gguf_export, llamacpp
+from qtutor import QtutorError, corpus, course_model, gguf_export, llamacpp
 
 COURSE = Path(__file__).parent.parent / "data" / "model"
 needs_llamacpp = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
@@ -70,6 +71,31 @@ def random_texts(n=300, seed=0):
 
 
 # ------------------------------------------------------------------------------------------ agreement
+
+
+def angles_by_repeated_multiplication(rotary, hidden, position_ids):
+    """cos and sin of the rotary angles as ggml_rope_cache_init computes them: each float32 angle from the last."""
+    half = len(rotary.inv_freq)
+    step = np.float32(10_000.0) ** np.float32(-1 / half)
+    angle, angles = position_ids[0].numpy().astype(np.float32), []
+    for _ in range(half):
+        angles.append(angle)
+        angle = angle * step
+    both = torch.from_numpy(np.tile(np.stack(angles, -1), 2))[None]
+    return both.cos(), both.sin()
+
+
+@needs_course
+@needs_llamacpp
+def test_what_differs_on_real_text_is_the_rotary_angle(monkeypatch, tmp_path):
+    """512 tokens of the course model: only rounding is left once PyTorch turns the angles as llama.cpp does."""
+    model = hf(COURSE)
+    path = gguf_export.export(model, tmp_path / "model.gguf", dtype="f32", tokenizer=course_model.load_tokenizer())
+    ids = corpus.tokens("eval", course_model.load_tokenizer())[1536:2048]
+    rotary = model.model.rotary_emb
+    monkeypatch.setattr(rotary, "forward", partial(angles_by_repeated_multiplication, rotary))
+    with llamacpp.Model(path, ctx=512, exact=True) as llama:
+        assert np.abs(llama.logits(ids) - hf_logits(model, ids.astype(np.int64))).max() < 5e-5
 
 
 @needs_llamacpp
