@@ -769,10 +769,12 @@ def _kv_bytes(meta: dict, width: int) -> int:
 class Model:
     """A GGUF model in memory, with a context of ``ctx`` tokens.  Use it in a ``with`` block.
 
-    ``exact=True`` keeps keys and values in F32 and computes attention without the fused kernel: logits of an
-    F32 file then agree with PyTorch's to 1e-4.  ``exact=False`` is how people run llama.cpp (F16 cache, flash
+    ``exact=True`` computes on the CPU, with keys and values in F32 and attention without the fused kernel: logits
+    of an F32 file then agree with PyTorch's to 1e-4 (for some hundreds of tokens: the rotary angles drift apart
+    by rounding as positions grow).  ``exact=False`` is how people run llama.cpp (F16 cache, flash
     attention): two to three times faster and a little different.  ``threads`` defaults to the physical cores.
-    ``gpu_layers`` is the number of layers to put on a GPU, by default all where the build has one.
+    ``gpu_layers`` is the number of layers to put on a GPU, by default all where the build has one, and none
+    where the computation is to be exact.
 
     Raises QtutorError for a file that :func:`check_gguf` refuses, weights that are not finite, a context that
     does not fit in memory, and every use after :meth:`close`.
@@ -789,8 +791,9 @@ class Model:
         _probe(self.gguf)
         params = lib.llama_model_default_params()
         params.check_tensors = True  # NaN or infinity in a scale: an error, not a wrong answer
-        if gpu_layers is not None:
-            params.n_gpu_layers = gpu_layers
+        if exact or gpu_layers is not None:
+            # A GPU computes F32 products in TF32, with 10 bits of mantissa: not exact.
+            params.n_gpu_layers = gpu_layers or 0
         _log.clear()
         self._model = lib.llama_model_load_from_file(os.fsencode(self.gguf.path), params)
         if not self._model:
@@ -826,6 +829,7 @@ class Model:
         self.threads_generate = params.n_threads = threads or (1 if small else n_threads())
         params.no_perf = True
         if exact:
+            params.op_offload = False  # else a GPU build sends large products there all the same
             params.type_k = params.type_v = lib.GGML_TYPE_F32
             params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         return params
