@@ -231,12 +231,15 @@ def ggufs(tiny, tmp_path_factory):
     return folder, base, llamacpp.quantize(base, folder / "q2.gguf", "Q2_K")
 
 
-def _run(program, *arguments):
-    done = subprocess.run(
-        [program, *map(str, arguments)], capture_output=True, text=True, timeout=100, env={**os.environ, "LC_ALL": "C"}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout + done.stderr
+def _run(last, program, *arguments):
+    """What the program prints, up to ``last``: at its end it may outrun its own log thread and lose the last lines."""
+    for _ in range(10):
+        done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=100,
+                              env={**os.environ, "LC_ALL": "C"})  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        if last in done.stdout + done.stderr:
+            return done.stdout + done.stderr
+    raise AssertionError(f"no {last!r} in what {program} printed, ten times:\n{(done.stdout + done.stderr)[-4000:]}")
 
 
 @pytest.mark.skipif(not llamacpp.available()[0], reason="llama-cpp-python does not load")
@@ -252,11 +255,14 @@ def test_same_numbers_as_llama_perplexity(ggufs):
     text.write_text(corpus.eval_text()[:8000], encoding="utf-8")
     ctx, logits = 128, folder / "logits.kld"
     common = ("-f", text, "-c", ctx, "-b", ctx, "-t", 2, "-ngl", 0, "-ctk", "f32", "-ctv", "f32", "-fa", "off")
-    said = _run(program, "-m", base, *common, "--kl-divergence-base", logits)
+    said = _run("PPL = ", program, "-m", base, *common, "--kl-divergence-base", logits)
     ppl, se = map(float, re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", said).groups())
-    said = _run(program, "-m", quantized, *common, "--kl-divergence-base", logits, "--kl-divergence")
-    printed = dict(re.findall(r"^(\S.*?)\s*: +(-?[\d.]+(?:e[-+]\d+)?%?(?: +± +[\d.]+)?)", said, re.M))
-    printed = {key: [float(x) for x in value.replace("%", "").split("±")] for key, value in printed.items()}
+    said = _run("\nSame top p", program, "-m", quantized, *common, "--kl-divergence-base", logits, "--kl-divergence")
+
+    def printed(key):
+        found = re.search("^" + re.escape(key) + r"\s*: +(-?[\d.]+(?:e[-+]\d+)?%?(?: +± +[\d.]+)?)", said, re.M)
+        assert found, f"no {key!r} in what llama-perplexity printed:\n{said[-4000:]}"
+        return [float(x) for x in found[1].replace("%", "").split("±")]
 
     with llamacpp.Model(base, ctx=ctx) as one, llamacpp.Model(quantized, ctx=ctx) as two:
         tokens, bos = one.tokenize(text.read_text(encoding="utf-8")), evaluate.bos_of(one)
@@ -271,8 +277,8 @@ def test_same_numbers_as_llama_perplexity(ggufs):
         ("Same top p", 100 * c.same_top, 100 * c.same_top_se, 3),
     ):
         printed_digits = 0.6 * 10**-digits
-        assert value == pytest.approx(printed[key][0], rel=2e-3, abs=printed_digits), key
-        assert error == pytest.approx(printed[key][1], rel=5e-3, abs=printed_digits), key
-    assert c.kld_p999 == pytest.approx(printed["99.9%   KLD"][0], rel=2e-3)
-    assert c.kld_median == pytest.approx(printed["Median  KLD"][0], rel=2e-3)
-    assert 100 * c.ppl_correlation == pytest.approx(printed["Cor(ln(PPL(Q)), ln(PPL(base)))"][0], abs=0.02)
+        assert value == pytest.approx(printed(key)[0], rel=2e-3, abs=printed_digits), key
+        assert error == pytest.approx(printed(key)[1], rel=5e-3, abs=printed_digits), key
+    assert c.kld_p999 == pytest.approx(printed("99.9%   KLD")[0], rel=2e-3)
+    assert c.kld_median == pytest.approx(printed("Median  KLD")[0], rel=2e-3)
+    assert 100 * c.ppl_correlation == pytest.approx(printed("Cor(ln(PPL(Q)), ln(PPL(base)))")[0], abs=0.02)
