@@ -321,7 +321,7 @@ def layer_case():
     dy = torch.randn(batch_size, sequence, hidden, generator=generator).to("cuda", torch.bfloat16)
     rows |= {"x": x.detach().cpu(), "dy": dy.cpu()}
     for tag, recipe in (("bf16", None), ("delayed", RECIPES["delayed"]()), ("current", RECIPES["current"]())):
-        for step in range(3 if tag == "delayed" else 1):  # the first delayed steps have scales of 1
+        for _step in range(3 if tag == "delayed" else 1):  # the first delayed steps have scales of 1
             for t in (x, *layer.parameters()):
                 t.grad = None
             with te.autocast(enabled=recipe is not None, recipe=recipe):
