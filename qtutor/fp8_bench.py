@@ -1,0 +1,727 @@
+"""What FP8 training buys on this GPU: the measurements behind notebooks 02 and 04.
+
+Every figure comes from whole forward and backward passes of decoder layers with the shapes of published models, on
+random data (zeros switch no transistors: a GPU draws less power on them and clocks higher), warmed up, timed with
+CUDA events, as medians; energy is read from the GPU's own counter around the timed passes.
+
+A *rung* is one way to run the same layers.  Rungs are ordered so that each changes one thing:
+
+    for rung in RUNGS:
+        print(measure_rung(SHAPES["Llama-2-7B"], rung))
+
+:func:`record` measures everything and writes ``data/results/<machine>/fp8_*.json``; it needs a GPU that runs FP8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import math
+import time
+from dataclasses import dataclass
+
+from . import QtutorError, measure
+
+LAYERS = 2  # more than one, so that a layer's end overlaps with the next one's beginning as in a model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama decoder layer, and of the batch it is measured with."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    batch: int
+    sequence: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.sequence
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def weights(self) -> int:
+        """Weights of the matrices of one layer: q, k, v, o and the three of the MLP."""
+        kv = self.kv_heads * self.head_dim
+        return self.hidden * (2 * self.hidden + 2 * kv + 3 * self.intermediate)
+
+    def flop(self, layers: int = LAYERS) -> float:
+        """Floating-point operations of a forward and a backward pass.
+
+        A weight takes part in one multiply-add for each token in the forward pass and in two in the backward pass:
+        6 operations.  Causal attention computes half of the (sequence x sequence) scores, and as much again for
+        the values: 2 * tokens * sequence * hidden, and twice that backward.
+        """
+        return layers * (6 * self.tokens * self.weights + 6 * self.tokens * self.sequence * self.hidden)
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("Llama-2-7B", 4096, 11008, 32, 32, 4, 2048),
+        Shape("Llama-3-8B", 4096, 14336, 32, 8, 4, 2048),
+        Shape("Llama-2-70B", 8192, 28672, 64, 8, 2, 4096),
+    )
+}
+
+
+def _require_fp8():
+    """Return transformer_engine.pytorch, the real one."""
+    from . import te as switch
+
+    status = switch.activate()
+    if not status.real:
+        raise QtutorError(f"These measurements need a GPU with FP8 units, and {status.reason}: look at the recorded "
+                          "results instead (qtutor.results.load).")  # fmt: skip
+    import transformer_engine.pytorch as te
+
+    return te
+
+
+def _free() -> None:
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+# ----------------------------------------------------------------------------------------------------- builders
+def huggingface_layers(shape: Shape, layers: int = LAYERS):
+    """Decoder layers of transformers' Llama in BF16 and their call ``f(x)``; x: (batch, sequence, hidden)."""
+    import torch
+    from torch import nn
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    config = LlamaConfig(hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+                         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+                         max_position_embeddings=shape.sequence, attn_implementation="sdpa")  # fmt: skip
+    with torch.device("cuda"):
+        stack = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(layers)).to(torch.bfloat16)
+        rotary = LlamaRotaryEmbedding(config)
+        positions = torch.arange(shape.sequence)[None]
+    cos_sin = rotary(torch.empty(1, dtype=torch.bfloat16, device="cuda"), positions)
+
+    def forward(x):
+        for layer in stack:
+            x = layer(x, position_embeddings=cos_sin, attention_mask=None)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+    return stack, forward
+
+
+def te_layers(shape: Shape, layers: int = LAYERS, recipe=None, fp8_weights: bool = False):
+    """The same layers as te.TransformerLayer, in BF16 or (with a recipe) FP8."""
+    import torch
+    import transformer_engine.pytorch as te
+
+    class Stack(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(
+                te.TransformerLayer(
+                    shape.hidden, shape.intermediate, shape.heads, num_gqa_groups=shape.kv_heads, bias=False,
+                    normalization="RMSNorm", activation="swiglu", attn_input_format="bshd",
+                    self_attn_mask_type="causal", hidden_dropout=0.0, attention_dropout=0.0, fuse_qkv_params=True,
+                    params_dtype=torch.bfloat16, device="cuda")
+                for _ in range(layers))  # fmt: skip
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x, rotary_pos_emb=rope)
+            return x
+
+    rope = te.RotaryPositionEmbedding(shape.head_dim)(max_seq_len=shape.sequence).to("cuda")
+    with te.quantized_model_init(enabled=True, recipe=recipe) if fp8_weights else contextlib.nullcontext():
+        stack = Stack()
+
+    def forward(x):
+        with te.autocast(enabled=recipe is not None, recipe=recipe):
+            return stack(x)
+
+    return stack, forward
+
+
+def _graphed(shape: Shape, stack, forward, recipe):
+    """The same call replayed from a CUDA graph: all kernels of a pass are launched at once."""
+    import torch
+    import transformer_engine.pytorch as te
+
+    sample = torch.randn(shape.batch, shape.sequence, shape.hidden, device="cuda", dtype=torch.bfloat16,
+                         requires_grad=True)  # fmt: skip
+    options = dict(enabled=True, recipe=recipe) if recipe is not None else dict(enabled=False)
+    graphed = te.make_graphed_callables(stack, (sample,), **options)
+
+    def call(x):
+        with te.autocast(enabled=recipe is not None, recipe=recipe):
+            return graphed(x)
+
+    return stack, call
+
+
+def _recipe(name: str):
+    from transformer_engine.common.recipe import DelayedScaling, Float8BlockScaling, Float8CurrentScaling
+
+    return {"delayed": DelayedScaling, "current": Float8CurrentScaling, "block": Float8BlockScaling}[name]()
+
+
+# rung -> (library, recipe, FP8 weights, CUDA graph)
+RUNGS = {
+    "Hugging Face BF16": ("hf", None, False, False),
+    "TE BF16": ("te", None, False, False),
+    "TE FP8 block": ("te", "block", False, False),
+    "TE FP8 current": ("te", "current", False, False),
+    "TE FP8 delayed": ("te", "delayed", False, False),
+    "TE FP8 delayed + FP8 weights": ("te", "delayed", True, False),
+    "TE FP8 delayed + FP8 weights + CUDA graph": ("te", "delayed", True, True),
+    "TE BF16 + CUDA graph": ("te", None, False, True),
+}
+
+
+def build(shape: Shape, rung: str):
+    """Build the layers of a rung; return (module, ``step()``), where a step is one forward and backward pass."""
+    import torch
+
+    library, recipe, fp8_weights, graph = RUNGS[rung]
+    recipe = _recipe(recipe) if recipe else None
+    torch.manual_seed(0)
+    if library == "hf":
+        stack, forward = huggingface_layers(shape)
+    else:
+        stack, forward = te_layers(shape, recipe=recipe, fp8_weights=fp8_weights)
+    if graph:
+        stack, forward = _graphed(shape, stack, forward, recipe)
+    size = (shape.batch, shape.sequence, shape.hidden)
+    x = torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(size, device="cuda", dtype=torch.bfloat16) * 1e-3
+    parameters = list(stack.parameters())
+
+    def step():
+        x.grad = None
+        for p in parameters:
+            p.grad = None
+        forward(x).backward(dy)
+
+    return stack, step
+
+
+# -------------------------------------------------------------------------------------------------- instruments
+class _Counter:
+    """The GPU's energy counter and clock, through NVML; zeros where the driver does not offer them."""
+
+    def __init__(self):
+        import pynvml
+        import torch
+
+        pynvml.nvmlInit()
+        self.nvml = pynvml
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        self.handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+
+    def joules(self) -> float:
+        try:
+            return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1000
+        except self.nvml.NVMLError:
+            return math.nan
+
+    def mhz(self) -> int:
+        return self.nvml.nvmlDeviceGetClockInfo(self.handle, self.nvml.NVML_CLOCK_SM)
+
+
+def timed(step, seconds: float = 1.5, warmup: int = 5) -> dict:
+    """Time ``step()`` for about ``seconds``: ms_per_step with percentiles, joules_per_step, watts and clock.
+
+    The steps run back to back, so that the power limit acts as it does in training.
+    """
+    import torch
+
+    for _ in range(warmup):
+        step()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    one = (time.perf_counter() - began) / 3
+    repeats = max(5, min(2000, round(seconds / one)))
+    counter = _Counter()
+    joules, began = counter.joules(), time.perf_counter()
+    timing = measure.time_ms(step, warmup=0, repeats=repeats, device="cuda")
+    mhz, seconds, joules = counter.mhz(), time.perf_counter() - began, counter.joules() - joules
+    row = {"ms_per_step": round(timing.median_ms, 4), "ms_p10": round(timing.p10, 4), "ms_p90": round(timing.p90, 4),
+           "n": timing.n, "mhz": mhz}  # fmt: skip
+    if seconds > 0.3 and math.isfinite(joules):  # the counter ticks about every 0.1 s
+        row |= {"joules_per_step": round(joules / repeats, 4), "watts": round(joules / seconds, 1)}
+    return row
+
+
+def peaks(size: int = 8192) -> dict:
+    """Measured peak of the matrix units, in TFLOP/s, on random data: {"BF16": ..., "FP8": ...}."""
+    rows = {row["what"]: row["tflop_per_s"] for row in gemm(((size, size, size),), quantization=False)}
+    return {"BF16": rows["BF16 product"], "FP8": rows["FP8 product"]}
+
+
+def measure_rung(shape: Shape, rung: str, peak: dict | None = None, seconds: float = 1.5) -> dict:
+    """Build a rung, time it, and return its row of ``fp8_layers``.  ``peak``: what :func:`peaks` returned."""
+    import torch
+
+    _require_fp8()
+    _free()
+    before = torch.cuda.memory_allocated()
+    stack, step = build(shape, rung)
+    weights = (torch.cuda.memory_allocated() - before) / measure.GIB
+    with measure.track_memory("cuda") as memory:
+        for _ in range(3):
+            step()
+    row = {"shape": shape.name, "hidden": shape.hidden, "intermediate": shape.intermediate, "heads": shape.heads,
+           "kv_heads": shape.kv_heads, "layers": LAYERS, "batch": shape.batch, "sequence": shape.sequence,
+           "tokens": shape.tokens, "rung": rung, **timed(step, seconds)}  # fmt: skip
+    row["tflop_per_s"] = round(shape.flop() / row["ms_per_step"] / 1e9, 1)
+    if peak:
+        row["peak_tflop_per_s"] = peak["FP8" if "FP8" in rung else "BF16"]
+        row["share_of_peak"] = round(row["tflop_per_s"] / row["peak_tflop_per_s"], 4)
+    row |= {"peak_gib": round(memory.peak - before / measure.GIB, 3)}
+    if not RUNGS[rung][3]:  # a graph's own memory is allocated with the weights
+        row |= {"weights_gib": round(weights, 3)}
+    del stack, step
+    _free()
+    return row
+
+
+def ladder(shapes=tuple(SHAPES), rungs=tuple(RUNGS), seconds: float = 1.5, progress: bool = True) -> list[dict]:
+    """Rows of ``fp8_layers``: every rung for every shape (names)."""
+    from tqdm.auto import tqdm
+
+    peak, rows = peaks(), []
+    pairs = list(itertools.product(shapes, rungs))
+    for name, rung in tqdm(pairs, disable=not progress, desc="ladder", leave=False):
+        rows.append(measure_rung(SHAPES[name], rung, peak, seconds))
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------- one product
+def gemm(sizes=((8192, 4096, 4096), (8192, 11008, 4096), (8192, 28672, 8192)), quantization: bool = True) -> list[dict]:
+    """Rows of ``fp8_gemm``: one (m, k) x (k, n) product in BF16 and FP8, and the passes that quantization adds.
+
+    The FP8 product is timed alone, on operands that are FP8 already, with the fast accumulation of the forward
+    pass and the exact one of the backward pass.  Sizes are (m, n, k): tokens, outputs, inputs.
+    """
+    import torch
+
+    te = _require_fp8()
+    rows = []
+    for m, n, k in sizes:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        w = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+        one = torch.ones((), device="cuda")
+        x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+
+        def product(fast, x8=x8, w8=w8, one=one):
+            return torch._scaled_mm(x8, w8.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+        zeros = torch.zeros_like(x)
+        work = {
+            "BF16 product": lambda x=x, w=w: x @ w.t(),
+            "BF16 product of zeros": lambda x=zeros, w=w: x @ w.t(),
+            "FP8 product": lambda f=product: f(True),
+            "FP8 product, split accumulation": lambda f=product: f(False),
+        }
+        if quantization:
+            scale, amax = torch.ones(1, device="cuda"), torch.zeros(1, device="cuda")
+            kinds = {"delayed": te.Float8Quantizer(scale, amax, te.DType.kFloat8E4M3),
+                     "current": te.Float8CurrentScalingQuantizer(te.DType.kFloat8E4M3,
+                                                                 device=torch.device("cuda"))}  # fmt: skip
+            for name, quantizer in kinds.items():
+                quantizer.set_usage(rowwise=True, columnwise=True)  # the transpose is for the backward pass
+                work[f"quantize input, {name}"] = lambda q=quantizer, x=x: q(x)
+        for what, f in work.items():
+            row = timed(f, 0.8, warmup=10)
+            if "product" in what:
+                row["tflop_per_s"] = round(2 * m * n * k / row["ms_per_step"] / 1e9, 1)
+            else:
+                row["gb_per_s"] = round((2 + 1 + 1) * m * k / row["ms_per_step"] / 1e6, 1)  # BF16 in, FP8 out, twice
+            row["ms"] = row.pop("ms_per_step")
+            rows.append({"m": m, "n": n, "k": k, "what": what, **row})
+        del x, w, x8, w8, zeros, work
+        _free()
+    return rows
+
+
+# ------------------------------------------------------------------------------------------- where the time goes
+KINDS = (  # first match wins; names of kernels, lower case
+    ("attention", ("fmha", "flash", "sdpa", "attention", "softmax")),
+    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
+    ("quantization", ("cast", "quantize", "transpose", "amax", "compute_scale", "scaling")),
+    ("norms and activations",
+     ("norm", "silu", "swiglu", "gated", "rope", "elementwise", "reduce", "cat", "add", "mul")),
+)
+
+
+def _kind(kernel: str) -> str:
+    name = kernel.lower()
+    return next((kind for kind, words in KINDS if any(word in name for word in words)), "other")
+
+
+def profile(shape: Shape, rung: str, steps: int = 3, names: bool = False) -> list[dict]:
+    """Rows of ``fp8_profile``: milliseconds a step by kind of kernel; "idle" is the rest of the step's time.
+
+    With ``names``, one row a kernel instead, slowest first, with its kind.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    _require_fp8()
+    _free()
+    stack, step = build(shape, rung)
+    step_ms = timed(step, 0.5)["ms_per_step"]
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    kernels = {}
+    for event in recorded.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            spent = kernels.setdefault(event.name, [0.0, 0])
+            spent[0] += event.time_range.elapsed_us() / 1000 / steps
+            spent[1] += 1
+    del stack, step
+    _free()
+    if names:
+        return [{"kernel": name, "kind": _kind(name), "ms": round(ms, 4), "calls": calls // steps}
+                for name, (ms, calls) in sorted(kernels.items(), key=lambda item: -item[1][0])]  # fmt: skip
+    total = {}
+    for name, (ms, _) in kernels.items():
+        total[_kind(name)] = total.get(_kind(name), 0.0) + ms
+    total["idle"] = max(0.0, step_ms - sum(total.values()))
+    return [{"shape": shape.name, "rung": rung, "kind": kind, "ms": round(ms, 4)} for kind, ms in total.items()]
+
+
+# --------------------------------------------------------------------------------------------------- break-even
+def breakeven(hiddens=(512, 1024, 2048, 4096, 8192), tokens=(256, 512, 1024, 2048, 4096, 8192, 16384),
+              progress: bool = True) -> list[dict]:  # fmt: skip
+    """Rows of ``fp8_breakeven``: one decoder layer, BF16 against FP8 (delayed), eager and from a CUDA graph.
+
+    Heads of 128, an MLP of about 2.7 times the hidden size, sequences of at most 1024 tokens.
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    _require_fp8()
+    rows = []
+    for hidden, count in tqdm(list(itertools.product(hiddens, tokens)), disable=not progress, leave=False):
+        sequence = min(count, 1024)
+        intermediate = round(hidden * 11008 / 4096 / 256) * 256
+        shape = Shape("", hidden, intermediate, hidden // 128, hidden // 128, count // sequence, sequence)
+        size, found = (shape.batch, shape.sequence, hidden), {}
+        for precision, graph in itertools.product(("bf16", "fp8"), (False, True)):
+            torch.manual_seed(0)
+            recipe = _recipe("delayed") if precision == "fp8" else None
+            stack, forward = te_layers(shape, 1, recipe)
+            if graph:
+                stack, forward = _graphed(shape, stack, forward, recipe)
+            x = torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            dy = torch.randn(size, device="cuda", dtype=torch.bfloat16) * 1e-3
+            parameters = list(stack.parameters())
+
+            def step(x=x, dy=dy, forward=forward, parameters=parameters):
+                x.grad = None
+                for p in parameters:
+                    p.grad = None
+                forward(x).backward(dy)
+
+            found[precision, graph] = timed(step, 0.15, warmup=4)["ms_per_step"]
+            del stack, forward, step, x, dy, parameters
+        _free()
+        for graph in (False, True):
+            bf16, fp8 = found["bf16", graph], found["fp8", graph]
+            rows.append({"hidden": hidden, "intermediate": intermediate, "tokens": count, "sequence": sequence,
+                         "graph": graph, "ms_bf16": bf16, "ms_fp8": fp8, "speedup": round(bf16 / fp8, 4)})  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------------- a Llama whose calls a CUDA graph can hold
+def llama_logits(model, ids, cache=None, last_only: bool = False):
+    """Logits (batch, tokens or 1, vocabulary) of a LlamaForCausalLM, its layers called one by one.
+
+    What transformers does around the layers (choosing masks, growing caches) looks at values on the CPU, which a
+    CUDA graph cannot contain.  ``cache``: a :class:`FixedCache`; then ids (batch, 1) is the token at its end.
+    """
+    import torch
+
+    body = model.model
+    x = body.embed_tokens(ids)
+    first = 0 if cache is None else cache.length - ids.shape[1]
+    positions = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
+    cos_sin = body.rotary_emb(x, positions)
+    for layer in body.layers:
+        x = layer(x, attention_mask=None, position_embeddings=cos_sin, past_key_values=cache,
+                  use_cache=cache is not None)  # fmt: skip
+        x = x[0] if isinstance(x, tuple) else x
+    return model.lm_head(body.norm(x[:, -1:] if last_only else x))
+
+
+class FixedCache:
+    """Keys and values of ``length`` tokens, random but for the last one: what one decoding step reads.
+
+    Has the one method of transformers' caches that an attention layer calls.
+    """
+
+    def __init__(self, config, batch: int, length: int, device, dtype):
+        import torch
+
+        size = (batch, config.num_key_value_heads, length, config.head_dim)
+        self.length = length
+        options, layers = dict(device=device, dtype=dtype), range(config.num_hidden_layers)
+        self.keys, self.values = ([torch.randn(size, **options) for _ in layers] for _ in range(2))
+
+    def update(self, keys, values, layer: int, *_, **__):
+        n = keys.shape[2]
+        self.keys[layer][:, :, -n:], self.values[layer][:, :, -n:] = keys, values
+        return self.keys[layer], self.values[layer]
+
+
+# ---------------------------------------------------------------------------------------------------------- loss
+LOSS_RECIPES = {"BF16": None, "FP8 delayed": "delayed", "FP8 current": "current", "FP8 block": "block"}
+
+
+def _captured_step(model, batch, recipe):
+    """Record forward and backward pass of one batch into a CUDA graph; return (replay, loss).
+
+    The course model is small: launching its kernels one by one takes several times longer than running them.
+    """
+    import torch
+    import transformer_engine.pytorch as te
+    from torch.nn import functional as F
+
+    def passes():
+        with torch.autocast("cuda", torch.bfloat16):
+            with te.autocast(enabled=recipe is not None, recipe=recipe):
+                logits = llama_logits(model, batch[:, :-1])
+            loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        return loss.detach()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            passes()
+    torch.cuda.current_stream().wait_stream(side)
+    for p in model.parameters():
+        p.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = passes()
+
+    return graph.replay, loss  # there were no gradients when it was recorded: a replay overwrites them
+
+
+def loss_run(precision: str, seed: int, ids, held_out, steps: int = 3000, batch_size: int = 32, context: int = 512,
+             rate: float = 3e-3, every: int = 100, progress: bool = True) -> list[dict]:  # fmt: skip
+    """Train the course model from nothing and return rows of ``fp8_loss``, one each ``every`` steps.
+
+    Args:
+        precision: a key of ``LOSS_RECIPES``.
+        seed: of the initial weights and of the order of the batches.
+        ids, held_out: token ids, (n,).
+
+    Returns:
+        Rows with recipe, seed, step, train_nats (mean since the row before) and held_out_nats, computed in BF16
+        whatever the training precision.
+    """
+    import torch
+    from torch.nn import functional as F
+    from tqdm.auto import tqdm
+
+    from . import corpus, course_model
+    from . import te as switch
+
+    _require_fp8()
+    torch.manual_seed(seed)
+    model = course_model.new_model(seed).cuda().train()
+    recipe = _recipe(LOSS_RECIPES[precision]) if LOSS_RECIPES[precision] else None
+    if recipe is not None:
+        switch.swap_linears(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    stream = corpus.batches(ids, batch_size, context, seed=seed, device="cuda")
+    batch = next(stream).clone()
+    replay, loss = _captured_step(model, batch, recipe)
+    windows = torch.as_tensor(held_out[: len(held_out) // (context + 1) * (context + 1)].astype("int64"))
+    windows = windows.view(-1, context + 1)[:256].cuda()
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        model.eval()
+        total = 0.0
+        for rows in windows.split(32):
+            with torch.autocast("cuda", torch.bfloat16):
+                logits = llama_logits(model, rows[:, :-1])
+            total += F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
+        model.train()
+        return total / windows[:, 1:].numel()
+
+    found, running = [], torch.zeros((), device="cuda")
+    for step in tqdm(range(1, steps + 1), disable=not progress, desc=f"{precision}, seed {seed}", leave=False):
+        optimizer.param_groups[0]["lr"] = course_model.learning_rate(step - 1, steps, rate)
+        replay()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        optimizer.step()
+        running += loss
+        batch.copy_(next(stream))
+        if step % every == 0 or step == steps:
+            count = step % every or every
+            found.append({"recipe": precision, "seed": seed, "step": step, "steps": steps,
+                          "tokens_per_step": batch_size * context, "train_nats": round(running.item() / count, 5),
+                          "held_out_nats": round(evaluate(), 5)})  # fmt: skip
+            running.zero_()
+            if not math.isfinite(found[-1]["held_out_nats"]):
+                break  # a run that diverged is a result too
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------- inference
+def _te_inference(model):
+    """te.Linear with FP8 weights and nothing else, in every layer; rows padded to 8, which FP8 products ask for."""
+    import torch
+    import transformer_engine.pytorch as te
+    from torch.nn import functional as F
+    from transformer_engine.common.recipe import Float8CurrentScaling
+
+    recipe = Float8CurrentScaling()
+
+    class Padded(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            weight = linear.weight
+            with te.quantized_model_init(enabled=True, recipe=recipe):
+                self.inner = te.Linear(linear.in_features, linear.out_features, bias=False, device="cuda",
+                                       params_dtype=weight.dtype, init_method=lambda w: w.copy_(weight))  # fmt: skip
+
+        def forward(self, x):
+            rows = x.reshape(-1, x.shape[-1])
+            padded = F.pad(rows, (0, 0, 0, -len(rows) % 8)) if len(rows) % 8 else rows
+            with te.autocast(enabled=True, recipe=recipe):
+                return self.inner(padded)[: len(rows)].view(*x.shape[:-1], -1)
+
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(parent, name, Padded(child))
+                    child.weight = None
+    return model
+
+
+def _torchao(config_name: str, **options):
+    """A function that quantizes the linear layers of a model's body with a torchao configuration."""
+
+    def apply(model):
+        import torchao.quantization as ao
+
+        made = {k: v() if isinstance(v, type) else v for k, v in options.items()}
+        ao.quantize_(model.model.layers, getattr(ao, config_name)(**made))
+        return model
+
+    return apply
+
+
+def inference_formats() -> dict:
+    """format -> function that converts a BF16 LlamaForCausalLM on the GPU in place and returns it."""
+    from torchao.quantization import PerRow
+
+    return {
+        "BF16": lambda model: model,
+        "FP8 Transformer Engine": _te_inference,
+        "FP8 torchao": _torchao("Float8DynamicActivationFloat8WeightConfig", granularity=PerRow),
+        "INT8 weights+activations": _torchao("Int8DynamicActivationInt8WeightConfig"),
+        "INT8 weights": _torchao("Int8WeightOnlyConfig"),
+        "INT4 weights": _torchao("Int4WeightOnlyConfig", group_size=32, int4_packing_format="tile_packed_to_4d"),
+    }
+
+
+def _latency(call) -> dict:
+    """Capture ``call()`` into a CUDA graph and time it: no launches in the figure, as in a serving engine."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    row = timed(graph.replay, 0.7)
+    del graph
+    return row
+
+
+def inference(prefill_tokens: int = 2048, length: int = 1024, formats=None, progress: bool = True) -> list[dict]:
+    """Rows of ``fp8_inference``: memory and latency at Llama-2-7B's shape, quality of the course model, by format.
+
+    The head and the embedding stay in BF16 everywhere.  Latency: one sequence of ``prefill_tokens``, and one decoding
+    step at ``length`` tokens for batches of 1 and 32, each replayed from a CUDA graph, without torch.compile.
+    """
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from . import corpus, course_model, evaluate
+
+    _require_fp8()
+    all_formats = inference_formats()
+    formats, rows = list(formats or all_formats), []
+    tokenizer = course_model.load_tokenizer()
+    text = corpus.tokens("eval", tokenizer)
+    reference = course_model.load(dtype=torch.bfloat16, device="cuda")
+    for name in tqdm(formats, disable=not progress, leave=False):
+        with torch.no_grad():
+            model = all_formats[name](course_model.load(dtype=torch.bfloat16, device="cuda"))
+            compared = evaluate.compare_models(reference, model, text, ctx=512)
+        kept = {"ppl": "perplexity", "ppl_se": "perplexity_se", "kld_mean": "kld_mean", "kld_se": "kld_se",
+                "same_top": "same_top", "same_top_se": "same_top_se", "n": "tokens"}  # fmt: skip
+        rows.append({"model": "course model", "format": name, **{v: getattr(compared, k) for k, v in kept.items()}})
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                         num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096)  # fmt: skip
+    del reference, model
+    for name in tqdm(formats, disable=not progress, leave=False):
+        _free()
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            torch.manual_seed(0)
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(torch.bfloat16)
+            with torch.device("cuda"):
+                model = LlamaForCausalLM(config).eval()
+            torch.set_default_dtype(default)
+            model = all_formats[name](model)
+            _free()
+            row = {"model": "Llama-2-7B shape", "format": name, "prefill_tokens": prefill_tokens, "length": length,
+                   "weights_gib": round((torch.cuda.memory_allocated() - before) / measure.GIB, 3)}  # fmt: skip
+            ids = torch.randint(0, 32000, (1, prefill_tokens), device="cuda")
+            with measure.track_memory("cuda") as memory:
+                llama_logits(model, ids, last_only=True)
+            row["peak_gib"] = round(memory.peak - before / measure.GIB, 3)
+            timing = _latency(lambda m=model, i=ids: llama_logits(m, i, last_only=True))
+            row |= {"prefill_ms": timing["ms_per_step"], "prefill_joules": timing.get("joules_per_step")}
+            for batch in (1, 32):
+                cache = FixedCache(config, batch, length, "cuda", torch.bfloat16)
+                token = torch.randint(0, 32000, (batch, 1), device="cuda")
+                timing = _latency(lambda m=model, t=token, c=cache: llama_logits(m, t, c))
+                row |= {f"decode_ms_batch{batch}": timing["ms_per_step"],
+                        f"decode_joules_batch{batch}": timing.get("joules_per_step")}  # fmt: skip
+                del cache
+        rows.append(row)
+        del model
+    _free()
+    return rows
