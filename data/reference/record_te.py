@@ -253,20 +253,25 @@ def block_case():
 def mlp_case():
     """LayerNormMLP: two products, norm and activation between; what is saved for the backward pass is recorded."""
     rows = {}
-    for tag, make_recipe, (tokens, hidden, ffn), steps in (
-        ("delayed", RECIPES["delayed"], (TOKENS, 64, 96), STEPS),
-        ("current", RECIPES["current"], (TOKENS, 64, 96), STEPS),
-        ("block", Float8BlockScaling, (128, 128, 256), 3),
+    for tag, make_recipe, (tokens, hidden, ffn), steps, activation in (
+        ("delayed", RECIPES["delayed"], (TOKENS, 64, 96), STEPS, "swiglu"),
+        ("current", RECIPES["current"], (TOKENS, 64, 96), STEPS, "swiglu"),
+        ("block", Float8BlockScaling, (128, 128, 256), 3, "swiglu"),
+        ("delayed_gelu", RECIPES["delayed"], (TOKENS, 64, 96), 4, "gelu"),
     ):
         generator = torch.Generator().manual_seed(3)
-        mlp = te.LayerNormMLP(hidden, ffn, bias=False, normalization="RMSNorm", activation="swiglu",
+        gated = activation == "swiglu"
+        mlp = te.LayerNormMLP(hidden, ffn, bias=not gated, normalization="RMSNorm", activation=activation,
                               params_dtype=torch.bfloat16, device="cuda")  # fmt: skip
         with torch.no_grad():
             mlp.layer_norm_weight.copy_(1 + 0.2 * torch.randn(hidden, generator=generator))
-            mlp.fc1_weight.copy_(torch.randn(2 * ffn, hidden, generator=generator) * 0.1)
+            mlp.fc1_weight.copy_(torch.randn((1 + gated) * ffn, hidden, generator=generator) * 0.1)
+            if not gated:
+                mlp.fc1_bias.copy_(torch.randn(ffn, generator=generator) * 0.1)
+                mlp.fc2_bias.copy_(torch.randn(hidden, generator=generator) * 0.1)
             mlp.fc2_weight.copy_(torch.randn(hidden, ffn, generator=generator) * 0.1)
-        for name in ("layer_norm_weight", "fc1_weight", "fc2_weight"):
-            rows[f"{tag}.{name}"] = getattr(mlp, name).detach().cpu().clone()
+        for name, p in mlp.named_parameters():
+            rows[f"{tag}.{name}"] = p.detach().cpu().clone()
         recipe, kept = make_recipe(), {}
         for step in range(steps):
             x = torch.randn(tokens, hidden, generator=generator) * 2.0 ** ((step * 5) % 7 - 3)
@@ -284,7 +289,7 @@ def mlp_case():
                     y = mlp(x)
             y.backward(dy)
             found = dict(x=x, dy=dy)
-            if step in KEPT or steps == 3:
+            if step in KEPT or steps < STEPS:
                 found |= dict(y=y, dx=x.grad, **{f"d_{n}": p.grad for n, p in mlp.named_parameters()})
             for i, t in enumerate(saved):  # the operands of the two products, as bytes
                 if t is not None and t.dtype == torch.uint8 and tokens in t.shape:
@@ -423,6 +428,15 @@ def errors():
             region.__exit__(None, None, None)
 
     attempt("autocast_twice", unclosed)
+
+    def fp8_weights(inside):
+        with te.quantized_model_init(enabled=True, recipe=DelayedScaling() if inside else Float8CurrentScaling()):
+            layer = te.Linear(64, 64, params_dtype=torch.bfloat16, device="cuda")
+        with te.autocast(enabled=inside, recipe=Float8CurrentScaling()):
+            layer(torch.ones(32, 64, dtype=torch.bfloat16, device="cuda"))
+
+    attempt("fp8_weights_outside_autocast", lambda: fp8_weights(False))
+    attempt("fp8_weights_other_recipe", lambda: fp8_weights(True))
     for name in ("is_fp8_available", "is_fp8_block_scaling_available", "is_mxfp8_available", "is_nvfp4_available"):
         found[name] = str(getattr(te, name)(return_reason=True))
 
