@@ -193,7 +193,7 @@ def format_explorer():
     from . import formats, plots
 
     names = [name for name in formats.FORMATS if name != "E8M0"]
-    chosen = ipywidgets.SelectMultiple(options=names, value=("E4M3", "E5M2", "E2M1", "INT4"), rows=6,
+    chosen = ipywidgets.SelectMultiple(options=names, value=("E4M3", "E5M2", "E2M1", "INT4"), rows=len(names),
                                        description="formats")  # fmt: skip
     scale = ipywidgets.ToggleButtons(options=["linear", "log"], description="axis")
     value = ipywidgets.FloatSlider(value=2.7, min=-8, max=8, step=0.01, description="value")
@@ -209,4 +209,185 @@ def format_explorer():
     redraw()
     box = ipywidgets.VBox([ipywidgets.HBox([chosen, ipywidgets.VBox([scale, value])]), image, table])
     box.add_class("qtutor-format-explorer")
+    return box
+
+
+# ------------------------------------------------------------- notebook 03: delayed scaling
+
+
+def scaling_tensor(values: int = 4096):
+    """Values (n,) spread over many powers of two, as a transformer's activations are; the largest one is 1."""
+    import torch
+
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(values, generator=g) * torch.exp2(2.5 * torch.randn(values, generator=g))
+    return x / x.abs().max()
+
+
+SCENARIOS = ("one spike", "a jump that stays", "growth without end")
+
+
+def _sizes(scenario: str, octaves: float, at: int, steps: int) -> list[float]:
+    """What the largest value of each step is multiplied by, beside a wobble that every training has."""
+    wobble = [2 ** (0.3 * ((step * 7) % 5 - 2) / 2) for step in range(steps)]
+    event = {
+        "one spike": [2.0**octaves if step == at else 1.0 for step in range(steps)],
+        "a jump that stays": [2.0**octaves if step >= at else 1.0 for step in range(steps)],
+        "growth without end": [2.0 ** (octaves / 16 * max(0, step - at)) for step in range(steps)],
+    }[scenario]
+    return [w * e for w, e in zip(wobble, event, strict=True)]
+
+
+def delayed_scaling(history_len: int = 8, margin: int = 0, algorithm: str = "max", scenario: str = "one spike",
+                    octaves: float = 10, at: int = 6, steps: int = 28) -> list[dict]:  # fmt: skip
+    """Run delayed scaling in E4M3 on a tensor that something happens to; return one dict for each step.
+
+    The keys: ``history`` (amaxes that the scale in use came from, oldest first), ``chosen`` (the one taken, None before
+    there is one), ``scale`` (in use), ``top`` and ``bottom`` (largest and smallest normal number it can hold), ``amax``
+    and ``low`` (of this step's tensor: largest, and first percentile of the magnitudes), ``saturated`` and ``lost``
+    (shares beyond the top, and rounded to zero), ``error`` and ``error_current`` (relative RMS error, with this scale
+    and with the scale that current scaling takes).  Without an amax the scale is 1, as in the library.
+    """
+    import torch
+
+    def rounded(x, scale):
+        return (x * scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() / scale
+
+    base, history, scale, chosen, run = scaling_tensor(), [], 1.0, None, []
+    spot = base.abs().argmax()
+    for step, size in enumerate(_sizes(scenario, octaves, at, steps)):
+        if scenario == "one spike":
+            x = base.clone()
+            x[spot] *= size  # one value of the tensor
+        else:
+            x = base * size  # all of it
+        x = x * 4
+        amax = x.abs().max().item()
+        got, best = rounded(x, scale), rounded(x, 448 / amax)
+        run.append(dict(
+            step=step, history=history[-history_len:], chosen=chosen, scale=scale, top=448 / scale,
+            bottom=2.0**-6 / scale, amax=amax, low=x.abs().quantile(0.01).item(),
+            saturated=(x.abs() * scale > 448).float().mean().item(), lost=((got == 0) & (x != 0)).float().mean().item(),
+            error=((got - x).norm() / x.norm()).item(),
+            error_current=((best - x).norm() / x.norm()).item()))  # fmt: skip
+        history.append(amax)
+        chosen = max(history[-history_len:]) if algorithm == "max" else amax
+        scale = 448 / chosen / 2**margin
+    return run
+
+
+def scaling_picture(step: int = 9, history_len: int = 8, margin: int = 0, algorithm: str = "max",
+                    scenario: str = "one spike", octaves: float = 10, at: int = 6):  # fmt: skip
+    """Figure: the amax history before ``step``, what the scale can hold against what comes, error and loss by step."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from . import plots
+
+    run = delayed_scaling(history_len, margin, algorithm, scenario, octaves, at)
+    now, steps = run[step], np.arange(len(run))
+    blue, orange, green, red, grey = (plots.PALETTE[i] for i in (0, 1, 2, 3, 7))
+    amax, low, bottom, top = (np.array([row[key] for row in run]) for key in ("amax", "low", "bottom", "top"))
+    over, edge = amax > top * 1.0001, np.append(steps, len(run)) - 0.5
+    extent = max(min(low.min(), bottom.min()) / 2, 2.0**-18), max(amax.max(), top.max()) * 3
+
+    fig = plt.figure(figsize=(8.5, 4.9), layout="constrained")
+    one, two = fig.subfigures(1, 2, width_ratios=(1, 1.8))
+    left, key = one.subplots(2, 1, height_ratios=(2.3, 1))
+    reach, error, shares = two.subplots(3, 1, sharex=True, height_ratios=(1.8, 1, 1))
+    before = np.array(now["history"])
+    chosen = before == now["chosen"] if now["chosen"] is not None else np.zeros(len(before), bool)
+    colors = [orange if is_chosen else grey for is_chosen in chosen]
+    left.bar(np.arange(-len(before), 0), before - extent[0], bottom=extent[0], color=colors, width=0.8)
+    left.bar([0], [now["amax"] - extent[0]], bottom=extent[0], color=red if over[step] else blue, width=0.8)
+    left.axhspan(now["bottom"], now["top"], color=blue, alpha=0.15, lw=0)
+    left.axhline(now["top"], color="black", lw=1.6)
+    left.annotate("top of the format", (-history_len - 0.6, now["top"]), xytext=(2, 3), textcoords="offset points",
+                  fontsize=8.5)  # fmt: skip
+    left.set(title=f"Step {step}: history, and now", xlabel="steps ago (0: the tensor to quantize)", ylabel="amax",
+             xlim=(-history_len - 0.7, 0.7))  # fmt: skip
+    left.xaxis.get_major_locator().set_params(integer=True)
+
+    band = reach.fill_between(edge, np.append(bottom, bottom[-1]), np.append(top, top[-1]), step="post", color=blue,
+                              alpha=0.2, lw=0)  # fmt: skip
+    bulk = reach.vlines(steps, low, amax, color=grey, lw=1.2)
+    (fits,) = reach.plot(steps[~over], amax[~over], "o", ms=4, color=blue)
+    (late,) = reach.plot(steps[over], amax[over], "X", ms=7, color=red)
+    reach.set(title="What the scale in use can hold, and what comes", ylabel="magnitude")
+    (delayed,) = error.semilogy(steps, [row["error"] for row in run], "-", color=blue)
+    (current,) = error.semilogy(steps, [row["error_current"] for row in run], "--", color=orange)
+    error.set(ylabel="relative\nerror", ylim=(5e-6, 3))
+    (lost,) = shares.semilogy(steps, [max(row["lost"], 1e-6) for row in run], ".-", color=green)
+    (saturated,) = shares.semilogy(steps, [max(row["saturated"], 1e-6) for row in run], "X", ms=5, color=red)
+    shares.set(xlabel="step", ylabel="share of\nvalues", ylim=(5e-5, 3))
+    for axis in (reach, error, shares):
+        axis.axvline(step, color="black", lw=1, ls=":")
+        axis.set_xlim(-0.7, len(run) - 0.3)
+    for axis in (left, reach):
+        axis.set_yscale("log", base=2)
+        axis.set_ylim(*extent)
+    key.axis("off")
+    key.legend(
+        [band, bulk, fits, late, delayed, current, lost],
+        ["normal numbers at the scale in use", "the tensor, without its lowest 1 %", "amax",
+         "amax that saturates (below: the share)", "error, delayed scaling", "error, current scaling",
+         "share rounded to zero"],
+        fontsize=8, loc="center", frameon=False, borderaxespad=0)  # fmt: skip
+    return fig
+
+
+def _scaling_sentence(step: int, margin: int, **settings) -> str:
+    import math
+
+    now = delayed_scaling(margin=margin, **settings)[step]
+    source = "no amax yet: 1" if now["chosen"] is None else f"448 / {now['chosen']:.4g} / 2<sup>{margin}</sup>"
+    room = math.log2(now["top"] / now["amax"])
+    where = (f"{room:.1f} powers of two of headroom" if room >= -1e-4 else
+             f"<b>{-room:.1f} powers of two too large: {now['saturated']:.2%} of the values saturate</b>")  # fmt: skip
+    return (f"<b>Step {step}</b>: scale in use {now['scale']:.4g} ({source}), so the top is {now['top']:.4g}. "
+            f"This tensor's amax is {now['amax']:.4g}: {where}; {now['lost']:.2%} round to zero. "
+            f"Relative error {now['error']:.3g}; current scaling {now['error_current']:.3g}.")  # fmt: skip
+
+
+def scaling_explorer():
+    """Step through delayed scaling: history length, margin, algorithm, and what happens to the tensor (notebook 03)."""
+    import ipywidgets
+
+    from . import plots
+
+    wide = {"description_width": "90px"}
+    controls = dict(
+        scenario=ipywidgets.Dropdown(options=SCENARIOS, description="what happens", style=wide),
+        octaves=ipywidgets.IntSlider(10, 0, 14, description="size (2^n)", style=wide),
+        algorithm=ipywidgets.ToggleButtons(options=["max", "most_recent"], description="algorithm", style=wide),
+        history_len=ipywidgets.IntSlider(8, 1, 24, description="history", style=wide),
+        margin=ipywidgets.IntSlider(0, 0, 8, description="margin", style=wide),
+    )
+    controls["algorithm"].style.button_width = "95px"
+    step = ipywidgets.IntSlider(5, 0, 27, description="step", style=wide)
+    back, forth = ipywidgets.Button(description="◂ back"), ipywidgets.Button(description="next step ▸")
+    for button in (back, forth):
+        button.layout.width = "100px"
+    image, sentence = ipywidgets.Image(format="png"), ipywidgets.HTML()
+    image.add_class("qtutor-explorer-picture")
+
+    def redraw(_=None):
+        settings = {name: control.value for name, control in controls.items()}
+        image.value = plots.png(scaling_picture(step.value, **settings))
+        sentence.value = _scaling_sentence(step.value, **settings)
+
+    def move(by):
+        step.value = min(max(step.value + by, step.min), step.max)
+
+    back.on_click(lambda _: move(-1))
+    forth.on_click(lambda _: move(1))
+    for control in (step, *controls.values()):
+        control.observe(redraw, names="value")
+    redraw()
+    box = ipywidgets.VBox([
+        ipywidgets.HBox([ipywidgets.VBox([controls["scenario"], controls["octaves"]]),
+                         ipywidgets.VBox([controls["history_len"], controls["margin"]])]),
+        controls["algorithm"], ipywidgets.HBox([step, back, forth]), sentence, image,
+    ])  # fmt: skip
+    box.add_class("qtutor-scaling-explorer")
     return box
