@@ -208,7 +208,7 @@ def blocks(quantizer, tensor):
 def block_case():
     """te.Linear under block scaling: nothing is remembered, so a few unlike inputs are enough."""
     rows = {}
-    for tokens, n_in, n_out in ((128, 128, 128), (160, 192, 144), (64, 256, 384)):
+    for tokens, n_in, n_out in ((160, 192, 144), (64, 256, 384)):  # blocks of 128 that are not full, and full ones
         generator = torch.Generator().manual_seed(tokens)
         layer = te.Linear(n_in, n_out, bias=True, params_dtype=torch.bfloat16, device="cuda")
         with torch.no_grad():
@@ -291,6 +291,8 @@ def mlp_case():
             found = dict(x=x, dy=dy)
             if step in KEPT or steps < STEPS:
                 found |= dict(y=y, dx=x.grad, **{f"d_{n}": p.grad for n, p in mlp.named_parameters()})
+            if step == 1:
+                print(tag, [(type(t).__name__, t.dtype, list(t.shape)) for t in saved if t is not None])
             for i, t in enumerate(saved):  # the operands of the two products, as bytes
                 if t is not None and t.dtype == torch.uint8 and tokens in t.shape:
                     found[f"saved_{'x'.join(map(str, t.shape))}_{i}"] = t
@@ -354,7 +356,7 @@ def parameters_case():
         initial = torch.randn(OUT, IN, generator=generator) * 0.1
         with te.quantized_model_init(enabled=True, recipe=make_recipe(), preserve_high_precision_init_val=True):
             layer = te.Linear(IN, OUT, bias=False, params_dtype=torch.bfloat16, device="cuda",
-                              init_method=lambda w, initial=initial: w.copy_(initial))  # fmt: skip
+                              init_method=lambda w, initial=initial: w.data.copy_(initial))  # fmt: skip
         weight, recipe = layer.weight, make_recipe()
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
         rows[f"{tag}.initial"] = weight.get_high_precision_init_val().cpu()
