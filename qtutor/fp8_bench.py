@@ -18,10 +18,12 @@ import contextlib
 import gc
 import itertools
 import math
+import sys
 import time
+import traceback
 from dataclasses import dataclass
 
-from . import QtutorError, measure
+from . import QtutorError, measure, results
 
 LAYERS = 2  # more than one, so that a layer's end overlaps with the next one's beginning as in a model
 
@@ -167,22 +169,35 @@ def _graphed(shape: Shape, stack, forward, recipe):
     return stack, call
 
 
-def _recipe(name: str):
+def _recipe(name: str, fp8_attention: bool = False):
     from transformer_engine.common.recipe import DelayedScaling, Float8BlockScaling, Float8CurrentScaling
 
+    if fp8_attention:
+        return DelayedScaling(fp8_dpa=True)
     return {"delayed": DelayedScaling, "current": Float8CurrentScaling, "block": Float8BlockScaling}[name]()
 
 
-# rung -> (library, recipe, FP8 weights, CUDA graph)
+@dataclass(frozen=True)
+class Rung:
+    """How the layers of a rung are built: the library, the recipe (None: BF16), and what else is switched on."""
+
+    library: str
+    recipe: str | None = None
+    fp8_weights: bool = False
+    fp8_attention: bool = False
+    graph: bool = False
+
+
 RUNGS = {
-    "Hugging Face BF16": ("hf", None, False, False),
-    "TE BF16": ("te", None, False, False),
-    "TE FP8 block": ("te", "block", False, False),
-    "TE FP8 current": ("te", "current", False, False),
-    "TE FP8 delayed": ("te", "delayed", False, False),
-    "TE FP8 delayed + FP8 weights": ("te", "delayed", True, False),
-    "TE FP8 delayed + FP8 weights + CUDA graph": ("te", "delayed", True, True),
-    "TE BF16 + CUDA graph": ("te", None, False, True),
+    "Hugging Face BF16": Rung("hf"),
+    "TE BF16": Rung("te"),
+    "TE FP8 block": Rung("te", "block"),
+    "TE FP8 current": Rung("te", "current"),
+    "TE FP8 delayed": Rung("te", "delayed"),
+    "TE FP8 delayed + FP8 weights": Rung("te", "delayed", True),
+    "TE FP8 delayed + FP8 weights + FP8 attention": Rung("te", "delayed", True, True),
+    "TE FP8 delayed + FP8 weights + CUDA graph": Rung("te", "delayed", True, graph=True),
+    "TE BF16 + CUDA graph": Rung("te", graph=True),
 }
 
 
@@ -190,14 +205,14 @@ def build(shape: Shape, rung: str):
     """Build the layers of a rung; return (module, ``step()``), where a step is one forward and backward pass."""
     import torch
 
-    library, recipe, fp8_weights, graph = RUNGS[rung]
-    recipe = _recipe(recipe) if recipe else None
+    how = RUNGS[rung]
+    recipe = _recipe(how.recipe, how.fp8_attention) if how.recipe else None
     torch.manual_seed(0)
-    if library == "hf":
+    if how.library == "hf":
         stack, forward = huggingface_layers(shape)
     else:
-        stack, forward = te_layers(shape, recipe=recipe, fp8_weights=fp8_weights)
-    if graph:
+        stack, forward = te_layers(shape, recipe=recipe, fp8_weights=how.fp8_weights)
+    if how.graph:
         stack, forward = _graphed(shape, stack, forward, recipe)
     size = (shape.batch, shape.sequence, shape.hidden)
     x = torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -270,40 +285,62 @@ def peaks(size: int = 8192) -> dict:
 
 
 def measure_rung(shape: Shape, rung: str, peak: dict | None = None, seconds: float = 1.5) -> dict:
-    """Build a rung, time it, and return its row of ``fp8_layers``.  ``peak``: what :func:`peaks` returned."""
+    """Build a rung, time it, and return its row of ``fp8_layers``.  ``peak``: what :func:`peaks` returned.
+
+    ``peak_gib`` counts everything from an empty GPU on: weights, gradients, activations, FP8 copies, workspaces.
+    """
     import torch
 
     _require_fp8()
     _free()
-    before = torch.cuda.memory_allocated()
-    stack, step = build(shape, rung)
-    weights = (torch.cuda.memory_allocated() - before) / measure.GIB
+    before = torch.cuda.memory_allocated() / measure.GIB
     with measure.track_memory("cuda") as memory:
+        stack, step = build(shape, rung)
+        weights = torch.cuda.memory_allocated() / measure.GIB - before
         for _ in range(3):
             step()
     row = {"shape": shape.name, "hidden": shape.hidden, "intermediate": shape.intermediate, "heads": shape.heads,
            "kv_heads": shape.kv_heads, "layers": LAYERS, "batch": shape.batch, "sequence": shape.sequence,
            "tokens": shape.tokens, "rung": rung, **timed(step, seconds)}  # fmt: skip
-    row["tflop_per_s"] = round(shape.flop() / row["ms_per_step"] / 1e9, 1)
-    if peak:
-        row["peak_tflop_per_s"] = peak["FP8" if "FP8" in rung else "BF16"]
-        row["share_of_peak"] = round(row["tflop_per_s"] / row["peak_tflop_per_s"], 4)
-    row |= {"peak_gib": round(memory.peak - before / measure.GIB, 3)}
-    if not RUNGS[rung][3]:  # a graph's own memory is allocated with the weights
+    row |= {"peak_gib": round(memory.peak - before, 3)}
+    if not RUNGS[rung].graph:  # a graph's memory is taken when it is recorded, with the weights
         row |= {"weights_gib": round(weights, 3)}
     del stack, step
     _free()
+    return _with_rates(row, shape, peak)
+
+
+def _with_rates(row: dict, shape: Shape, peak: dict | None) -> dict:
+    row["tflop_per_s"] = round(shape.flop() / row["ms_per_step"] / 1e9, 1)
+    if peak:
+        row["peak_tflop_per_s"] = peak["FP8" if "FP8" in row["rung"] else "BF16"]
+        row["share_of_peak"] = round(row["tflop_per_s"] / row["peak_tflop_per_s"], 4)
     return row
 
 
-def ladder(shapes=tuple(SHAPES), rungs=tuple(RUNGS), seconds: float = 1.5, progress: bool = True) -> list[dict]:
-    """Rows of ``fp8_layers``: every rung for every shape (names)."""
+def ladder(shapes=tuple(SHAPES), rungs=tuple(RUNGS), seconds: float = 1.0, progress: bool = True) -> list[dict]:
+    """Rows of ``fp8_layers``: every rung for every shape (names).
+
+    Each shape's rungs are measured in order and then in reverse order, and the two figures averaged: a GPU that
+    grows warm, and slows down, would otherwise favour the rungs that came first.
+    """
     from tqdm.auto import tqdm
 
     peak, rows = peaks(), []
-    pairs = list(itertools.product(shapes, rungs))
-    for name, rung in tqdm(pairs, disable=not progress, desc="ladder", leave=False):
-        rows.append(measure_rung(SHAPES[name], rung, peak, seconds))
+    turns = [(name, rung) for name in shapes for rung in (*rungs, *reversed(rungs))]
+    found: dict = {}
+    for name, rung in tqdm(turns, disable=not progress, desc="ladder", leave=False):
+        try:
+            found.setdefault((name, rung), []).append(measure_rung(SHAPES[name], rung, seconds=seconds))
+        except Exception as error:  # noqa: BLE001 - what one version of the library cannot run must not cost the rest
+            print(f"{name}, {rung}: left out, {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+    for (name, _), pair in found.items():
+        row = dict(pair[0])
+        for key in ("ms_per_step", "ms_p10", "ms_p90", "mhz", "joules_per_step", "watts"):
+            if all(key in r for r in pair):
+                row[key] = round(sum(r[key] for r in pair) / len(pair), 4)
+        row["n"] = sum(r["n"] for r in pair)
+        rows.append(_with_rates(row, SHAPES[name], peak))
     return rows
 
 
@@ -356,17 +393,16 @@ def gemm(sizes=((8192, 4096, 4096), (8192, 11008, 4096), (8192, 28672, 8192)), q
 
 
 # ------------------------------------------------------------------------------------------- where the time goes
-KINDS = (  # first match wins; names of kernels, lower case
-    ("attention", ("fmha", "flash", "sdpa", "attention", "softmax")),
-    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
-    ("quantization", ("cast", "quantize", "transpose", "amax", "compute_scale", "scaling")),
-    ("norms and activations",
-     ("norm", "silu", "swiglu", "gated", "rope", "elementwise", "reduce", "cat", "add", "mul")),
+KINDS = (  # the first match wins; parts of the names of kernels, in lower case
+    ("attention", ("fmha", "flash", "sdpa", "fused_attn", "dot_do_o", "convert_dq")),
+    ("matrix products", ("nvjet", "gemm", "cutlass", "xmma", "cublas", "splitk")),
+    ("quantization", ("cast_", "transpose_optimized", "quantize", "amax", "compute_scale", "scaled_1d", "scaled_2d")),
+    ("norms and activations", ("norm", "silu", "act_kernel", "rope", "functor", "reduce", "softmax", "pow_")),
 )
 
 
 def _kind(kernel: str) -> str:
-    name = kernel.lower()
+    name = kernel.lower().replace("nocast", "")  # PyTorch: elementwise kernels *without* a cast
     return next((kind for kind, words in KINDS if any(word in name for word in words)), "other")
 
 
@@ -524,8 +560,8 @@ def _captured_step(model, batch, recipe):
     return graph.replay, loss  # there were no gradients when it was recorded: a replay overwrites them
 
 
-def loss_run(precision: str, seed: int, ids, held_out, steps: int = 3000, batch_size: int = 32, context: int = 512,
-             rate: float = 3e-3, every: int = 100, progress: bool = True) -> list[dict]:  # fmt: skip
+def loss_run(precision: str, seed: int, ids, held_out, steps: int = 3000, batch_size: int = 16, context: int = 512,
+             rate: float = 3e-3, every: int = 150, progress: bool = True) -> list[dict]:  # fmt: skip
     """Train the course model from nothing and return rows of ``fp8_loss``, one each ``every`` steps.
 
     Args:
@@ -601,10 +637,10 @@ def _te_inference(model):
     class Padded(torch.nn.Module):
         def __init__(self, linear):
             super().__init__()
-            weight = linear.weight
+            sizes, weight = (linear.in_features, linear.out_features), linear.weight
             with te.quantized_model_init(enabled=True, recipe=recipe):
-                self.inner = te.Linear(linear.in_features, linear.out_features, bias=False, device="cuda",
-                                       params_dtype=weight.dtype, init_method=lambda w: w.copy_(weight))  # fmt: skip
+                self.inner = te.Linear(*sizes, bias=False, device="cuda", params_dtype=weight.dtype,
+                                       init_method=lambda w: w.data.copy_(weight))  # fmt: skip
 
         def forward(self, x):
             rows = x.reshape(-1, x.shape[-1])
@@ -674,54 +710,102 @@ def inference(prefill_tokens: int = 2048, length: int = 1024, formats=None, prog
     """
     import torch
     from tqdm.auto import tqdm
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from . import corpus, course_model, evaluate
 
     _require_fp8()
     all_formats = inference_formats()
     formats, rows = list(formats or all_formats), []
-    tokenizer = course_model.load_tokenizer()
-    text = corpus.tokens("eval", tokenizer)
+    text = corpus.tokens("eval", course_model.load_tokenizer())[:32769]
     reference = course_model.load(dtype=torch.bfloat16, device="cuda")
-    for name in tqdm(formats, disable=not progress, leave=False):
-        with torch.no_grad():
-            model = all_formats[name](course_model.load(dtype=torch.bfloat16, device="cuda"))
-            compared = evaluate.compare_models(reference, model, text, ctx=512)
-        kept = {"ppl": "perplexity", "ppl_se": "perplexity_se", "kld_mean": "kld_mean", "kld_se": "kld_se",
-                "same_top": "same_top", "same_top_se": "same_top_se", "n": "tokens"}  # fmt: skip
-        rows.append({"model": "course model", "format": name, **{v: getattr(compared, k) for k, v in kept.items()}})
-    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                         num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096)  # fmt: skip
-    del reference, model
-    for name in tqdm(formats, disable=not progress, leave=False):
+    kept = {"ppl": "perplexity", "ppl_se": "perplexity_se", "kld_mean": "kld_mean", "kld_se": "kld_se",
+            "same_top": "same_top", "same_top_se": "same_top_se", "n": "scored_tokens"}  # fmt: skip
+
+    def quality(name, convert):
+        model = convert(course_model.load(dtype=torch.bfloat16, device="cuda"))
+        compared = evaluate.compare_models(reference, model, text, ctx=512)
+        return {"model": "course model", "format": name, **{v: getattr(compared, k) for k, v in kept.items()}}
+
+    def speed(name, convert):
+        return _inference_row(name, convert, prefill_tokens, length)
+
+    for measured, name in tqdm(list(itertools.product((quality, speed), formats)), disable=not progress, leave=False):
         _free()
-        before = torch.cuda.memory_allocated()
-        with torch.no_grad():
-            torch.manual_seed(0)
-            default = torch.get_default_dtype()
-            torch.set_default_dtype(torch.bfloat16)
-            with torch.device("cuda"):
-                model = LlamaForCausalLM(config).eval()
-            torch.set_default_dtype(default)
-            model = all_formats[name](model)
-            _free()
-            row = {"model": "Llama-2-7B shape", "format": name, "prefill_tokens": prefill_tokens, "length": length,
-                   "weights_gib": round((torch.cuda.memory_allocated() - before) / measure.GIB, 3)}  # fmt: skip
-            ids = torch.randint(0, 32000, (1, prefill_tokens), device="cuda")
-            with measure.track_memory("cuda") as memory:
-                llama_logits(model, ids, last_only=True)
-            row["peak_gib"] = round(memory.peak - before / measure.GIB, 3)
-            timing = _latency(lambda m=model, i=ids: llama_logits(m, i, last_only=True))
-            row |= {"prefill_ms": timing["ms_per_step"], "prefill_joules": timing.get("joules_per_step")}
-            for batch in (1, 32):
-                cache = FixedCache(config, batch, length, "cuda", torch.bfloat16)
-                token = torch.randint(0, 32000, (batch, 1), device="cuda")
-                timing = _latency(lambda m=model, t=token, c=cache: llama_logits(m, t, c))
-                row |= {f"decode_ms_batch{batch}": timing["ms_per_step"],
-                        f"decode_joules_batch{batch}": timing.get("joules_per_step")}  # fmt: skip
-                del cache
-        rows.append(row)
-        del model
+        try:
+            with torch.no_grad():
+                rows.append(measured(name, all_formats[name]))
+        except Exception as error:  # noqa: BLE001 - what one version of a library cannot run must not cost the rest
+            print(f"{name}: left out, {type(error).__name__}: {str(error).splitlines()[0][:300]}")
+            traceback.print_exc(file=sys.stdout)
     _free()
     return rows
+
+
+def _inference_row(name: str, convert, prefill_tokens: int, length: int) -> dict:
+    """Memory and latency of a model of Llama-2-7B's shape in one format."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                         num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096)  # fmt: skip
+    before = torch.cuda.memory_allocated() / measure.GIB
+    torch.manual_seed(0)
+    with torch.no_grad():
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("cuda"):
+                model = LlamaForCausalLM(config).eval()
+        finally:
+            torch.set_default_dtype(default)
+        model = convert(model)
+        _free()
+        row = {"model": "Llama-2-7B shape", "format": name, "prefill_tokens": prefill_tokens, "length": length,
+               "weights_gib": round(torch.cuda.memory_allocated() / measure.GIB - before, 3)}  # fmt: skip
+        ids = torch.randint(0, 32000, (1, prefill_tokens), device="cuda")
+        with measure.track_memory("cuda") as memory:
+            llama_logits(model, ids, last_only=True)
+        row["peak_gib"] = round(memory.peak - before, 3)
+        timing = _latency(lambda: llama_logits(model, ids, last_only=True))
+        row |= {"prefill_ms": timing["ms_per_step"], "prefill_joules": timing.get("joules_per_step")}
+        for batch in (1, 32):
+            cache = FixedCache(config, batch, length, "cuda", torch.bfloat16)
+            token = torch.randint(0, 32000, (batch, 1), device="cuda")
+            timing = _latency(lambda token=token, cache=cache: llama_logits(model, token, cache))
+            row |= {f"decode_ms_batch{batch}": timing["ms_per_step"],
+                    f"decode_joules_batch{batch}": timing.get("joules_per_step")}  # fmt: skip
+            del cache
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------- recording
+def record_loss(ids=None, held_out=None, steps: int = 3000, seeds=(0, 1, 2), batch_size: int = 16):
+    """Train the course model with every recipe and seed and save ``fp8_loss``; about ten minutes on an H200.
+
+    ``ids`` and ``held_out``: token ids (n,); by default the docstrings of the installed packages, of which the
+    last 2 % are held out.  Returns the path.
+    """
+    if ids is None:
+        from . import corpus, course_model
+
+        ids = corpus.tokens("train", course_model.load_tokenizer())
+        ids, held_out = ids[: -len(ids) // 50], ids[-len(ids) // 50 :]
+    rows = []
+    for seed, precision in itertools.product(seeds, LOSS_RECIPES):
+        rows += loss_run(precision, seed, ids, held_out, steps=steps, batch_size=batch_size)
+    return results.save("fp8_loss", rows)
+
+
+def record(names=("fp8_gemm", "fp8_layers", "fp8_profile", "fp8_breakeven", "fp8_inference")) -> list:
+    """Measure and save the results that notebook 04 shows; about six minutes on an H200.  Returns the paths."""
+    _require_fp8()
+    profiled = ("TE BF16", "TE FP8 delayed", "TE FP8 delayed + FP8 weights")
+    measurements = {
+        "fp8_gemm": gemm,
+        "fp8_layers": ladder,
+        "fp8_profile": lambda: [row for shape in ("Llama-2-7B", "Llama-2-70B") for rung in profiled
+                                for row in profile(SHAPES[shape], rung)],
+        "fp8_breakeven": breakeven,
+        "fp8_inference": inference,
+    }  # fmt: skip
+    return [results.save(name, measurements[name]()) for name in names]

@@ -87,7 +87,10 @@ def _versions() -> dict:
 
 
 def _commit() -> str:
-    """The commit of this checkout, with ``+`` when files differ from it, or ``unknown`` outside a checkout."""
+    """The commit of this checkout, with ``+`` when files differ from it.
+
+    Outside a checkout (a copy of the files on a GPU machine): what ``QTUTOR_COMMIT`` says, else ``unknown``.
+    """
     try:
         def git(*argv):
             return subprocess.run(["git", "-C", str(ROOT), *argv], capture_output=True, text=True, timeout=20,
@@ -96,7 +99,7 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "qtutor", "data/model")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("QTUTOR_COMMIT", "unknown")
 
 
 def _plain(value):
