@@ -67,9 +67,9 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("Llama-2-7B", 4096, 11008, 32, 32, 4, 2048),
-        Shape("Llama-3-8B", 4096, 14336, 32, 8, 4, 2048),
-        Shape("Llama-2-70B", 8192, 28672, 64, 8, 2, 4096),
+        Shape("Llama-2-7B", 4096, 11008, 32, 32, 8, 2048),
+        Shape("Llama-3-8B", 4096, 14336, 32, 8, 8, 2048),
+        Shape("Llama-2-70B", 8192, 28672, 64, 8, 4, 4096),
     )
 }
 
@@ -169,11 +169,30 @@ def _graphed(shape: Shape, stack, forward, recipe):
     return stack, call
 
 
-def _recipe(name: str, fp8_attention: bool = False):
-    from transformer_engine.common.recipe import DelayedScaling, Float8BlockScaling, Float8CurrentScaling
+def _captured(call):
+    """Record ``call()`` into a CUDA graph; return (its replay, what the recorded call returned)."""
+    import torch
+
+    side = torch.cuda.Stream()  # warm-up on a side stream, as PyTorch's notes on CUDA graphs ask for
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph.replay, result
+
+
+def _recipe(name: str, fp8_attention: bool = False, fast_accumulation: bool = False):
+    from transformer_engine.common.recipe import DelayedScaling, Float8BlockScaling, Float8CurrentScaling, MMParams
 
     if fp8_attention:
         return DelayedScaling(fp8_dpa=True)
+    if fast_accumulation:  # the gradients' products too sum in the tensor core's short accumulator
+        fast = MMParams(use_split_accumulator=False)
+        return Float8CurrentScaling(fp8_gemm_dgrad=fast, fp8_gemm_wgrad=fast)
     return {"delayed": DelayedScaling, "current": Float8CurrentScaling, "block": Float8BlockScaling}[name]()
 
 
@@ -185,6 +204,7 @@ class Rung:
     recipe: str | None = None
     fp8_weights: bool = False
     fp8_attention: bool = False
+    fast_accumulation: bool = False
     graph: bool = False
 
 
@@ -193,6 +213,7 @@ RUNGS = {
     "TE BF16": Rung("te"),
     "TE FP8 block": Rung("te", "block"),
     "TE FP8 current": Rung("te", "current"),
+    "TE FP8 current + fast accumulation": Rung("te", "current", fast_accumulation=True),
     "TE FP8 delayed": Rung("te", "delayed"),
     "TE FP8 delayed + FP8 weights": Rung("te", "delayed", True),
     "TE FP8 delayed + FP8 weights + FP8 attention": Rung("te", "delayed", True, True),
@@ -206,7 +227,7 @@ def build(shape: Shape, rung: str):
     import torch
 
     how = RUNGS[rung]
-    recipe = _recipe(how.recipe, how.fp8_attention) if how.recipe else None
+    recipe = _recipe(how.recipe, how.fp8_attention, how.fast_accumulation) if how.recipe else None
     torch.manual_seed(0)
     if how.library == "hf":
         stack, forward = huggingface_layers(shape)
@@ -251,7 +272,7 @@ class _Counter:
         return self.nvml.nvmlDeviceGetClockInfo(self.handle, self.nvml.NVML_CLOCK_SM)
 
 
-def timed(step, seconds: float = 1.5, warmup: int = 5) -> dict:
+def timed(step, seconds: float = 1.5, warmup: int = 3) -> dict:
     """Time ``step()`` for about ``seconds``: ms_per_step with percentiles, joules_per_step, watts and clock.
 
     The steps run back to back, so that the power limit acts as it does in training.
@@ -318,7 +339,7 @@ def _with_rates(row: dict, shape: Shape, peak: dict | None) -> dict:
     return row
 
 
-def ladder(shapes=tuple(SHAPES), rungs=tuple(RUNGS), seconds: float = 1.0, progress: bool = True) -> list[dict]:
+def ladder(shapes=tuple(SHAPES), rungs=tuple(RUNGS), seconds: float = 0.8, progress: bool = True) -> list[dict]:
     """Rows of ``fp8_layers``: every rung for every shape (names).
 
     Each shape's rungs are measured in order and then in reverse order, and the two figures averaged: a GPU that
@@ -385,7 +406,7 @@ def gemm(sizes=((8192, 4096, 4096), (8192, 11008, 4096), (8192, 28672, 8192)), q
                 row["tflop_per_s"] = round(2 * m * n * k / row["ms_per_step"] / 1e9, 1)
             else:
                 row["gb_per_s"] = round((2 + 1 + 1) * m * k / row["ms_per_step"] / 1e6, 1)  # BF16 in, FP8 out, twice
-            row["ms"] = row.pop("ms_per_step")
+            row["ms"], row["repeats"] = row.pop("ms_per_step"), row.pop("n")
             rows.append({"m": m, "n": n, "k": k, "what": what, **row})
         del x, w, x8, w8, zeros, work
         _free()
@@ -407,7 +428,7 @@ def _kind(kernel: str) -> str:
 
 
 def profile(shape: Shape, rung: str, steps: int = 3, names: bool = False) -> list[dict]:
-    """Rows of ``fp8_profile``: milliseconds a step by kind of kernel; "idle" is the rest of the step's time.
+    """Rows of ``fp8_profile``: milliseconds a step by kind of kernel; "idle" is what lies between them.
 
     With ``names``, one row a kernel instead, slowest first, with its kind.
     """
@@ -417,14 +438,15 @@ def profile(shape: Shape, rung: str, steps: int = 3, names: bool = False) -> lis
     _require_fp8()
     _free()
     stack, step = build(shape, rung)
-    step_ms = timed(step, 0.5)["ms_per_step"]
+    timed(step, 0.5)  # as warm, and as slow, as in a long run
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    kernels = {}
+    kernels, span = {}, [math.inf, -math.inf]
     for event in recorded.events():
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            span = [min(span[0], event.time_range.start), max(span[1], event.time_range.end)]
             spent = kernels.setdefault(event.name, [0.0, 0])
             spent[0] += event.time_range.elapsed_us() / 1000 / steps
             spent[1] += 1
@@ -436,7 +458,7 @@ def profile(shape: Shape, rung: str, steps: int = 3, names: bool = False) -> lis
     total = {}
     for name, (ms, _) in kernels.items():
         total[_kind(name)] = total.get(_kind(name), 0.0) + ms
-    total["idle"] = max(0.0, step_ms - sum(total.values()))
+    total["idle"] = max(0.0, (span[1] - span[0]) / 1000 / steps - sum(total.values()))
     return [{"shape": shape.name, "rung": rung, "kind": kind, "ms": round(ms, 4)} for kind, ms in total.items()]
 
 
@@ -445,7 +467,8 @@ def breakeven(hiddens=(512, 1024, 2048, 4096, 8192), tokens=(256, 512, 1024, 204
               progress: bool = True) -> list[dict]:  # fmt: skip
     """Rows of ``fp8_breakeven``: one decoder layer, BF16 against FP8 (delayed), eager and from a CUDA graph.
 
-    Heads of 128, an MLP of about 2.7 times the hidden size, sequences of at most 1024 tokens.
+    Heads of 128, an MLP of about 2.7 times the hidden size, sequences of at most 1024 tokens.  The graph holds the
+    whole forward and backward pass: its figure is the GPU's own time, and the eager one includes the launches.
     """
     import torch
     from tqdm.auto import tqdm
@@ -461,8 +484,6 @@ def breakeven(hiddens=(512, 1024, 2048, 4096, 8192), tokens=(256, 512, 1024, 204
             torch.manual_seed(0)
             recipe = _recipe("delayed") if precision == "fp8" else None
             stack, forward = te_layers(shape, 1, recipe)
-            if graph:
-                stack, forward = _graphed(shape, stack, forward, recipe)
             x = torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             dy = torch.randn(size, device="cuda", dtype=torch.bfloat16) * 1e-3
             parameters = list(stack.parameters())
@@ -473,8 +494,9 @@ def breakeven(hiddens=(512, 1024, 2048, 4096, 8192), tokens=(256, 512, 1024, 204
                     p.grad = None
                 forward(x).backward(dy)
 
-            found[precision, graph] = timed(step, 0.15, warmup=4)["ms_per_step"]
-            del stack, forward, step, x, dy, parameters
+            work = _captured(step)[0] if graph else step
+            found[precision, graph] = timed(work, 0.15, warmup=4)["ms_per_step"]
+            del stack, forward, step, work, x, dy, parameters
         _free()
         for graph in (False, True):
             bf16, fp8 = found["bf16", graph], found["fp8", graph]
@@ -545,19 +567,12 @@ def _captured_step(model, batch, recipe):
         loss.backward()
         return loss.detach()
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            passes()
-    torch.cuda.current_stream().wait_stream(side)
-    for p in model.parameters():
-        p.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = passes()
+    def fresh():  # a replay writes into the gradients that it was recorded with: no need to clear them
+        for p in model.parameters():
+            p.grad = None
+        return passes()
 
-    return graph.replay, loss  # there were no gradients when it was recorded: a replay overwrites them
+    return _captured(fresh)
 
 
 def loss_run(precision: str, seed: int, ids, held_out, steps: int = 3000, batch_size: int = 16, context: int = 512,
@@ -639,8 +654,8 @@ def _te_inference(model):
             super().__init__()
             sizes, weight = (linear.in_features, linear.out_features), linear.weight
             with te.quantized_model_init(enabled=True, recipe=recipe):
-                self.inner = te.Linear(*sizes, bias=False, device="cuda", params_dtype=weight.dtype,
-                                       init_method=lambda w: w.data.copy_(weight))  # fmt: skip
+                self.inner = te.Linear(*sizes, bias=False, device="cuda", params_dtype=weight.dtype)
+            self.inner.weight.copy_(weight)  # quantizes; an init_method would keep the BF16 weight alive
 
         def forward(self, x):
             rows = x.reshape(-1, x.shape[-1])
@@ -670,10 +685,22 @@ def _torchao(config_name: str, **options):
     return apply
 
 
+def _int_mm(a, b):
+    """int8 (m, k) x (k, n) -> int32, padded to the 32 rows that cuBLAS wants at least."""
+    import torch
+    from torch.nn import functional as F
+
+    return torch._int_mm(F.pad(a, (0, 0, 0, max(0, 32 - len(a)))), b)[: len(a)]
+
+
 def inference_formats() -> dict:
     """format -> function that converts a BF16 LlamaForCausalLM on the GPU in place and returns it."""
+    import torchao.kernel.intmm
     from torchao.quantization import PerRow
 
+    # torchao 0.18 prints its operand in each eager call to see what it is, which a CUDA graph cannot hold, and
+    # multiplies fewer than 17 rows in FP32.
+    torchao.kernel.intmm.safe_int_mm = _int_mm
     return {
         "BF16": lambda model: model,
         "FP8 Transformer Engine": _te_inference,
@@ -686,20 +713,8 @@ def inference_formats() -> dict:
 
 def _latency(call) -> dict:
     """Capture ``call()`` into a CUDA graph and time it: no launches in the figure, as in a serving engine."""
-    import torch
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    row = timed(graph.replay, 0.7)
-    del graph
-    return row
+    replay, _ = _captured(call)
+    return timed(replay, 0.7)
 
 
 def inference(prefill_tokens: int = 2048, length: int = 1024, formats=None, progress: bool = True) -> list[dict]:
