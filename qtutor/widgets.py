@@ -93,6 +93,15 @@ def granularity_picture(bits: int = 4, granularity: str = "channel", outlier: fl
     return fig
 
 
+def _image():
+    """An empty picture that is shown in its own size: stretched to the page's width, it would blur."""
+    import ipywidgets
+
+    image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%"))
+    image.add_class("qtutor-explorer-picture")
+    return image
+
+
 def _live_picture(draw, **controls):
     """Controls above a picture that is drawn anew when one moves; ``draw(**values)`` returns a figure."""
     import ipywidgets
@@ -107,7 +116,8 @@ def _live_picture(draw, **controls):
         finally:
             plt.close(fig)
 
-    image = ipywidgets.Image(value=render(), format="png")
+    image = _image()
+    image.value = render()
 
     def redraw(_):
         image.value = render()
@@ -197,8 +207,7 @@ def format_explorer():
                                        description="formats")  # fmt: skip
     scale = ipywidgets.ToggleButtons(options=["linear", "log"], description="axis")
     value = ipywidgets.FloatSlider(value=2.7, min=-8, max=8, step=0.01, description="value")
-    image, table = ipywidgets.Image(format="png"), ipywidgets.HTML()
-    image.add_class("qtutor-explorer-picture")
+    image, table = _image(), ipywidgets.HTML()
 
     def redraw(_=None):
         image.value = plots.png(format_picture(chosen.value, value.value, scale.value == "log"))
@@ -344,9 +353,9 @@ def _scaling_sentence(step: int, margin: int, **settings) -> str:
     room = math.log2(now["top"] / now["amax"])
     where = (f"{room:.1f} powers of two of headroom" if room >= -1e-4 else
              f"<b>{-room:.1f} powers of two too large: {now['saturated']:.2%} of the values saturate</b>")  # fmt: skip
-    return (f"<b>Step {step}</b>: scale in use {now['scale']:.4g} ({source}), so the top is {now['top']:.4g}. "
+    return (f"<div style='line-height: 1.4'><b>Step {step}</b>: scale in use {now['scale']:.4g} ({source}), so the top is {now['top']:.4g}. "
             f"This tensor's amax is {now['amax']:.4g}: {where}; {now['lost']:.2%} round to zero. "
-            f"Relative error {now['error']:.3g}; current scaling {now['error_current']:.3g}.")  # fmt: skip
+            f"Relative error {now['error']:.3g}; current scaling {now['error_current']:.3g}.</div>")  # fmt: skip
 
 
 def scaling_explorer():
@@ -355,21 +364,19 @@ def scaling_explorer():
 
     from . import plots
 
-    wide = {"description_width": "90px"}
+    wide = {"description_width": "70px"}
     controls = dict(
-        scenario=ipywidgets.Dropdown(options=SCENARIOS, description="what happens", style=wide),
+        scenario=ipywidgets.Dropdown(options=SCENARIOS, description="event", style=wide),
         octaves=ipywidgets.IntSlider(10, 0, 14, description="size (2^n)", style=wide),
-        algorithm=ipywidgets.ToggleButtons(options=["max", "most_recent"], description="algorithm", style=wide),
         history_len=ipywidgets.IntSlider(8, 1, 24, description="history", style=wide),
         margin=ipywidgets.IntSlider(0, 0, 8, description="margin", style=wide),
+        algorithm=ipywidgets.Dropdown(options=["max", "most_recent"], description="algorithm", style=wide),
     )
-    controls["algorithm"].style.button_width = "95px"
     step = ipywidgets.IntSlider(5, 0, 27, description="step", style=wide)
     back, forth = ipywidgets.Button(description="◂ back"), ipywidgets.Button(description="next step ▸")
     for button in (back, forth):
         button.layout.width = "100px"
-    image, sentence = ipywidgets.Image(format="png"), ipywidgets.HTML()
-    image.add_class("qtutor-explorer-picture")
+    image, sentence = _image(), ipywidgets.HTML()
 
     def redraw(_=None):
         settings = {name: control.value for name, control in controls.items()}
@@ -384,10 +391,9 @@ def scaling_explorer():
     for control in (step, *controls.values()):
         control.observe(redraw, names="value")
     redraw()
-    box = ipywidgets.VBox([
-        ipywidgets.HBox([ipywidgets.VBox([controls["scenario"], controls["octaves"]]),
-                         ipywidgets.VBox([controls["history_len"], controls["margin"]])]),
-        controls["algorithm"], ipywidgets.HBox([step, back, forth]), sentence, image,
-    ])  # fmt: skip
+    columns = ((controls["scenario"], controls["octaves"]), (controls["history_len"], controls["margin"]),
+               (controls["algorithm"], step))  # fmt: skip
+    box = ipywidgets.VBox([ipywidgets.HBox([ipywidgets.VBox(column) for column in columns]),
+                           ipywidgets.HBox([back, forth]), sentence, image])  # fmt: skip
     box.add_class("qtutor-scaling-explorer")
     return box
