@@ -353,7 +353,8 @@ def _scaling_sentence(step: int, margin: int, **settings) -> str:
     room = math.log2(now["top"] / now["amax"])
     where = (f"{room:.1f} powers of two of headroom" if room >= -1e-4 else
              f"<b>{-room:.1f} powers of two too large: {now['saturated']:.2%} of the values saturate</b>")  # fmt: skip
-    return (f"<div style='line-height: 1.4'><b>Step {step}</b>: scale in use {now['scale']:.4g} ({source}), so the top is {now['top']:.4g}. "
+    return (f"<div style='line-height: 1.4'><b>Step {step}</b>: "
+            f"scale in use {now['scale']:.4g} ({source}), so the top is {now['top']:.4g}. "
             f"This tensor's amax is {now['amax']:.4g}: {where}; {now['lost']:.2%} round to zero. "
             f"Relative error {now['error']:.3g}; current scaling {now['error_current']:.3g}.</div>")  # fmt: skip
 
