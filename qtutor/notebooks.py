@@ -240,11 +240,14 @@ def restore(path) -> bool:
 # ---------------------------------------------------------------------------------------------------------- running
 
 
-def execute(path, timeout: int = 600, kernel_name: str = "python3") -> float:
+def execute(path, timeout: int | None = None, kernel_name: str = "python3") -> float:
     """Run a notebook from top to bottom with this interpreter, keep its outputs in canonical form; return seconds.
 
-    ``timeout`` is in seconds a cell.  Raises QtutorError where a cell fails; the file then stays as it was.
+    ``timeout`` is in seconds a cell: 600, or an hour where a cell records results (``make results``), which may train
+    a dozen models.  Raises QtutorError where a cell fails; the file then stays as it was.
     """
+    if timeout is None:
+        timeout = 3600 if os.environ.get("QTUTOR_SAVE_RESULTS") == "1" else 600
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
