@@ -358,7 +358,7 @@ def test_activate_survives_an_installation_without_its_gpu_library(tmp_path):
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env={**os.environ, "PYTHONPATH": paths},
                             capture_output=True, text=True, check=True)  # fmt: skip
     if not torch.cuda.is_available():
-        assert result.stdout.split() == ["False", "qtutor.te_emulated"]
+        assert result.stdout.split() == ["False", "qtutor.te_modules"]
 
 
 def test_swap_linears_keeps_function_names_and_weights():
