@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import nbformat
 import pytest
 import screenshots
 
@@ -41,6 +42,18 @@ def changed(page, image, before: dict, seconds: int = 30) -> dict:
     return now
 
 
+def only(notebook: Path, call: str, folder: Path) -> Path:
+    """Write a notebook of the setup cell and one that shows the explorer: a short run of the same widget."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    assert sum(cell.source.strip() == call for cell in cells) == 1, f"{notebook.name} has no cell {call!r}"
+    setup = next(cell.source for cell in cells if cell.cell_type == "code")
+    short = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    short.cells = [nbformat.v4.new_code_cell(source) for source in (setup, "from qtutor import widgets", call)]
+    path = folder / notebook.name
+    nbformat.write(short, path)
+    return path
+
+
 def artifact(name: str) -> str:
     ARTIFACTS.mkdir(exist_ok=True)
     return str(ARTIFACTS / name)
@@ -74,5 +87,38 @@ def test_format_explorer_moves_in_jupyterlab():
         page.screenshot(path=artifact("explorer_after.png"))
         assert explorer.locator(".widget-readout").first.inner_text() != readout
         assert after["sha256"] != before["sha256"], "the slider moved and the picture did not"
+        assert not script_errors
+        assert page.refused == [], "JupyterLab asked another host for something"
+
+
+@pytest.mark.timeout(240)
+def test_scaling_explorer_steps_in_jupyterlab(tmp_path):
+    need_browser()
+    notebook = only(ROOT / "notebooks" / "03_fp8_scaling.ipynb", "widgets.scaling_explorer()", tmp_path)
+    with screenshots.Lab([notebook]) as lab, screenshots.browser_page() as page:
+        script_errors = []
+        page.on("pageerror", lambda error: script_errors.append(str(error)))
+        screenshots.open_notebook(page, lab, notebook.name)
+        assert screenshots.run_all(page, timeout=120)["errors"] == []
+        explorer = page.locator(".jp-OutputArea .qtutor-scaling-explorer").first
+        explorer.scroll_into_view_if_needed()
+        image = explorer.locator("img.qtutor-explorer-picture").first
+        page.wait_for_function("img => img.complete && img.naturalWidth > 100", arg=image.element_handle())
+
+        def move(what):
+            before = picture(image)
+            what()
+            assert changed(page, image, before)["sha256"] != before["sha256"], "the picture stayed as it was"
+            screenshots.wait_for(page, lambda state: state["kernel"] == "idle", 60, "the picture")
+
+        forth = explorer.locator("button", has_text="next step")
+        for _ in range(4):
+            move(forth.click)
+        assert "Step 9" in explorer.inner_text()
+        for place, choice in enumerate(("growth without end", "most_recent")):
+            move(lambda place=place, choice=choice: explorer.locator("select").nth(place).select_option(choice))
+        explorer.locator(".noUi-handle").first.focus()
+        move(lambda: page.keyboard.press("ArrowLeft"))
+        page.screenshot(path=artifact("scaling_explorer.png"))
         assert not script_errors
         assert page.refused == [], "JupyterLab asked another host for something"
