@@ -12,7 +12,6 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import fields
-from types import MethodType
 
 import torch
 from torch import nn
@@ -249,20 +248,22 @@ class _TEModule(nn.Module):
             plain = getattr(self, name).detach()
             weight = nn.Parameter(self.quantizers["scaling_fwd"][3 * gemm + 1](plain))
             if _Region.keep_initial:
-                weight._initial = plain.cpu()
-                weight.get_high_precision_init_val = MethodType(lambda w: w._initial, weight)
-                weight.clear_high_precision_init_val = MethodType(lambda w: setattr(w, "_initial", None), weight)
+                weight._keep_initial(plain.cpu())
             setattr(self, name, weight)
         self._fp8_weights = list(names)
 
     def _link_parameters(self) -> None:
         """FP8 weights round with the module's quantizers, which are made anew now and then."""
         for gemm, name in enumerate(self._fp8_weights):
-            getattr(self, name)._quantizer = self.quantizers["scaling_fwd"][3 * gemm + 1]
+            if isinstance(getattr(self, name), Float8Tensor):  # Module.to(dtype) makes a plain one of it
+                getattr(self, name)._quantizer = self.quantizers["scaling_fwd"][3 * gemm + 1]
 
     def _check_parameters(self) -> None:
         for name in self._fp8_weights:
-            delayed = isinstance(getattr(self, name)._quantizer, Float8Quantizer)
+            weight = getattr(self, name)
+            if not isinstance(weight, Float8Tensor):
+                continue
+            delayed = isinstance(weight._quantizer, Float8Quantizer)
             kind = DelayedScaling if delayed else Float8CurrentScaling
             if not isinstance(_Region.recipe, kind):
                 raise RuntimeError(

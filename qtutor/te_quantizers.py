@@ -288,6 +288,19 @@ class Float8Tensor(torch.Tensor):
         self._fp8_dtype = self._quantizer.dtype
         return self
 
+    def _keep_initial(self, value: torch.Tensor | None) -> None:
+        """Remember the value from before rounding, for master weights."""
+        self._initial = value
+        self.get_high_precision_init_val = lambda: self._initial
+        self.clear_high_precision_init_val = lambda: setattr(self, "_initial", None)
+
+    def __tensor_flatten__(self):  # how nn.Module.to(device) takes it apart and moves it
+        return ["_data", "_scale_inv"], (self._fp8_dtype, self.dtype, self._quantizer)
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, size, stride):
+        return Float8Tensor(inner["_data"], inner["_scale_inv"], *context)
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
         aten, kwargs, self = torch.ops.aten, kwargs or {}, args[0] if args else None
@@ -322,9 +335,10 @@ class Float8Tensor(torch.Tensor):
     def __deepcopy__(self, memo):
         if id(self) not in memo:
             new = self._like(self._data.clone(), self._scale_inv.clone()).requires_grad_(self.requires_grad)
-            for key in ("_is_param", "_initial"):
-                if hasattr(self, key):
-                    setattr(new, key, getattr(self, key))
+            if hasattr(self, "_is_param"):
+                new._is_param = self._is_param
+            if hasattr(self, "_initial"):
+                new._keep_initial(self._initial)
             if self.grad is not None:
                 new.grad = self.grad.clone()
             memo[id(self)] = new

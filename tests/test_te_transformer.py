@@ -474,8 +474,10 @@ def test_fp8_weights_keep_their_first_value_when_asked():
     torch.manual_seed(1)
     plain = te.Linear(32, 48, bias=False, params_dtype=torch.bfloat16)
     assert torch.equal(layer.weight.get_high_precision_init_val(), plain.weight)
+    again = copy.deepcopy(layer)
     layer.weight.clear_high_precision_init_val()
     assert layer.weight.get_high_precision_init_val() is None
+    assert torch.equal(again.weight.get_high_precision_init_val(), plain.weight)
     assert not hasattr(fp8_linear(RECIPES[1]).weight, "get_high_precision_init_val")
 
 
@@ -570,9 +572,12 @@ def test_fp8_weights_survive_a_checkpoint(recipe, monkeypatch):
             a.weight.mul_(8)
     if recipe.delayed():  # each copy notes its amax in its own history
         assert other.fp8_meta["scaling_fwd"].amax_history[0, 1] > layer.fp8_meta["scaling_fwd"].amax_history[0, 1]
-    layer.float()
+    moved = copy.deepcopy(layer).to("meta")
+    assert isinstance(moved.weight, te.Float8Tensor) and moved.weight._data.device.type == "meta"
+    layer.float()  # the weights only show another dtype
     with te.autocast(recipe=recipe):
-        layer(x.float())
+        assert layer(x.float()).dtype == torch.float32
+    assert isinstance(layer.weight, te.Float8Tensor) and layer.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
