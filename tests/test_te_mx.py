@@ -107,15 +107,18 @@ def test_the_transform_is_orthogonal_and_cancels_in_a_product():
     assert torch.allclose((h.t() @ a).t() @ (h.t() @ b), a.t() @ b, atol=1e-5)
 
 
-def test_the_transform_spreads_outliers():
-    """Columns with one large value in sixteen: after the transform the block's scale is smaller, and the error too."""
-    g = torch.Generator().manual_seed(4)
-    x = torch.randn(256, 64, generator=g)
+def test_the_transform_spreads_outliers_and_with_them_the_scales():
+    """Columns with one large value in sixteen: after the transform a block's largest value, and its scale, is smaller.
+
+    The mean square error of the operand is not: it is spread over the block as well.
+    """
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(4))
     x[::16] *= 12
-    plain, spread = NVFP4Quantizer(), NVFP4Quantizer(with_rht=True)
-    exact = {False: x.t(), True: (x.t().reshape(-1, 16) @ te_mx.hadamard()).view(64, 256)}
-    errors = [(q._dequantize(*q._columns(x)) - exact[q.with_rht]).square().mean().sqrt() for q in (plain, spread)]
-    assert errors[1] < 0.95 * errors[0], errors
+    (plain, scales, amax), (spread, spread_scales, spread_amax) = (
+        NVFP4Quantizer(with_rht=rht)._columns(x) for rht in (False, True))  # fmt: skip
+    assert spread_amax < 0.5 * amax
+    decode = [s.view(torch.float8_e4m3fn).float() * a for s, a in ((scales, amax), (spread_scales, spread_amax))]
+    assert decode[1].median() < 0.6 * decode[0].median()
 
 
 @pytest.mark.parametrize("quantizer, shape", [(NVFP4Quantizer(), (32, 24)), (NVFP4Quantizer(), (24, 32)),
