@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import torch
 
+from .te_quantizers import _fp8_dtype
+
 _FP32_MAX = torch.finfo(torch.float32).max
 _E4M3_MAX, _E2M1_MAX = 448.0, 6.0
 # Signs drawn once, the same in every run: the transform must be the same for both operands.
@@ -217,3 +219,19 @@ class NVFP4Quantizer(_BlockQuantizer):
         _, decode = self._global_scales(amax)
         factor = scales.view(torch.float8_e4m3fn).float() * decode
         return (values.view(values.shape[0], -1, self.block) * factor.unsqueeze(-1)).view(values.shape)
+
+
+# -------------------------------------------------------------------------------------------------------- recipes
+def _quantizers(recipe, forward: bool, gemms: int = 1) -> list[_BlockQuantizer]:
+    """Quantizers of a module with ``gemms`` products: input, weight, output of each; backward, the two gradients."""
+    if recipe.mxfp8():
+        make = dict.fromkeys(("input", "weight", "gradient"),
+                             lambda: MXFP8Quantizer(_fp8_dtype(recipe, forward)))  # fmt: skip
+    else:
+        rht, stochastic = not recipe.disable_rht, not recipe.disable_stochastic_rounding
+        square = not recipe.disable_2d_quantization
+        make = {"input": lambda: NVFP4Quantizer(with_rht=rht),
+                "weight": lambda: NVFP4Quantizer(with_2d_quantization=square),
+                "gradient": lambda: NVFP4Quantizer(with_rht=rht, stochastic_rounding=stochastic)}  # fmt: skip
+    slots = ("input", "weight", "input") if forward else ("gradient", "gradient")
+    return [make[slot]() for slot in slots * gemms]
