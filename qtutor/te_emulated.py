@@ -32,7 +32,9 @@ units with the two scales folded into one factor of the result, and a clamp runs
 
 from __future__ import annotations
 
+from .te_blocks import Float8BlockQuantizer, Float8BlockwiseQTensor
 from .te_modules import _UNSAFE_STATE, Linear, _Region, autocast, fp8_autocast  # noqa: F401
+from .te_mx import MXFP8Quantizer, NVFP4Quantizer
 from .te_quantizers import (  # noqa: F401
     DelayedScaling,
     DType,
@@ -69,11 +71,12 @@ from .te_transformer import (
 )
 
 __all__ = [
-    "DType", "DotProductAttention", "Float8CurrentScalingQuantizer", "Float8Quantizer", "Float8Tensor", "LayerNorm",
-    "LayerNormLinear", "LayerNormMLP", "Linear", "MultiheadAttention", "RMSNorm", "RotaryPositionEmbedding",
-    "TransformerLayer", "apply_rotary_pos_emb", "autocast", "fp8_autocast", "fp8_model_init", "get_default_recipe",
-    "is_bf16_available", "is_fp8_available", "is_fp8_block_scaling_available", "is_mxfp8_available",
-    "is_nvfp4_available", "quantized_model_init",
+    "DType", "DotProductAttention", "Float8BlockQuantizer", "Float8BlockwiseQTensor", "Float8CurrentScalingQuantizer",
+    "Float8Quantizer", "Float8Tensor", "LayerNorm", "LayerNormLinear", "LayerNormMLP", "Linear", "MXFP8Quantizer",
+    "MultiheadAttention", "NVFP4Quantizer", "RMSNorm", "RotaryPositionEmbedding", "TransformerLayer",
+    "apply_rotary_pos_emb", "autocast", "fp8_autocast", "fp8_model_init", "get_default_recipe", "is_bf16_available",
+    "is_fp8_available", "is_fp8_block_scaling_available", "is_mxfp8_available", "is_nvfp4_available",
+    "quantized_model_init",
 ]  # fmt: skip
 RECIPES = (
     "DelayedScaling", "Float8BlockScaling", "Float8CurrentScaling", "Format", "MXFP8BlockScaling",

@@ -16,6 +16,8 @@ from dataclasses import fields
 import torch
 from torch import nn
 
+from .te_blocks import Float8BlockQuantizer
+from .te_mx import MXFP8Quantizer, NVFP4Quantizer
 from .te_quantizers import (
     DelayedScaling,
     Float8CurrentScaling,
@@ -23,9 +25,9 @@ from .te_quantizers import (
     Float8Tensor,
     Format,
     Recipe,
-    _check_recipe,
     _CurrentState,
     _DelayedState,
+    _fp8_dtype,
     get_default_recipe,
 )
 
@@ -61,6 +63,39 @@ def _update(forward: bool) -> None:
                 state.update(recipe)
 
 
+class _BlockState:
+    """Block scaling remembers nothing either."""
+
+    def __init__(self, recipe: Recipe, forward: bool, device, gemms: int = 1):
+        self.recipe, self.forward, self.gemms = recipe, forward, gemms
+
+    def make_quantizers(self) -> list:
+        """Three for each product, (input, weight, output), or two, (grad_output, grad_input)."""
+        kinds = ("inp", "weight", "inp") if self.forward else ("grad", "grad")
+        return [self._quantizer(kind) for kind in kinds] * self.gemms
+
+    def _quantizer(self, kind: str):
+        recipe, dtype = self.recipe, _fp8_dtype(self.recipe, self.forward)
+        if recipe.mxfp8():
+            return MXFP8Quantizer(dtype)
+        where = f"{'fwd' if self.forward else 'bwd'}_{kind}"
+        if recipe.nvfp4():
+            params = getattr(recipe, f"fp4_quant_{where}")
+            return NVFP4Quantizer(with_rht=params.random_hadamard_transform,
+                                  with_2d_quantization=params.fp4_2d_quantization,
+                                  stochastic_rounding=params.stochastic_rounding)  # fmt: skip
+        params = getattr(recipe, f"fp8_quant_{where}")
+        dim = getattr(recipe, f"{dict(inp='x', weight='w', grad='grad')[kind]}_block_scaling_dim")
+        return Float8BlockQuantizer(dtype, amax_epsilon=params.amax_epsilon, force_pow_2_scales=params.power_2_scale,
+                                    block_scaling_dim=dim)  # fmt: skip
+
+
+def _state_of(recipe: Recipe) -> type:
+    if recipe.delayed():
+        return _DelayedState
+    return _CurrentState if recipe.float8_current_scaling() else _BlockState
+
+
 class autocast:  # noqa: N801 - the name of the real one
     """Run the modules called inside in FP8.
 
@@ -75,7 +110,7 @@ class autocast:  # noqa: N801 - the name of the real one
     scales of the gradients are updated at the end of the backward pass of the region's first module.
 
     Raises:
-        RuntimeError: the recipe does not run here, or this object has been entered already.
+        RuntimeError: this object has been entered already.
     """
 
     def __init__(self, enabled: bool = True, calibrating: bool = False, recipe: Recipe | None = None,
@@ -88,8 +123,6 @@ class autocast:  # noqa: N801 - the name of the real one
         if self._saved is not None:
             raise RuntimeError("autocast context manager cannot be entered more than once concurrently")
         recipe = recipe or get_default_recipe()
-        if enabled:
-            _check_recipe(recipe)
         self._saved = (_Region.enabled, _Region.calibrating, _Region.recipe, _Region.first)
         _Region.enabled, _Region.calibrating, _Region.recipe = enabled, calibrating, recipe
         members = _Region.members.get(repr(recipe))
@@ -122,6 +155,14 @@ def _check_dims(*tensors: torch.Tensor) -> None:
                 f"last dimension to be divisible by 16, but got tensor with dims={list(t.shape)} "
                 f"(product of leading dims = {rows}, last dim = {t.shape[-1]})"
             )
+
+
+def _check_gradient(dy: torch.Tensor) -> None:
+    if dy.shape[0] % 16 or dy.shape[1] % 16:
+        raise RuntimeError(
+            "The backward pass in FP8 requires the number of rows (tokens) and out_features to be divisible by 16, "
+            f"but got a gradient with dims={list(dy.shape)}: pad the batch or the layer."
+        )
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, factor: float, dtype: torch.dtype, bias=None) -> torch.Tensor:
@@ -160,11 +201,7 @@ class _Fp8Linear(torch.autograd.Function):
     def backward(ctx, grad_output):
         x_codes, w_codes = (codes.view(fmt) for codes, fmt in zip(ctx.saved_tensors, ctx.formats, strict=True))
         dy = grad_output.reshape(-1, grad_output.shape[-1])
-        if dy.shape[0] % 16 or dy.shape[1] % 16:
-            raise RuntimeError(
-                "The backward pass in FP8 requires the number of rows (tokens) and out_features to be divisible by 16, "
-                f"but got a gradient with dims={list(grad_output.shape)}: pad the batch or the layer."
-            )
+        _check_gradient(dy)
         codes, inv = ctx.module.quantizers["scaling_bwd"][2 * ctx.gemm]._codes(dy)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
@@ -176,6 +213,44 @@ class _Fp8Linear(torch.autograd.Function):
         if ctx.updates:
             _update(forward=False)
         return dw, dx, db, None, None, None, None, None, None
+
+
+class _BlockLinear(torch.autograd.Function):
+    """The same three products of block-scaled operands, quantized along the dimension that each product sums over."""
+
+    @staticmethod
+    def forward(ctx, weight, inp, bias, module, gemm, dtype, cached):
+        x = inp.reshape(-1, inp.shape[-1])
+        of_x, of_w = module.quantizers["scaling_fwd"][3 * gemm : 3 * gemm + 2]
+        w_rows, w_columns = cached or (of_w._rows(weight), of_w._columns(weight))
+        module._last_weights[gemm] = w_rows, w_columns
+        ctx.quantizers = of_x, of_w, module.quantizers["scaling_bwd"][2 * gemm]
+        ctx.dtype, ctx.shape, ctx.updates = dtype, inp.shape, False
+        ctx.save_for_backward(*(of_x._columns(x) if ctx.needs_input_grad[0] else (None,) * 3), *w_columns)
+        if any(ctx.needs_input_grad[:3]):  # these recipes update nothing, but this was the region's first module
+            ctx.updates, _Region.first = _Region.first, False
+        if bias is not None:
+            bias = bias.to(torch.bfloat16 if dtype == torch.float32 else dtype)
+        a, b = of_x._dequantize(*of_x._rows(x)), of_w._dequantize(*w_rows)
+        return _product(a, b.t(), 1.0, dtype, bias).view(*inp.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        dy = grad_output.reshape(-1, grad_output.shape[-1])
+        _check_gradient(dy)
+        of_x, of_w, of_dy = ctx.quantizers
+        x_columns, w_columns = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dw = _product(of_dy._dequantize(*of_dy._columns(dy)), of_x._dequantize(*x_columns).t(), 1.0, ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            dx = _product(of_dy._dequantize(*of_dy._rows(dy)), of_w._dequantize(*w_columns).t(), 1.0, ctx.dtype)
+            dx = dx.view(ctx.shape)
+        if ctx.needs_input_grad[2]:
+            db = dy.float().sum(0).to(ctx.dtype)
+        if ctx.updates:
+            _update(forward=False)
+        return dw, dx, db, None, None, None, None
 
 
 def _linear(module, gemm: int, inp, weight, bias, dtype, is_first_microbatch=None, *, amax=None, wide=False):
@@ -202,7 +277,10 @@ def _linear(module, gemm: int, inp, weight, bias, dtype, is_first_microbatch=Non
     _check_dims(inp, weight)
     cached = module._last_weights.get(gemm) if is_first_microbatch is False else None
     with torch.autocast(inp.device.type, enabled=False):
-        out = _Fp8Linear.apply(weight, inp, bias, module, gemm, dtype, cached, amax, wide)
+        if module.fp8_meta["recipe"].float8_per_tensor_scaling():
+            out = _Fp8Linear.apply(weight, inp, bias, module, gemm, dtype, cached, amax, wide)
+        else:
+            out = _BlockLinear.apply(weight, inp, bias, module, gemm, dtype, cached)
     if is_first_microbatch is None:
         module._last_weights.pop(gemm, None)
     return out
@@ -294,10 +372,10 @@ class _TEModule(nn.Module):
 
     def _set_recipe(self, recipe: Recipe) -> None:
         self.fp8_meta["recipe"] = recipe
-        kind = _DelayedState if recipe.delayed() else _CurrentState
+        kind = _state_of(recipe)
         for key, forward in (("scaling_fwd", True), ("scaling_bwd", False)):
             state = self.fp8_meta.get(key)
-            if type(state) is not kind:
+            if type(state) is not kind or type(state.recipe) is not type(recipe):
                 state = self.fp8_meta[key] = kind(recipe, forward, self._device(), self._gemms)
             elif recipe.delayed() and len(state.amax_history) != recipe.amax_history_len:
                 state.resize(recipe.amax_history_len)

@@ -34,10 +34,18 @@ class Format(enum.Enum):
 
 @dataclass(frozen=True)
 class QParams:
-    """How current scaling turns amax into a scale: rounded to a power of two, with a least amax."""
+    """How a recipe quantizes one kind of tensor.
+
+    Args:
+        power_2_scale, amax_epsilon: current and block scaling: round scales to powers of two; the least amax.
+        random_hadamard_transform, stochastic_rounding, fp4_2d_quantization: NVFP4's remedies.
+    """
 
     power_2_scale: bool = False
     amax_epsilon: float = 0.0
+    random_hadamard_transform: bool = False
+    stochastic_rounding: bool = False
+    fp4_2d_quantization: bool = False
 
 
 class Recipe:
@@ -120,21 +128,64 @@ class Float8CurrentScaling(Recipe):
 
 @dataclass
 class Float8BlockScaling(Recipe):
-    """One scale for each 128 values (128 x 128 for weights).  Not emulated: see is_fp8_block_scaling_available."""
+    """One FP32 scale for each 128 values (128 x 128 for weights), a power of two by default.
+
+    Args:
+        fp8_format: ``Format.E4M3`` in both directions, or ``Format.HYBRID``.
+        x_block_scaling_dim, w_block_scaling_dim, grad_block_scaling_dim: 1 or 2: rows of 128 or squares, for inputs,
+            weights and gradients.
+    """
 
     fp8_format: Format = Format.E4M3
+    fp8_quant_fwd_inp = QParams(power_2_scale=True)
+    fp8_quant_fwd_weight = QParams(power_2_scale=True)
+    fp8_quant_bwd_grad = QParams(power_2_scale=True)
+    x_block_scaling_dim: int = 1
+    w_block_scaling_dim: int = 2
+    grad_block_scaling_dim: int = 1
+
+    def __post_init__(self):
+        squares = 0
+        for name in "x", "w", "grad":
+            dim = getattr(self, f"{name}_block_scaling_dim")
+            assert dim in (1, 2), f"Only 1D or 2D blocks supported for {name}"
+            squares += dim == 2
+        assert squares < 2, "2D by 2D block gemm not supported."
+        self._check_format()
 
 
 @dataclass
 class MXFP8BlockScaling(Recipe):
-    """One power-of-two scale for each 32 values.  Not emulated: see is_mxfp8_available."""
+    """One power-of-two scale for each 32 values.  The hardware for it is Blackwell; the emulation runs anywhere."""
 
     fp8_format: Format = Format.E4M3
+
+    def __post_init__(self):
+        self._check_format()
 
 
 @dataclass
 class NVFP4BlockScaling(Recipe):
-    """E2M1 values, one E4M3 scale for each 16.  Not emulated: see is_nvfp4_available."""
+    """E2M1 values, one E4M3 scale for each 16.  The hardware for it is Blackwell; the emulation runs anywhere.
+
+    Args:
+        disable_rht: leave the random Hadamard transform out.
+        disable_stochastic_rounding: round gradients to nearest.
+        disable_2d_quantization: a scale for each 16 values of a row of the weights, too, instead of squares.
+    """
+
+    disable_rht: bool = False
+    disable_stochastic_rounding: bool = False
+    disable_2d_quantization: bool = False
+    fp8_format: Format = Format.E4M3  # of the scales
+
+    def __post_init__(self):
+        assert self.fp8_format is Format.E4M3, "Only E4M3 is supported for NVFP4 scaling"
+        rotate = not self.disable_rht
+        self.fp4_quant_fwd_inp = QParams(random_hadamard_transform=rotate)
+        self.fp4_quant_fwd_weight = QParams(fp4_2d_quantization=not self.disable_2d_quantization)
+        self.fp4_quant_bwd_grad = QParams(random_hadamard_transform=rotate,
+                                          stochastic_rounding=not self.disable_stochastic_rounding)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------- what runs here
@@ -148,21 +199,18 @@ def is_fp8_available(return_reason: bool = False):
 
 
 def is_fp8_block_scaling_available(return_reason: bool = False):
-    """False here, with the reason: block scaling is not emulated."""
-    return _answer(False, "FP8 block scaling is not emulated: it needs a GPU of compute capability 9.0 or higher "
-                          "and CUDA 12.9 or higher.", return_reason)  # fmt: skip
+    """True here; the hardware needs compute capability 9.0 or higher."""
+    return _answer(True, "", return_reason)
 
 
 def is_mxfp8_available(return_reason: bool = False):
-    """False here, with the reason: MXFP8 training is not emulated."""
-    return _answer(False, "MXFP8 training is not emulated: it needs a GPU of compute capability 10.0 or higher.",
-                   return_reason)  # fmt: skip
+    """True here; the hardware needs compute capability 10.0 or higher."""
+    return _answer(True, "", return_reason)
 
 
 def is_nvfp4_available(return_reason: bool = False):
-    """False here, with the reason: NVFP4 training is not emulated."""
-    return _answer(False, "NVFP4 training is not emulated: it needs a GPU of compute capability 10.0 or higher.",
-                   return_reason)  # fmt: skip
+    """True here; the hardware needs compute capability 10.0 or higher."""
+    return _answer(True, "", return_reason)
 
 
 def is_bf16_available(return_reason: bool = False):
@@ -173,16 +221,6 @@ def is_bf16_available(return_reason: bool = False):
 def get_default_recipe() -> Recipe:
     """The recipe of ``autocast()`` without one: delayed scaling, as on Hopper."""
     return DelayedScaling()
-
-
-def _check_recipe(recipe: Recipe) -> None:
-    for kind, check, error in (
-        (Float8BlockScaling, is_fp8_block_scaling_available, RuntimeError),
-        (MXFP8BlockScaling, is_mxfp8_available, RuntimeError),
-        (NVFP4BlockScaling, is_nvfp4_available, AssertionError),  # the real library's kind of error, each
-    ):
-        if isinstance(recipe, kind):
-            raise error(check(return_reason=True)[1])
 
 
 # -------------------------------------------------------------------------------------- numbers and tensors

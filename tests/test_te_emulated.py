@@ -265,12 +265,6 @@ def test_bad_sizes_of_the_backward_pass():
 
 
 def test_other_errors():
-    with pytest.raises(RuntimeError, match="compute capability 10.0"), te.autocast(recipe=te.MXFP8BlockScaling()):
-        pass
-    with pytest.raises(RuntimeError, match="compute capability 9.0"), te.autocast(recipe=te.Float8BlockScaling()):
-        pass
-    with pytest.raises(AssertionError, match="NVFP4"), te.autocast(recipe=te.NVFP4BlockScaling()):
-        pass
     region = te.autocast()
     with region, pytest.raises(RuntimeError, match="more than once"), region:
         pass

@@ -665,8 +665,6 @@ def recorded_steps(data, tag):
 @pytest.mark.parametrize("tag", ["delayed", "current", "block", "delayed_gelu"])
 def test_layernorm_mlp_is_the_recorded_one(tag):
     data = recorded("mlp")
-    if tag == "block" and not te.is_fp8_block_scaling_available():
-        pytest.skip("block scaling is not emulated")
     recipe = {"delayed": DelayedScaling(amax_history_len=8), "delayed_gelu": DelayedScaling(amax_history_len=8),
               "current": Float8CurrentScaling(), "block": te.Float8BlockScaling()}[tag]  # fmt: skip
     hidden, ffn = data[f"{tag}.fc2_weight"].shape
