@@ -41,7 +41,7 @@ class Status:
         real: True where NVIDIA's library runs FP8 on this machine.
         reason: one clause that says why not, empty where ``real``.
         version: Transformer Engine's version where it is installed, else None.
-        recipes: recipe name -> (runs on this machine's hardware, the reason if not).
+        recipes: recipe name -> (runs here, on the hardware or in the emulation; the reason if not).
     """
 
     real: bool

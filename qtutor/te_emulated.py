@@ -11,16 +11,27 @@ by one FP32 number, its *scale*, which puts its largest magnitude (*amax*) at th
     codes = round_to_fp8(clamp(tensor * scale))         x_hat = codes / scale
 
 Products are summed in high precision and divided by both scales.  What is left to choose is where amax
-comes from, and that is the *recipe*:
+comes from and how many values share a scale, and that is the *recipe*:
 
-- :class:`DelayedScaling`: from the last ``amax_history_len`` steps.  One pass over the tensor quantizes it
-  and notes its amax for later; the price is a scale that is a step old.
-- :class:`Float8CurrentScaling`: from the tensor itself.  Two passes, never out of date.
+- :class:`DelayedScaling`: one scale a tensor, from the last ``amax_history_len`` steps.  One pass over the tensor
+  quantizes it and notes its amax for later; the price is a scale that is a step old.
+- :class:`Float8CurrentScaling`: one scale a tensor, from the tensor itself.  Two passes, never out of date.
+- :class:`Float8BlockScaling`: one for each 128 values, from themselves: an outlier spoils its block only.
+- :class:`MXFP8BlockScaling`: one for each 32; :class:`NVFP4BlockScaling`: 4-bit values, one for each 16.  They need
+  a Blackwell GPU; here everyone can study them.
 
 This module repeats what NVIDIA Transformer Engine 2.20 computes on a Hopper GPU: bytes, scales and amax
-histories are the same bit for bit; matrix products are summed in FP32, where the hardware keeps fewer bits, so
-outputs and gradients agree within the rounding of BF16.  Sources: Transformer Engine's documentation, "Using
-FP8 and FP4 with Transformer Engine"; Micikevicius et al., FP8 Formats for Deep Learning, arXiv:2209.05433.
+histories are the same bit for bit where the numbers before quantization are; matrix products are summed in FP32,
+where the hardware keeps fewer bits, so outputs and gradients agree within the rounding of BF16.  It is a front door:
+
+    te_quantizers      recipes, casts, per-tensor quantizers, the state of delayed scaling, FP8 tensors
+      te_blocks        128-value blocks
+      te_mx            MXFP8 and NVFP4
+    te_modules         autocast, the FP8 product with its gradients, Linear
+    te_transformer     norms, LayerNormLinear, LayerNormMLP, attention, TransformerLayer, FP8 parameters
+
+Sources: Transformer Engine's documentation, "Using FP8 and FP4 with Transformer Engine"; Micikevicius et al., FP8
+Formats for Deep Learning, arXiv:2209.05433.
 
     with autocast(enabled=True, recipe=DelayedScaling(amax_history_len=16)):
         y = Linear(256, 768)(x)                       # y keeps the dtype of x
