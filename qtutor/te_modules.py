@@ -25,6 +25,7 @@ from .te_quantizers import (
     Float8Tensor,
     Format,
     Recipe,
+    _amax,
     _CurrentState,
     _DelayedState,
     _fp8_dtype,
@@ -272,6 +273,11 @@ def _linear(module, gemm: int, inp, weight, bias, dtype, is_first_microbatch=Non
         ValueError: sizes that FP8 matrix units cannot multiply.
     """
     if not module.fp8:
+        if module.fp8_calibration:
+            quantizers = module.quantizers["scaling_fwd"][3 * gemm : 3 * gemm + 2]
+            for quantizer, tensor in zip(quantizers, (inp.to(dtype), weight), strict=True):
+                if isinstance(quantizer, Float8Quantizer):  # the other recipes remember nothing
+                    quantizer.amax.fill_(_amax(tensor.detach()))
         bias = None if bias is None else bias.to(dtype)
         return nn.functional.linear(inp.to(dtype), weight.to(dtype), bias)
     _check_dims(inp, weight)

@@ -417,7 +417,7 @@ def test_linear_reproduces_the_recorded_steps(tag):
         layer.weight.grad = layer.bias.grad = None
         if step == 0:
             with te.autocast(enabled=False, calibrating=True, recipe=recipe):
-                layer(x)  # allocates the state and touches nothing
+                layer(x)  # allocates the state; the amax that it notes is this step's own
         for operand, tensor, quantizer in (("x", x, layer.quantizers["scaling_fwd"][0]),
                                            ("w", layer.weight, layer.quantizers["scaling_fwd"][1]),
                                            ("dy", dy, layer.quantizers["scaling_bwd"][0])):  # fmt: skip

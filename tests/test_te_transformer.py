@@ -209,6 +209,22 @@ def test_layernorm_mlp_reuses_its_fp8_weights_within_a_step():
         assert not torch.equal(mlp(x, is_first_microbatch=True), first)
 
 
+@pytest.mark.filterwarnings("ignore:Recipe type changed")
+def test_calibration_notes_amax_and_quantizes_nothing():
+    mlp = te.LayerNormMLP(HIDDEN, FFN, activation="swiglu", normalization="RMSNorm", bias=False)
+    x = torch.randn(5, HIDDEN)
+    with te.autocast(enabled=False, calibrating=True, recipe=DelayedScaling(amax_history_len=4)):
+        y = mlp(x)
+    assert torch.equal(y, mlp(x))
+    state, normed = mlp.fp8_meta["scaling_fwd"], F.rms_norm(x, [HIDDEN], eps=1e-5)
+    act = plain_activation("swiglu", normed @ mlp.fc1_weight.t())
+    want = [t.abs().max().item() for t in (normed, mlp.fc1_weight, torch.zeros(1), act, mlp.fc2_weight, torch.zeros(1))]
+    assert state.amax_history[0].tolist() == pytest.approx(want, rel=1e-5)
+    assert (state.scale == 1).all() and not state.amax_history[1:].any()
+    with te.autocast(enabled=False, calibrating=True, recipe=Float8CurrentScaling()):
+        mlp(x)  # remembers nothing
+
+
 def test_returned_extras():
     x = torch.randn(TOKENS, HIDDEN)
     mlp = te.LayerNormMLP(HIDDEN, FFN, return_bias=True, return_layernorm_output=True, normalization="RMSNorm")
