@@ -281,6 +281,32 @@ def _pad_rows(answer):
     return "Rows of zeros change neither the amax nor the gradient of the weight; drop their outputs afterwards."
 
 
+_FP8_COST = (0.005, 0.003, 0.006, 0.004)  # FP8 minus BF16 in the exercise: four seeds, nats per token
+
+
+@exercise("02.half_width", solution=3.182446 * 0.0012909944 / 2,
+          wrong=[1.959964 * 0.0012909944 / 2, 3.182446 * 0.0012909944, 3.182446 * 0.0011180340 / 2, 0.0045, 0.0337,
+                 3.182446 * 0.0012909944, "0.002"])  # fmt: skip
+def _half_width(answer):
+    import statistics
+
+    assert not isinstance(answer, str) and hasattr(answer, "__float__"), "Give one number, in nats per token."
+    answer, t, n = float(answer), 3.182446, len(_FP8_COST)
+    sd = statistics.stdev(_FP8_COST)
+
+    def near(value):
+        return abs(answer - value) < 0.004 * value
+
+    assert not near(1.959964 * sd / n**0.5), "1.96 is for very many seeds: four need Student's t."
+    assert not near(t * sd), "That is without the square root of n: the mean of four is surer than one of them."
+    assert not near(t * sd * ((n - 1) / n) ** 0.5 / n**0.5), "The sample's standard deviation divides by n - 1: ddof=1."
+    assert not near(statistics.mean(_FP8_COST)), "That is the mean difference; what is its uncertainty?"
+    assert answer < 0.01, "Subtract seed by seed before anything else: that is what removes the spread between seeds."
+    assert near(t * sd / n**0.5), "t.ppf(0.975, n - 1) x standard deviation of the differences (ddof=1) / sqrt(n)."
+    return ("The mean difference, 0.0045, is more than twice that: FP8 costs a little. Without pairing, the spread "
+            "between seeds would have hidden it: it is more than ten times that of the differences.")  # fmt: skip
+
+
 # ------------------------------------------------------------- notebook 01: number formats
 
 
