@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .te_quantizers import DType
+from .te_quantizers import DType, _decode
 
 __all__ = ["Float8BlockQuantizer", "Float8BlockwiseQTensor"]
 
@@ -96,7 +96,7 @@ class Float8BlockQuantizer:
         """Quantize ``x`` (M, K) with blocks along K: codes (M, K), scale_inv (M or M/128, K/128), None."""
         blocks = self._blocks(x.float())
         dims = (1, 3)
-        amax = torch.linalg.vector_norm(blocks, torch.inf, dims, keepdim=True)
+        amax = blocks.abs().amax(dims, keepdim=True)
         if amax.isnan().any():  # NaN does not count
             amax = blocks.nan_to_num(0.0, torch.inf, -torch.inf).abs().amax(dims, keepdim=True)
         scale = self._scale(amax, torch.finfo(x.dtype).max)
@@ -106,11 +106,11 @@ class Float8BlockQuantizer:
 
     def _columns(self, x: torch.Tensor):
         """The same of the transpose: blocks along M."""
-        return self._rows(x.t())
+        return self._rows(x.t().contiguous())
 
     def _dequantize(self, codes, scale_inv, _=None) -> torch.Tensor:
         """FP32 values of what :meth:`_rows` or :meth:`_columns` returned."""
-        blocks = self._blocks(codes.view(self.dtype.torch).float()) * scale_inv[:, None, :, None]
+        blocks = self._blocks(_decode(codes.view(self.dtype.torch))) * scale_inv[:, None, :, None]
         return blocks.reshape(-1, blocks.shape[2] * _BLOCK)[: codes.shape[0], : codes.shape[1]]
 
     def quantize(self, tensor: torch.Tensor) -> Float8BlockwiseQTensor:

@@ -27,6 +27,7 @@ from .te_quantizers import (
     Recipe,
     _amax,
     _CurrentState,
+    _decode,
     _DelayedState,
     _fp8_dtype,
     get_default_recipe,
@@ -167,8 +168,7 @@ def _check_gradient(dy: torch.Tensor) -> None:
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, factor: float, dtype: torch.dtype, bias=None) -> torch.Tensor:
-    """``factor * (a @ b) (+ bias)`` of two FP8 matrices, summed in FP32, rounded once to ``dtype``."""
-    a, b = a.float(), b.float()  # exact
+    """``factor * (a @ b) (+ bias)`` of FP32 matrices that hold FP8 numbers, rounded once to ``dtype``."""
     # beta=0 ignores its first argument, so any tensor that broadcasts will do.
     start, beta = (a.new_zeros(1), 0) if bias is None else (bias.float(), 1)
     return torch.addmm(start, a, b, beta=beta, alpha=factor).to(dtype)
@@ -195,7 +195,7 @@ class _Fp8Linear(torch.autograd.Function):
             ctx.updates, _Region.first = _Region.first, False
         if bias is not None:  # cuBLAS takes no FP32 bias with FP8 operands
             bias = bias.to(torch.bfloat16 if dtype == torch.float32 else dtype)
-        out = _product(x_codes, w_codes.t(), x_inv * w_inv, dtype, bias)
+        out = _product(_decode(x_codes), _decode(w_codes).t(), x_inv * w_inv, dtype, bias)
         return (out.float() if wide else out).view(*inp.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -204,16 +204,25 @@ class _Fp8Linear(torch.autograd.Function):
         dy = grad_output.reshape(-1, grad_output.shape[-1])
         _check_gradient(dy)
         codes, inv = ctx.module.quantizers["scaling_bwd"][2 * ctx.gemm]._codes(dy)
+        values = _decode(codes)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dw = _product(codes.t(), x_codes, inv * ctx.scales[0], ctx.dtype)
+            dw = _product(values.t(), _decode(x_codes), inv * ctx.scales[0], ctx.dtype)
         if ctx.needs_input_grad[1]:
-            dx = _product(codes, w_codes, inv * ctx.scales[1], ctx.dtype).view(ctx.shape)
+            dx = _product(values, _decode(w_codes), inv * ctx.scales[1], ctx.dtype).view(ctx.shape)
         if ctx.needs_input_grad[2]:  # a sum, not a matrix product: it reads the gradient before FP8
             db = dy.float().sum(0).to(ctx.dtype)
         if ctx.updates:
             _update(forward=False)
         return dw, dx, db, None, None, None, None, None, None
+
+
+def _both(quantizer, x: torch.Tensor):
+    """Operands of ``x`` by rows and by columns; squares have the same numbers in both."""
+    rows = quantizer._rows(x)
+    if getattr(quantizer, "block_scaling_dim", 1) == 2:
+        return rows, (rows[0].t().contiguous(), rows[1].t(), None)
+    return rows, quantizer._columns(x)
 
 
 class _BlockLinear(torch.autograd.Function):
@@ -223,7 +232,7 @@ class _BlockLinear(torch.autograd.Function):
     def forward(ctx, weight, inp, bias, module, gemm, dtype, cached):
         x = inp.reshape(-1, inp.shape[-1])
         of_x, of_w = module.quantizers["scaling_fwd"][3 * gemm : 3 * gemm + 2]
-        w_rows, w_columns = cached or (of_w._rows(weight), of_w._columns(weight))
+        w_rows, w_columns = cached or _both(of_w, weight)
         module._last_weights[gemm] = w_rows, w_columns
         ctx.quantizers = of_x, of_w, module.quantizers["scaling_bwd"][2 * gemm]
         ctx.dtype, ctx.shape, ctx.updates = dtype, inp.shape, False

@@ -56,6 +56,15 @@ def test_each_block_has_the_scale_of_its_largest_value(dim, pow2, dtype):
     assert result._rowwise_scale_inv.shape[1] % 4 == 0  # padded as the matrix units want it
 
 
+@pytest.mark.parametrize("dtype", list(DType))
+def test_decoding_is_torchs_cast(dtype):
+    from qtutor.te_quantizers import _decode
+
+    codes = torch.arange(256, dtype=torch.uint8).reshape(16, 16).view(dtype.torch)
+    for x in (codes, codes.t(), codes[:0], codes[:, ::2]):
+        assert torch.equal(_decode(x).nan_to_num(7e6), x.float().nan_to_num(7e6))
+
+
 def test_special_blocks():
     quantizer = te.Float8BlockQuantizer(DType.kFloat8E4M3, block_scaling_dim=1)
     x = torch.zeros(5, 128)
