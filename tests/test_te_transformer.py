@@ -73,11 +73,6 @@ def test_norm_of_bf16_is_computed_in_fp32_and_rounded_once():
 
 
 # ------------------------------------------------------------------------------ modules against compositions
-def quantized_by_hand(fp32, bf16, recipe):
-    """What a product's input must be: the fused FP32 value under delayed scaling, else the rounded one."""
-    return fp32 if recipe.delayed() else bf16
-
-
 @pytest.mark.parametrize("recipe", [DelayedScaling(amax_history_len=4), Float8CurrentScaling(), None])
 @pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
 def test_layernorm_linear_is_a_norm_and_a_linear(recipe, normalization):
