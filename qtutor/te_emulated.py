@@ -55,6 +55,7 @@ from .te_quantizers import (  # noqa: F401
     Float8Quantizer,
     Float8Tensor,
     Format,
+    MMParams,
     MXFP8BlockScaling,
     NVFP4BlockScaling,
     QParams,
@@ -90,6 +91,6 @@ __all__ = [
     "quantized_model_init",
 ]  # fmt: skip
 RECIPES = (
-    "DelayedScaling", "Float8BlockScaling", "Float8CurrentScaling", "Format", "MXFP8BlockScaling",
-    "NVFP4BlockScaling", "QParams", "Recipe",
+    "DelayedScaling", "Float8BlockScaling", "Float8CurrentScaling", "Format", "MMParams",
+    "MXFP8BlockScaling", "NVFP4BlockScaling", "QParams", "Recipe",
 )  # fmt: skip

@@ -210,7 +210,8 @@ class NVFP4Quantizer(_BlockQuantizer):
 
     @staticmethod
     def _global_scales(amax):
-        encode = (_E4M3_MAX * _E2M1_MAX / amax).clamp(max=_FP32_MAX)
+        # A number divided by a tensor is a reciprocal and a product in torch: off by a bit now and then.
+        encode = torch.div(torch.full_like(amax, _E4M3_MAX * _E2M1_MAX), amax).clamp(max=_FP32_MAX)
         encode = torch.where((encode == 0) | (amax == 0), torch.ones_like(encode), encode)
         return encode, 1 / encode
 

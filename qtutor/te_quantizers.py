@@ -7,8 +7,9 @@ layers.
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -25,11 +26,19 @@ class _Maxima(NamedTuple):
 
 
 class Format(enum.Enum):
-    """Which FP8 format holds what: ``value.max_fwd`` and ``value.max_bwd`` are the largest magnitudes."""
+    """Which format holds what: ``value.max_fwd`` and ``value.max_bwd`` are the largest magnitudes."""
 
+    E2M1 = _Maxima(6, 6)
     E4M3 = _Maxima(448, 448)
     E5M2 = _Maxima(57344, 57344)
     HYBRID = _Maxima(448, 57344)  # E4M3 forward, E5M2 backward
+
+
+@dataclass(frozen=True)
+class MMParams:
+    """How the hardware sums a product.  Accepted and without effect: the emulation always sums in FP32."""
+
+    use_split_accumulator: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,11 @@ class QParams:
     random_hadamard_transform: bool = False
     stochastic_rounding: bool = False
     fp4_2d_quantization: bool = False
+
+
+def _switch(name: str, default: str = "0") -> bool:
+    """An environment variable that the real library reads when it is imported."""
+    return os.environ.get(name, default) == "1"
 
 
 class Recipe:
@@ -75,9 +89,27 @@ class Recipe:
     def nvfp4(cls) -> bool:
         return issubclass(cls, NVFP4BlockScaling)
 
-    def _check_format(self) -> None:
-        # AssertionError, because that is what the real library raises.
+    @classmethod
+    def custom(cls) -> bool:
+        return False  # quantizers of the user's own are not emulated
+
+    def _check(self) -> None:
+        """Raise AssertionError, as the real library does, for what makes no sense; refuse what is not emulated."""
         assert self.fp8_format != Format.E5M2, "Pure E5M2 training is not supported."
+        assert self.backward_override in (None, "high_precision", "dequantized"), (
+            f"backward_override is {self.backward_override!r}: use None, 'high_precision' or 'dequantized'."
+        )
+        if self.fp8_dpa or self.fp8_mha:
+            raise NotImplementedError("FP8 attention is not emulated: leave fp8_dpa and fp8_mha at False.")
+        if self.backward_override is not None:
+            raise NotImplementedError("A backward pass in high precision is not emulated: leave backward_override "
+                                      "at None.")  # fmt: skip
+
+    def __repr__(self) -> str:
+        # Modules of one repr share their update of delayed scaling.
+        shown = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown = {k: v.name if isinstance(v, Format) else v for k, v in shown.items()}
+        return f"recipe_type={type(self).__name__}, " + ", ".join(f"{k}={v}" for k, v in shown.items())
 
 
 @dataclass(repr=False)
@@ -93,6 +125,12 @@ class DelayedScaling(Recipe):
         scaling_factor_compute_algo: function ``(amax, old_scale, fp8_max, recipe) -> scale`` in place of the
             formula.
         reduce_amax: accepted; there is one device here.
+        fp8_dpa, fp8_mha, backward_override: only as they are.
+
+    Raises:
+        AssertionError: ``Format.E5M2``; a backward_override, which this recipe does not know.
+        ValueError: an unknown amax_compute_algo.
+        NotImplementedError: FP8 attention.
     """
 
     margin: int = 0
@@ -101,48 +139,87 @@ class DelayedScaling(Recipe):
     amax_compute_algo: str | Callable = "max"
     scaling_factor_compute_algo: Callable | None = None
     reduce_amax: bool = True
+    fp8_dpa: bool = False
+    fp8_mha: bool = False
+    backward_override: str | None = None
 
     def __post_init__(self):
-        self._check_format()
+        assert self.backward_override is None, "Delayed scaling only supports backward_override=None."
+        self._check()
         if not callable(self.amax_compute_algo) and self.amax_compute_algo not in ("max", "most_recent"):
             raise ValueError(f"amax_compute_algo is {self.amax_compute_algo!r}: use 'max', 'most_recent' or a function")
 
     def __repr__(self) -> str:
-        # Modules of one repr share their update; the algorithms are not part of it in the real library either.
-        return (f"recipe_type=DelayedScaling, margin={self.margin}, format={self.fp8_format.name}, "
-                f"amax_history_len={self.amax_history_len}, reduce_amax={self.reduce_amax}")  # fmt: skip
+        # The algorithms are not part of it in the real library either.
+        return (f"recipe_type={type(self).__name__}, margin={self.margin}, format={self.fp8_format.name}, "
+                f"amax_history_len={self.amax_history_len}, reduce_amax={self.reduce_amax}, fp8_dpa={self.fp8_dpa}, "
+                f"fp8_mha={self.fp8_mha}, backward_override={self.backward_override}")  # fmt: skip
 
 
-@dataclass
+@dataclass(repr=False)
 class Float8CurrentScaling(Recipe):
-    """One scale a tensor, from the tensor's own amax.  Nothing is remembered."""
+    """One scale a tensor, from the tensor's own amax.  Nothing is remembered.
 
+    Args:
+        use_power_2_scales: what NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES=1 sets; given here it changes nothing, in the
+            real library too: set ``recipe.fp8_quant_fwd_inp`` and its siblings.
+        fp8_format: ``Format.HYBRID`` (E4M3 forward, E5M2 backward) or ``Format.E4M3``.
+        fp8_gemm_fprop, fp8_gemm_dgrad, fp8_gemm_wgrad: accepted; see :class:`MMParams`.
+        fp8_dpa, fp8_mha, backward_override: only as they are.
+
+    Raises:
+        AssertionError: ``Format.E5M2``, an unknown backward_override.
+        NotImplementedError: FP8 attention, a backward pass in high precision.
+    """
+
+    use_power_2_scales: bool = _switch("NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES")
     fp8_format: Format = Format.HYBRID
-    fp8_quant_fwd_inp = QParams()  # class attributes, as in the real library: set them on the instance
-    fp8_quant_fwd_weight = QParams()
-    fp8_quant_bwd_grad = QParams()
+    fp8_quant_fwd_inp = QParams(power_2_scale=use_power_2_scales)  # class attributes, as in the real library
+    fp8_quant_fwd_weight = QParams(power_2_scale=use_power_2_scales)
+    fp8_quant_bwd_grad = QParams(power_2_scale=use_power_2_scales)
+    fp8_gemm_fprop: MMParams = MMParams(use_split_accumulator=False)
+    fp8_gemm_dgrad: MMParams = MMParams()
+    fp8_gemm_wgrad: MMParams = MMParams()
+    fp8_dpa: bool = False
+    fp8_mha: bool = False
+    backward_override: str | None = None
 
     def __post_init__(self):
-        self._check_format()
+        self._check()
 
 
-@dataclass
+@dataclass(repr=False)
 class Float8BlockScaling(Recipe):
     """One FP32 scale for each 128 values (128 x 128 for weights), a power of two by default.
 
     Args:
+        use_f32_scales: what NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 sets; given here it changes nothing, in the real
+            library too: set ``recipe.fp8_quant_fwd_inp`` and its siblings.
         fp8_format: ``Format.E4M3`` in both directions, or ``Format.HYBRID``.
         x_block_scaling_dim, w_block_scaling_dim, grad_block_scaling_dim: 1 or 2: rows of 128 or squares, for inputs,
-            weights and gradients.
+            weights and gradients; no two of them squares.
+        fp8_gemm_fprop, fp8_gemm_dgrad, fp8_gemm_wgrad: accepted; see :class:`MMParams`.
+        fp8_dpa, fp8_mha, backward_override: only as they are.
+
+    Raises:
+        AssertionError: other block dimensions, ``Format.E5M2``, FP8 attention, an accumulator that is not split.
+        NotImplementedError: a backward pass in high precision.
     """
 
+    use_f32_scales: bool = _switch("NVTE_FP8_BLOCK_SCALING_FP32_SCALES")
     fp8_format: Format = Format.E4M3
-    fp8_quant_fwd_inp = QParams(power_2_scale=True)
-    fp8_quant_fwd_weight = QParams(power_2_scale=True)
-    fp8_quant_bwd_grad = QParams(power_2_scale=True)
+    fp8_quant_fwd_inp = QParams(power_2_scale=not use_f32_scales)
+    fp8_quant_fwd_weight = QParams(power_2_scale=not use_f32_scales)
+    fp8_quant_bwd_grad = QParams(power_2_scale=not use_f32_scales)
     x_block_scaling_dim: int = 1
     w_block_scaling_dim: int = 2
     grad_block_scaling_dim: int = 1
+    fp8_gemm_fprop: MMParams = MMParams()
+    fp8_gemm_dgrad: MMParams = MMParams()
+    fp8_gemm_wgrad: MMParams = MMParams()
+    fp8_dpa: bool = False
+    fp8_mha: bool = False
+    backward_override: str | None = None
 
     def __post_init__(self):
         squares = 0
@@ -151,20 +228,42 @@ class Float8BlockScaling(Recipe):
             assert dim in (1, 2), f"Only 1D or 2D blocks supported for {name}"
             squares += dim == 2
         assert squares < 2, "2D by 2D block gemm not supported."
-        self._check_format()
+        for name in "fprop", "dgrad", "wgrad":
+            split = getattr(self, f"fp8_gemm_{name}").use_split_accumulator
+            assert split, f"Split accumulator required for {name}."
+        assert not (self.fp8_dpa or self.fp8_mha), "FP8 attention is not supported for Float8BlockScaling."
+        self._check()
 
 
-@dataclass
+@dataclass(repr=False)
 class MXFP8BlockScaling(Recipe):
-    """One power-of-two scale for each 32 values.  The hardware for it is Blackwell; the emulation runs anywhere."""
+    """One power-of-two scale for each 32 values.  The hardware for it is Blackwell; the emulation runs anywhere.
 
+    Args:
+        margin: accepted; without effect in the real library, too.
+        fp8_format: ``Format.E4M3`` in both directions, or ``Format.HYBRID``.
+        fp8_dpa, fp8_mha, backward_override, enable_2d_quantization: only as they are.
+
+    Raises:
+        AssertionError: ``Format.E5M2``, an unknown backward_override.
+        NotImplementedError: FP8 attention, a backward pass in high precision, squares of 32 x 32.
+    """
+
+    margin: int = 0
     fp8_format: Format = Format.E4M3
+    fp8_dpa: bool = False
+    fp8_mha: bool = False
+    backward_override: str | None = None
+    enable_2d_quantization: bool = False
 
     def __post_init__(self):
-        self._check_format()
+        self._check()
+        if self.enable_2d_quantization:
+            raise NotImplementedError("MXFP8 weights in squares are not emulated: leave enable_2d_quantization at "
+                                      "False.")  # fmt: skip
 
 
-@dataclass
+@dataclass(repr=False)
 class NVFP4BlockScaling(Recipe):
     """E2M1 values, one E4M3 scale for each 16.  The hardware for it is Blackwell; the emulation runs anywhere.
 
@@ -172,15 +271,39 @@ class NVFP4BlockScaling(Recipe):
         disable_rht: leave the random Hadamard transform out.
         disable_stochastic_rounding: round gradients to nearest.
         disable_2d_quantization: a scale for each 16 values of a row of the weights, too, instead of squares.
+        fp4_format, fp8_format: E2M1 values, E4M3 scales; nothing else.
+        row_scaled_activation, nvfp4_4over6, fp8_dpa, fp8_mha, backward_override: only as they are.
+        nvfp4_4over6_e4m3_use_256, nvfp4_4over6_err_mode: accepted; they belong to nvfp4_4over6.
+
+    Raises:
+        AssertionError: other formats, unknown names.
+        NotImplementedError: FP8 attention, a backward pass in high precision, a scale for each row, 4over6.
     """
 
-    disable_rht: bool = False
-    disable_stochastic_rounding: bool = False
-    disable_2d_quantization: bool = False
+    disable_rht: bool = _switch("NVTE_NVFP4_DISABLE_RHT")
+    disable_stochastic_rounding: bool = _switch("NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING")
+    disable_2d_quantization: bool = _switch("NVTE_NVFP4_DISABLE_2D_QUANTIZATION")
+    row_scaled_activation: bool = False
+    nvfp4_4over6: str = "none"
+    nvfp4_4over6_e4m3_use_256: str = "all"
+    nvfp4_4over6_err_mode: str = "MAE"
+    fp4_format: Format = Format.E2M1
     fp8_format: Format = Format.E4M3  # of the scales
+    fp8_dpa: bool = False
+    fp8_mha: bool = False
+    backward_override: str | None = None
 
     def __post_init__(self):
+        assert self.fp4_format is Format.E2M1, "Only E2M1 is supported for NVFP4 scaling"
         assert self.fp8_format is Format.E4M3, "Only E4M3 is supported for NVFP4 scaling"
+        scopes = "none", "weights", "activations", "all"
+        for name in "nvfp4_4over6", "nvfp4_4over6_e4m3_use_256":
+            assert getattr(self, name) in scopes, f"{name} must be one of {', '.join(scopes)}."
+        assert self.nvfp4_4over6_err_mode in ("MAE", "MSE"), "nvfp4_4over6_err_mode must be 'MAE' or 'MSE'."
+        self._check()
+        if self.row_scaled_activation or self.nvfp4_4over6 != "none":
+            raise NotImplementedError("A scale for each row and 4over6 are not emulated: leave row_scaled_activation "
+                                      "at False and nvfp4_4over6 at 'none'.")  # fmt: skip
         rotate = not self.disable_rht
         self.fp4_quant_fwd_inp = QParams(random_hadamard_transform=rotate)
         self.fp4_quant_fwd_weight = QParams(fp4_2d_quantization=not self.disable_2d_quantization)
