@@ -103,16 +103,23 @@ class autocast:  # noqa: N801 - the name of the real one
 
     Args:
         enabled: False runs them in high precision.
-        calibrating: allocate the FP8 state, so that a checkpoint holds it, while running in high precision.
-        recipe: :class:`DelayedScaling` by default.
+        calibrating: with ``enabled=False``: run in high precision, allocate the FP8 state, so that a checkpoint
+            holds it, and note the amax of inputs and weights in row 0 of the histories (delayed scaling; the other
+            recipes have nothing to note).  Scales move where they always do: at the exit of a region that is enabled.
+        recipe: an instance of a recipe, :class:`DelayedScaling` by default.
         amax_reduction_group: accepted; there is one device here.
 
     Only forward passes belong inside; each module should be called once in a region, because the outermost
     exit is what updates the forward scales (and only with gradients enabled: evaluation moves no scale).  The
     scales of the gradients are updated at the end of the backward pass of the region's first module.
 
+    Regions nest; an exception leaves the region like any other way out.  A region that is entered by hand and left
+    open keeps FP8 on for whatever follows, and no forward scale moves again, since no exit is the outermost one.
+
     Raises:
         RuntimeError: this object has been entered already.
+        AttributeError: ``recipe`` is no recipe.
+        TypeError: left without having been entered.
     """
 
     def __init__(self, enabled: bool = True, calibrating: bool = False, recipe: Recipe | None = None,
@@ -124,7 +131,9 @@ class autocast:  # noqa: N801 - the name of the real one
         enabled, calibrating, recipe = self._new
         if self._saved is not None:
             raise RuntimeError("autocast context manager cannot be entered more than once concurrently")
-        recipe = recipe or get_default_recipe()
+        recipe = get_default_recipe() if recipe is None else recipe
+        if not hasattr(recipe, "float8_per_tensor_scaling"):  # the real one's error, too
+            raise AttributeError(f"recipe is {recipe!r}: pass a recipe, for example DelayedScaling()")
         self._saved = (_Region.enabled, _Region.calibrating, _Region.recipe, _Region.first)
         _Region.enabled, _Region.calibrating, _Region.recipe = enabled, calibrating, recipe
         members = _Region.members.get(repr(recipe))
@@ -134,6 +143,8 @@ class autocast:  # noqa: N801 - the name of the real one
         return self
 
     def __exit__(self, *exception):
+        if self._saved is None:
+            raise TypeError("this autocast region is not open: __exit__ needs an __enter__ before it")
         _Region.enabled, _Region.calibrating, _Region.recipe, _Region.first = self._saved
         self._saved = None
         _Region.depth -= 1

@@ -72,6 +72,7 @@ class BlockTensor:
 class _BlockQuantizer:
     """``quantizer(x)`` -> :class:`BlockTensor`; ``_rows`` and ``_columns`` are what a matrix product uses."""
 
+    name: str
     block: int
 
     def _rows(self, x: torch.Tensor):
@@ -80,6 +81,7 @@ class _BlockQuantizer:
 
     def _columns(self, x: torch.Tensor):
         """The same of the transpose: blocks along the rows of ``x``; codes (columns, rows)."""
+        _check(x, self.block, self.name)  # before it is transposed, so that the error shows the reader's own sizes
         return self._rows(x.t())
 
     def _dequantize(self, codes, scales, amax) -> torch.Tensor:
@@ -114,13 +116,13 @@ class MXFP8Quantizer(_BlockQuantizer):
         ValueError: rows or columns that 32 does not divide.
     """
 
-    block = 32
+    name, block = "MXFP8", 32
 
     def __init__(self, fp8_dtype, *, rowwise: bool = True, columnwise: bool = True):
         self.dtype = fp8_dtype
 
     def _rows(self, x):
-        _check(x, self.block, "MXFP8")
+        _check(x, self.block, self.name)
         blocks = x.float().reshape(x.shape[0], -1, self.block)
         amax = blocks.abs().amax(-1)
         # Multiplied by the reciprocal, as the kernel does: near a power of two a division can give another exponent.
@@ -180,7 +182,7 @@ class NVFP4Quantizer(_BlockQuantizer):
         ValueError: rows or columns that 16 does not divide.
     """
 
-    block = 16
+    name, block = "NVFP4", 16
 
     def __init__(self, fp4_dtype=None, rowwise: bool = True, columnwise: bool = True, *, with_rht: bool = False,
                  with_post_rht_amax: bool = False, with_2d_quantization: bool = False,
@@ -189,7 +191,7 @@ class NVFP4Quantizer(_BlockQuantizer):
         self.stochastic_rounding = stochastic_rounding
 
     def _rows(self, x):
-        _check(x, self.block, "NVFP4")
+        _check(x, self.block, self.name)
         blocks = x.float().reshape(x.shape[0], -1, self.block)
         amax = blocks.abs().amax(-1)
         if self.with_2d_quantization:
@@ -202,6 +204,7 @@ class NVFP4Quantizer(_BlockQuantizer):
         return _pack_e2m1(values), scales.view(torch.uint8), whole
 
     def _columns(self, x):
+        _check(x, self.block, self.name)
         x = x.t()
         if self.with_rht:
             # The kernel multiplies BF16 by BF16 and keeps BF16; FP32 inputs are rounded to it first.
