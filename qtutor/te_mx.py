@@ -23,8 +23,9 @@ Transformer Engine 2.20, common/recipe and pytorch/custom_recipes/reference_nvfp
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
-from .te_quantizers import _fp8_dtype
+from .te_quantizers import _decode, _fp8_dtype
 
 _FP32_MAX = torch.finfo(torch.float32).max
 _E4M3_MAX, _E2M1_MAX = 448.0, 6.0
@@ -123,17 +124,27 @@ class MXFP8Quantizer(_BlockQuantizer):
 
     def _rows(self, x):
         _check(x, self.block, self.name)
-        blocks = x.float().reshape(x.shape[0], -1, self.block)
-        amax = blocks.abs().amax(-1)
+        codes, scales = self._cast(x.float().reshape(x.shape[0], -1, self.block), 2)
+        return codes.view(x.shape), scales.squeeze(2), None
+
+    def _columns(self, x):
+        _check(x, self.block, self.name)
+        codes, scales = self._cast(x.float().reshape(-1, self.block, x.shape[1]), 1)  # no copy of the transpose
+        return codes.view(x.shape).t(), scales.squeeze(1).t(), None
+
+    def _cast(self, blocks, dim: int):
+        """Codes and exponents of three-dimensional ``blocks``, each of which lies along ``dim``."""
+        amax = blocks.abs().amax(dim, keepdim=True)
         # Multiplied by the reciprocal, as the kernel does: near a power of two a division can give another exponent.
         scales = _e8m0_round_up(amax * (1 / torch.tensor(self.dtype.max, dtype=torch.float32)).item())
-        inverse = torch.exp2(127.0 - scales.float()).unsqueeze(-1)
-        codes = (blocks * inverse).clamp(-self.dtype.max, self.dtype.max).to(self.dtype.torch)
-        return codes.view(torch.uint8).view(x.shape), scales, None
+        scaled = blocks * torch.exp2(127.0 - scales.float())
+        if not amax.isfinite().all():  # rounded up, the scale lets nothing else overflow
+            scaled.clamp_(-self.dtype.max, self.dtype.max)
+        return scaled.to(self.dtype.torch).view(torch.uint8), scales
 
     def _dequantize(self, codes, scales, amax=None):
-        values = codes.view(self.dtype.torch).float().view(codes.shape[0], -1, self.block)
-        return (values * torch.exp2(scales.float() - 127.0).unsqueeze(-1)).view(codes.shape)
+        values = _decode(codes.view(self.dtype.torch)).view(codes.shape[0], -1, self.block)
+        return (values * torch.exp2(scales.float() - 127.0).unsqueeze(-1)).reshape(codes.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------- NVFP4
@@ -147,26 +158,31 @@ def hadamard(device=None) -> torch.Tensor:
 
 def _round_e2m1(x: torch.Tensor, stochastic: bool) -> torch.Tensor:
     """Round to E2M1's grid (0, 0.5, 1, 1.5, 2, 3, 4, 6), saturating: to nearest even, or at random by distance."""
-    size = x.abs().clamp(max=_E2M1_MAX)
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    ticks = size / step
-    ticks = torch.floor(ticks + torch.rand_like(ticks)) if stochastic else torch.round(ticks)
-    return torch.copysign(ticks * step, x)
+    size = x.abs().clamp_(max=_E2M1_MAX)
+    # The grid's step is half the power of two at or below the value, and half of 1 below 1.
+    power = (size.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1)
+    if stochastic:
+        size = (size * 2).div_(power).add_(torch.rand_like(size)).floor_().mul_(power).mul_(0.5)
+    else:  # beside a number this large FP32's own step is the grid's
+        power *= 1.5 * 2**22
+        size.add_(power).sub_(power)
+    return torch.copysign(size, x)
 
 
 def _pack_e2m1(values: torch.Tensor) -> torch.Tensor:
-    size = values.abs()
-    code = torch.where(size < 2, size * 2, torch.where(size < 4, size + 2, size / 2 + 4))  # 0..7
-    code = (code + torch.where(torch.signbit(values), 8.0, 0.0)).to(torch.uint8)
-    return code[:, ::2] | (code[:, 1::2] << 4)
-
-
-_E2M1_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    """Numbers of E2M1's grid (rows, columns) to bytes (rows, columns / 2): two codes each, low half first."""
+    # Scaled by 2**-14 they are FP16 numbers whose last exponent bits and first mantissa bit are those of E2M1.
+    bits = (values * 2.0**-14).half().contiguous().view(torch.int16)
+    codes = (bits >> 9 & 7) | (bits >> 12 & 8)
+    pairs = codes.view(torch.int32)
+    return (pairs | pairs >> 12).to(torch.uint8)
 
 
 def _unpack_e2m1(codes: torch.Tensor) -> torch.Tensor:
-    both = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
-    return _E2M1_VALUES.to(codes.device)[both.long()]
+    """The numbers, float32 (rows, columns), of what :func:`_pack_e2m1` returned."""
+    pairs = codes.to(torch.int32)
+    codes = (pairs & 15 | (pairs & 240) << 12).view(torch.int16)
+    return ((codes & 7) << 9 | (codes & 8) << 12).view(torch.float16).float().mul_(2.0**14)
 
 
 class NVFP4Quantizer(_BlockQuantizer):
@@ -192,8 +208,9 @@ class NVFP4Quantizer(_BlockQuantizer):
 
     def _rows(self, x):
         _check(x, self.block, self.name)
-        blocks = x.float().reshape(x.shape[0], -1, self.block)
-        amax = blocks.abs().amax(-1)
+        x = x.float().contiguous()
+        blocks = x.view(x.shape[0], -1, self.block)
+        amax = F.max_pool1d(x.abs().view(1, -1), self.block).view(blocks.shape[:2])  # amax(-1), but 4 times as fast
         if self.with_2d_quantization:
             amax = amax.view(-1, self.block, amax.shape[1]).amax(1).repeat_interleave(self.block, 0)
         whole = amax.max()

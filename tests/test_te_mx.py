@@ -53,9 +53,11 @@ def test_rounding_to_nearest_equals_ml_dtypes():
 
 
 def test_codes_round_trip_and_equal_ml_dtypes():
-    values = te_mx._E2M1_VALUES.repeat(2, 2)
+    half = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([half, -half]).repeat(2, 2)
     packed = te_mx._pack_e2m1(values)
     assert packed.shape == (2, 16) and torch.equal(te_mx._unpack_e2m1(packed), values)
+    assert torch.equal(torch.signbit(te_mx._unpack_e2m1(packed)), torch.signbit(values))
     expected = values[0].numpy().astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
     assert np.array_equal(torch.stack([packed[0] & 15, packed[0] >> 4], -1).flatten().numpy(), expected)
 
