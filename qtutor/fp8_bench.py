@@ -805,10 +805,11 @@ def record_loss(ids=None, held_out=None, steps: int = 3000, seeds=(0, 1, 2), bat
 
         ids = corpus.tokens("train", course_model.load_tokenizer())
         ids, held_out = ids[: -len(ids) // 50], ids[-len(ids) // 50 :]
-    rows = []
+    rows, path = [], None
     for seed, precision in itertools.product(seeds, LOSS_RECIPES):
         rows += loss_run(precision, seed, ids, held_out, steps=steps, batch_size=batch_size)
-    return results.save("fp8_loss", rows)
+        path = results.save("fp8_loss", rows)  # after each run, so that an interruption costs one run and not twelve
+    return path
 
 
 def record(names=("fp8_gemm", "fp8_layers", "fp8_profile", "fp8_breakeven", "fp8_inference")) -> list:
