@@ -398,3 +398,94 @@ def scaling_explorer():
                            ipywidgets.HBox([back, forth]), sentence, image])  # fmt: skip
     box.add_class("qtutor-scaling-explorer")
     return box
+
+
+# ------------------------------------------------------------- notebook 04: will FP8 pay?
+
+
+def breakeven_speedup(rows, hidden: float, tokens: float, graph: bool, column: str = "speedup") -> float:
+    """Read the recorded map between its points: linear in the logarithms; beyond its edge, the value at the edge.
+
+    Args:
+        rows: DataFrame of ``fp8_breakeven``: hidden, tokens, graph, speedup, ms_bf16, ms_fp8 on a full grid.
+        hidden, tokens: the size of the layer and of the batch.
+        graph: replayed from a CUDA graph, or launched from Python.
+        column: which figure, all of them positive.
+    """
+    import numpy as np
+
+    grid = rows[rows["graph"] == graph].pivot(index="hidden", columns="tokens", values=column).sort_index()
+    across, down = np.log2(grid.columns.to_numpy(float)), np.log2(grid.index.to_numpy(float))
+    values = np.log(grid.sort_index(axis=1).to_numpy(float))
+    line = [np.interp(np.log2(tokens), across, row) for row in values]
+    return float(np.exp(np.interp(np.log2(hidden), down, line)))
+
+
+def breakeven_picture(rows, hidden: int = 4096, tokens: int = 4096, graph: bool = False):
+    """Figure: the recorded map with the reader's size marked, and the times of a layer over tokens at that size."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from matplotlib.colors import TwoSlopeNorm
+
+    from . import plots
+
+    fig, (left, right) = plots.figure(8.5, 3.5, ncols=2, width_ratios=(1.25, 1))
+    y, x = np.sort(rows["hidden"].unique()), np.sort(rows["tokens"].unique())
+    fine_y, fine_x = np.geomspace(y[0], y[-1], 41), np.geomspace(x[0], x[-1], 49)
+    surface = np.array([[breakeven_speedup(rows, h, t, graph) for t in fine_x] for h in fine_y])
+    image = left.pcolormesh(fine_x, fine_y, surface, cmap="PuOr", norm=TwoSlopeNorm(1, 0.5, 2), shading="gouraud")
+    left.contour(fine_x, fine_y, surface, levels=[1], colors="black", linewidths=1.6)
+    left.plot([tokens], [hidden], "o", ms=11, mfc="none", mec="black", mew=2.5)
+    left.set(title="CUDA graph" if graph else "Eager", xlabel="tokens in a batch", ylabel="hidden size")
+    left.grid(False)
+    fig.colorbar(image, ax=left, label="BF16 time / FP8 time", ticks=[0.5, 0.75, 1, 1.5, 2])
+    for column, name, style in (("ms_bf16", "BF16", "-"), ("ms_fp8", "FP8", "--")):
+        times = [breakeven_speedup(rows, hidden, t, graph, column) for t in fine_x]
+        right.plot(fine_x, times, style, color=plots.PALETTE[0 if name == "BF16" else 1], label=name)
+        right.plot([tokens], [breakeven_speedup(rows, hidden, tokens, graph, column)], "o", color="black", ms=5)
+    right.set(title=f"One layer, hidden {hidden:,}", xlabel="tokens in a batch", ylabel="ms, forward + backward",
+              yscale="log")  # fmt: skip
+    right.legend()
+    for axis, ticks in ((left, x), (right, x[::2])):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else f"{t}" for t in ticks])
+    left.set_yscale("log", base=2)
+    left.set_yticks(y, [f"{h}" for h in y])
+    left.minorticks_off()
+    right.yaxis.set_major_locator(plt.LogLocator(base=10, subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter(plt.FuncFormatter(lambda v, _: f"{v:g}"))
+    right.yaxis.set_minor_formatter(plt.NullFormatter())
+    return fig
+
+
+def breakeven_explorer(machine: str = "h200"):
+    """Choose hidden size, tokens and CUDA graph; see where that lies on the recorded break-even map (notebook 04)."""
+    import ipywidgets
+
+    from . import plots, results
+
+    recorded = results.load("fp8_breakeven", machine)
+    rows, wide = recorded.frame(), {"description_width": "90px"}
+    hiddens = [h for h in (512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192)
+               if rows["hidden"].min() <= h <= rows["hidden"].max()]  # fmt: skip
+    counts = [2**i for i in range(4, 20) if rows["tokens"].min() <= 2**i <= rows["tokens"].max()]
+    hidden = ipywidgets.SelectionSlider(options=hiddens, value=4096, description="hidden size", style=wide)
+    tokens = ipywidgets.SelectionSlider(options=counts, value=2048, description="tokens", style=wide)
+    graph = ipywidgets.Checkbox(value=False, description="CUDA graph", indent=False)
+    image, sentence = _image(), ipywidgets.HTML()
+
+    def redraw(_=None):
+        at = dict(hidden=hidden.value, tokens=tokens.value, graph=graph.value)
+        image.value = plots.png(breakeven_picture(rows, **at))
+        gain, bf16, fp8 = (breakeven_speedup(rows, **at, column=c) for c in ("speedup", "ms_bf16", "ms_fp8"))
+        verdict = "FP8 pays" if gain >= 1.1 else "about even" if gain > 0.95 else "FP8 is slower"
+        sentence.value = (
+            f"<b>{verdict}</b>: {gain:.2f}x; a layer takes about {bf16:.2f} ms in BF16 and {fp8:.2f} ms in FP8 "
+            f"(delayed scaling). Recorded on an {recorded.device}, {recorded.created[:10]}; interpolated.")
+
+    for control in (hidden, tokens, graph):
+        control.observe(redraw, names="value")
+    redraw()
+    box = ipywidgets.VBox([ipywidgets.HBox([hidden, tokens, graph]), sentence, image])
+    box.add_class("qtutor-breakeven-explorer")
+    return box
