@@ -794,7 +794,7 @@ def _inference_row(name: str, convert, prefill_tokens: int, length: int) -> dict
 
 
 # ---------------------------------------------------------------------------------------------------- recording
-def record_loss(ids=None, held_out=None, steps: int = 3000, seeds=(0, 1, 2), batch_size: int = 16):
+def record_loss(ids=None, held_out=None, steps: int = 3000, seeds=(0, 1, 2, 3, 4), batch_size: int = 16):
     """Train the course model with every recipe and seed and save ``fp8_loss``; about ten minutes on an H200.
 
     ``ids`` and ``held_out``: token ids (n,); by default the docstrings of the installed packages, of which the
