@@ -14,9 +14,9 @@ Fused also means that a number is rounded once where plain code rounds twice.  U
 result goes to FP8 directly; under current scaling, whose scale is known only after the last value has been seen, it
 is rounded to BF16 first.  The emulation does the same, so that its bytes are the hardware's.
 
-:func:`quantized_model_init` drops the FP32 or BF16 weights and keeps FP8 ones only: half the memory, no cast before
-each product, and an optimizer whose updates are lost where they are smaller than an FP8 step, unless it keeps master
-weights of its own.
+:func:`quantized_model_init` drops the FP32 or BF16 weights and keeps FP8 ones only: no cast before each product, half
+the memory for inference (in training Hopper keeps a transposed copy, which takes it back), and an optimizer whose
+updates are lost where they are smaller than an FP8 step, unless it keeps master weights of its own.
 
 Sources: Transformer Engine 2.20 (pytorch/module/layernorm_linear.py, layernorm_mlp.py, pytorch/transformer.py,
 common/normalization, common/activation); Zhang and Sennrich, RMSNorm, arXiv:1910.07467; Shazeer, GLU variants,
