@@ -18,7 +18,7 @@ import os
 __version__ = "0.1.0"
 
 _MODULES = (
-    "corpus course_model evaluate fake_quant formats fp8_bench gguf_export lesson llamacpp measure "
+    "corpus course_model evaluate fake_quant formats fp8_bench fp8_models gguf_export lesson llamacpp measure "
     "notebooks plots results te te_blocks te_emulated te_modules te_mx te_quantizers te_transformer widgets"
 ).split()
 

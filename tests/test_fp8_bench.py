@@ -1,11 +1,11 @@
-"""fp8_bench: what can be checked without a GPU: arithmetic, the captured Llama, the sorting of kernels, the refusal."""
+"""fp8_bench and fp8_models, as far as no GPU is needed: arithmetic, the Llama in a graph, kernels, the refusal."""
 
 import itertools
 
 import pytest
 import torch
 
-from qtutor import QtutorError, course_model, fp8_bench, results
+from qtutor import QtutorError, course_model, fp8_bench, fp8_models, results
 
 REAL = torch.cuda.is_available()
 
@@ -45,13 +45,13 @@ def test_the_llama_without_its_wrapping_is_the_same_llama():
     ids = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-        assert torch.equal(fp8_bench.llama_logits(model, ids), expected)
-        assert torch.allclose(fp8_bench.llama_logits(model, ids, last_only=True)[:, 0], expected[:, -1], atol=1e-5)
-        cache = fp8_bench.FixedCache(model.config, 2, 40, "cpu", torch.float32)
+        assert torch.equal(fp8_models.llama_logits(model, ids), expected)
+        assert torch.allclose(fp8_models.llama_logits(model, ids, last_only=True)[:, 0], expected[:, -1], atol=1e-5)
+        cache = fp8_models.FixedCache(model.config, 2, 40, "cpu", torch.float32)
         past = model(input_ids=ids[:, :39], use_cache=True).past_key_values
         for i, layer in enumerate(past.layers):
             cache.keys[i][:, :, :39], cache.values[i][:, :, :39] = layer.keys, layer.values
-        step = fp8_bench.llama_logits(model, ids[:, 39:], cache)
+        step = fp8_models.llama_logits(model, ids[:, 39:], cache)
     assert torch.allclose(step[:, 0], expected[:, -1], atol=1e-4)
 
 
@@ -82,7 +82,7 @@ def test_rungs_change_one_thing_at_a_time():
 
 
 @pytest.mark.skipif(REAL, reason="there is a GPU here")
-@pytest.mark.parametrize("call", [fp8_bench.gemm, fp8_bench.ladder, fp8_bench.breakeven, fp8_bench.inference,
+@pytest.mark.parametrize("call", [fp8_bench.gemm, fp8_bench.ladder, fp8_bench.breakeven, fp8_models.inference,
                                   fp8_bench.record])  # fmt: skip
 def test_without_a_gpu_the_measurements_refuse_in_one_sentence(call):
     with pytest.raises(QtutorError, match="need a GPU with FP8 units") as caught:
@@ -120,7 +120,7 @@ def test_recorded_losses_have_every_recipe_and_seed():
         pytest.skip("not recorded yet")
     frame = results.load("fp8_loss", "h200").frame()
     runs = set(zip(frame["recipe"], frame["seed"], strict=True))
-    assert runs == set(itertools.product(fp8_bench.LOSS_RECIPES, sorted(set(frame["seed"]))))
+    assert runs == set(itertools.product(fp8_models.LOSS_RECIPES, sorted(set(frame["seed"]))))
     assert len(set(frame["seed"])) >= 3
     ends = frame[frame["step"] == frame["steps"]]
     assert len(ends) == len(runs) and ends["held_out_nats"].between(1, 5).all()
@@ -129,4 +129,4 @@ def test_recorded_losses_have_every_recipe_and_seed():
 def test_int8_products_of_few_rows_are_exact():
     a = torch.randint(-128, 128, (3, 64), dtype=torch.int8)
     b = torch.randint(-128, 128, (48, 64), dtype=torch.int8).t()
-    assert torch.equal(fp8_bench._int_mm(a, b), a.int() @ b.int())
+    assert torch.equal(fp8_models._int_mm(a, b), a.int() @ b.int())
