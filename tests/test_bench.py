@@ -1,5 +1,7 @@
 """The benchmarks run and print their ratios; what the ratios are is for a quiet machine to say."""
 
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,3 +16,20 @@ def test_bench_te_prints_both_ratios():
     lines = [line for line in result.stdout.splitlines() if " x FP32" in line and " x torchao" in line]
     assert [line.split("  ")[0] for line in lines] == ["FP32", "emulated FP8, delayed", "emulated FP8, current",
                                                        "torchao Float8, emulated"]  # fmt: skip
+
+
+def test_bench_fake_quant_returns_ratios_and_writes_rows(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("bench_fake_quant", ROOT / "bench" / "bench_fake_quant.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    small = "--device cpu --rows 32 --columns 64 --rounds 2 --dtypes float32 --no-compile --json".split()
+    ratios = bench.main([*small, str(tmp_path / "rows.json")])
+    for what in ("int4, per channel", "int4, groups of 32", "int8, per token, affine", "E4M3, per row"):
+        assert ratios[f"float32: {what}"]["torchao"] > 0
+    for what in ("int4, per channel, scale given", "int4, groups of 32, scale given"):
+        assert ratios[f"float32: {what}"]["torchao"] > 0 and ratios[f"float32: {what}"]["torch"] > 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == len(ratios) and all(row["ours_ms"] > 0 and row["gb_per_s"] > 0 for row in rows)
+    assert {"device", "shape", "dtype", "what", "ours_ms", "torchao_ms", "torch_ms", "compiled_ms",
+            "gb_per_s", "share_of_copy"} <= set(rows[0])  # fmt: skip
+    assert "differ" not in capsys.readouterr().out  # the outputs of all are equal, so that the times compare

@@ -1,0 +1,206 @@
+"""What fake quantization costs: forward and backward of ours, of torchao's and of PyTorch's own operator.
+
+    python bench/bench_fake_quant.py [--device cpu|cuda] [--rows 2048] [--columns 2048] [--rounds 20] [--json PATH]
+
+Two kinds of lines.  Where the scale is *found* in the tensor (what QAT of weights does at each step) ours stands beside
+torchao's IntxFakeQuantizer and Float8FakeQuantizer.  Where the scale is *given* it stands beside
+torch.fake_quantize_per_channel_affine, too, which cannot look for one.  torchao has no fake quantizer of a tensor in
+MXFP4: there its MXTensor, to and fro, is compared with our forward alone.
+
+All candidates of a line take turns, one call each, so that a noisy machine disturbs all alike; printed are medians, and
+the median of the ratios of one round (below 1: ours is faster).  Before that their outputs are compared.
+
+On a GPU: CUDA events, torch.compile(ours) as well, and GB/s of ours over the *fewest* bytes that the work can move:
+read x, write y, write a mask of one byte, read the gradient, read the mask, write the gradient (18 bytes for a float32
+value, 10 for a bfloat16; forward only: read x, write y).  The share is that of a plain copy on the same machine, bytes
+read and written.  A second pass over the values (to find the scale, or between unfused operations) is time without
+bytes here: it counts against the implementation.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from qtutor import fake_quant as fq
+from qtutor import lesson
+
+
+def cases(x: torch.Tensor) -> dict[str, dict]:
+    """what -> {"ours", "torchao", "torch": functions of x or None, "forward": no backward}."""
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+    from torchao.quantization import PerRow
+    from torchao.quantization.qat import IntxFakeQuantizeConfig
+    from torchao.quantization.qat.fake_quantize_config import Float8FakeQuantizeConfig
+    from torchao.quantization.qat.fake_quantizer import Float8FakeQuantizer, IntxFakeQuantizer
+
+    def intx(dtype, granularity=None, symmetric=True, **options):
+        return IntxFakeQuantizer(IntxFakeQuantizeConfig(dtype, granularity, is_symmetric=symmetric, **options))
+
+    def given(values: int) -> dict:
+        """int4 with `values` values per scale, and the scale known."""
+        blocks = x.view(-1, values)
+        scale = fq.choose_qparams(*fq.block_range(blocks), "int4")[0]
+        as_torch, zeros = scale.flatten().float(), torch.zeros(len(scale), dtype=torch.int32, device=x.device)
+        static = intx(torch.int4, group_size=values, is_dynamic=False)
+        static(x.detach())  # finds its scale once
+
+        def by_torch(x):
+            y = torch.fake_quantize_per_channel_affine(x.view(-1, values), as_torch, zeros, 0, -8, 7)
+            return y.view(x.shape)
+
+        shaped = scale.view(len(x), -1)
+        return dict(ours=lambda x: fq.fake_quantize(x, shaped, None, -8, 7), torchao=static, torch=by_torch)
+
+    def by_mx(x):
+        return MXTensor.to_mx(x, torch.float4_e2m1fn_x2, 32).dequantize(x.dtype)
+
+    return {
+        "int4, per channel": dict(ours=fq.FakeQuantizer("int4"), torchao=intx(torch.int4, "per_channel")),
+        "int4, groups of 32": dict(ours=fq.FakeQuantizer("int4", group_size=32),
+                                   torchao=intx(torch.int4, group_size=32)),
+        "int8, per token, affine": dict(ours=fq.FakeQuantizer("int8", "token", symmetric=False),
+                                        torchao=intx(torch.int8, "per_token", symmetric=False)),
+        "E4M3, per row": dict(ours=fq.FakeQuantizer("E4M3"),
+                              torchao=Float8FakeQuantizer(Float8FakeQuantizeConfig(torch.float8_e4m3fn, PerRow()))),
+        "Q4_0": dict(ours=fq.FakeQuantizer("Q4_0")),
+        "MXFP4": dict(ours=fq.FakeQuantizer("MXFP4")),
+        "MXFP4, forward only": dict(ours=fq.FakeQuantizer("MXFP4"), torchao=by_mx, forward=True),
+        "int4, per channel, scale given": given(x.shape[1]),
+        "int4, groups of 32, scale given": given(32),
+    }  # fmt: skip
+
+
+def call(function, x, upstream, forward_only):
+    if forward_only:
+        with torch.no_grad():
+            return function(x), None
+    y = function(x)
+    return y, torch.autograd.grad(y, x, upstream)[0]
+
+
+def time_rounds(calls: dict, rounds: int, warmup: int, device: str) -> dict[str, list[float]]:
+    """Milliseconds of each call of each candidate; candidates take turns."""
+    spent = {name: [] for name in calls}
+    for number in range(warmup + rounds):
+        for name, run in calls.items():
+            if device == "cuda":
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                run()
+                end.record()
+                measured = (begin, end)
+            else:
+                began = time.perf_counter()
+                run()
+                measured = 1000 * (time.perf_counter() - began)
+            if number >= warmup:
+                spent[name].append(measured)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return {name: [begin.elapsed_time(end) for begin, end in pairs] for name, pairs in spent.items()}
+    return spent
+
+
+def copy_gb_per_s(device: str, rounds: int) -> float:
+    """Bandwidth of a plain copy, bytes read and written."""
+    source = torch.empty(2**28 if device == "cuda" else 2**24, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    spent = time_rounds({"copy": lambda: target.copy_(source)}, rounds, 3, device)["copy"]
+    return 2 * source.numel() * source.element_size() / statistics.median(spent) / 1e6
+
+
+def compiled(function):
+    torch._dynamo.reset()  # one quantizer's recompilations are not to count for the next
+    return torch.compile(function, dynamic=False)
+
+
+def bench(x, upstream, what, case, options, copy) -> tuple[dict, dict]:
+    """The row and the ratios of one case."""
+    forward_only = case.pop("forward", False)
+    functions = dict(case)
+    if options.compile:
+        functions["compiled"] = compiled(case["ours"])
+    calls, notes, reference = {}, [], None
+    for name, function in functions.items():
+        run = lambda function=function: call(function, x, upstream, forward_only)  # noqa: E731
+        try:
+            y = run()[0].detach()
+            for _ in range(2):
+                run()
+        except Exception as error:  # what a library does not offer for this dtype or device is a finding
+            first = (str(error).strip() or "no message").splitlines()[0]
+            notes.append(f"{name}: {type(error).__name__}: {first[:150]}")
+            continue
+        if reference is None:
+            reference = y
+        elif not torch.equal(y, reference):
+            off = (y.float() - reference.float()).abs()
+            share, most = (off > 0).float().mean().item(), (off.max() / reference.abs().max()).item()
+            notes.append(f"{name}: {share:.2g} of the values differ from ours, by at most {most:.1g} of the largest")
+        calls[name] = run
+    spent = time_rounds(calls, options.rounds, 5 if options.device == "cuda" else 2, options.device)
+    median = {name: statistics.median(values) for name, values in spent.items()}
+    ratios = {other: statistics.median(a / b for a, b in zip(spent["ours"], spent[other], strict=True))
+              for other in spent if other != "ours"}  # fmt: skip
+    size = x.element_size()
+    least = x.numel() * (2 * size if forward_only else 4 * size + 2)
+    speed = {name: least / ms / 1e6 for name, ms in median.items()}
+    row = dict(device=options.device, shape=f"{x.shape[0]} x {x.shape[1]}", dtype=str(x.dtype).removeprefix("torch."),
+               what=what, **{f"{name}_ms": median.get(name) for name in ("ours", "torchao", "torch", "compiled")},
+               gb_per_s=speed["ours"], share_of_copy=speed["ours"] / copy,
+               compiled_gb_per_s=speed.get("compiled"),
+               compiled_share_of_copy=speed["compiled"] / copy if "compiled" in speed else None)  # fmt: skip
+    text = "  ".join(f"{ratios[name]:5.2f} x {name}" if name in ratios else " " * (8 + len(name))
+                     for name in ("torchao", "torch", "compiled"))  # fmt: skip
+    shares = f"{row['share_of_copy']:.0%} of a copy"
+    if "compiled" in speed:
+        shares += f" (compiled: {speed['compiled'] / copy:.0%})"
+    print(f"{what:32s} {median['ours']:8.2f} ms  {text}  {speed['ours']:5.0f} GB/s, {shares}")
+    for note in notes:
+        print(f"    {note}")
+    return row, ratios
+
+
+def main(argv=None) -> dict:
+    """Returns {"<dtype>: <what>": {"torchao" | "torch" | "compiled": ours / theirs}}."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    parser.add_argument("--rows", type=int, help="default: 2048 on a CPU, 8192 on a GPU")
+    parser.add_argument("--columns", type=int)
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: on a GPU both")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    options = parser.parse_args(argv)
+    on_gpu = options.device == "cuda"
+    default = 8192 if on_gpu else 2048
+    options.rows, options.columns = options.rows or default, options.columns or default
+    options.compile = on_gpu if options.compile is None else options.compile
+    lesson._quiet()
+
+    copy = copy_gb_per_s(options.device, options.rounds)
+    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}: a copy moves {copy:.0f} GB/s; {options.rows} x {options.columns}, median of {options.rounds}")
+    rows, all_ratios = [], {}
+    for dtype in options.dtypes or (["float32", "bfloat16"] if on_gpu else ["float32"]):
+        torch.manual_seed(0)
+        x = torch.randn(options.rows, options.columns, device=options.device).to(getattr(torch, dtype))
+        upstream = torch.randn_like(x)
+        x.requires_grad_()
+        print(f"{dtype}, forward and backward: ours, and the ratio of its time to that of ...")
+        for what, case in cases(x).items():
+            row, ratios = bench(x, upstream, what, case, options, copy)
+            rows.append(row)
+            all_ratios[f"{dtype}: {what}"] = ratios
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return all_ratios
+
+
+if __name__ == "__main__":
+    main()
