@@ -53,7 +53,7 @@ def convert(model, backend: str = "auto"):
 
 
 def bake(model):
-    """Replace each fake-quantized layer by the plain float layer it came from, its weight rounded to the grid.
+    """Replace each fake-quantized or converted layer by a plain float layer, its weight on the points of the grid.
 
     Activation quantizers are dropped.  Weights that were shared stay shared.  The model is smaller by nothing, but any
     exporter can read it, and quantizing it again to the same format changes no value.
@@ -66,30 +66,33 @@ def bake(model):
     """
 
     def float_layer(name, module, made):
-        key = id(module.weight)
+        stored = isinstance(module, _Stored)
+        key = id(module.stored if stored else module.weight)
         if key not in made:
-            made[key] = nn.Parameter(_rounded(module), requires_grad=module.weight.requires_grad)
-        if isinstance(module, FakeQuantNorm):
-            module.norm.weight = made[key]
+            made[key] = nn.Parameter(module.dequantize() if stored else _rounded(module))
+        weight = made[key]
+        if isinstance(module, (FakeQuantNorm, QuantizedNorm)):
+            module.norm.weight = weight
             return module.norm
-        if isinstance(module, FakeQuantEmbedding):
-            plain = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
+        if isinstance(module, (FakeQuantEmbedding, QuantizedEmbedding)):
+            plain = nn.Embedding(*weight.shape, module.padding_idx, device="meta")
         else:
             plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            plain.bias = module.bias
-        plain.weight = made[key]
+            plain.bias = None if module.bias is None else nn.Parameter(module.bias.detach())
+        plain.weight = weight
         return plain.train(module.training)
 
-    return _replaced(model, float_layer)
+    return _replaced(model, float_layer, (*FAKE_QUANTIZED, _Stored))
 
 
 @torch.no_grad()
-def _replaced(model: nn.Module, build) -> nn.Module:
-    """``model`` with ``build(name, module, made)`` in place of each fake-quantized module; ``made`` is build's own."""
+def _replaced(model: nn.Module, build, kinds=FAKE_QUANTIZED) -> nn.Module:
+    """``model`` with ``build(name, module, made)`` in place of each module of ``kinds``; ``made`` is build's own."""
     swaps, made = {}, {}
     for name, module in model.named_modules():
-        if isinstance(module, FAKE_QUANTIZED):
-            refuse_nan(name, module.weight)
+        if isinstance(module, kinds):
+            if isinstance(module, FAKE_QUANTIZED):
+                refuse_nan(name, module.weight)
             activation = getattr(module, "activation_fake_quant", None)
             if activation is not None and activation.observer is not None and activation.scale is None:
                 activation.freeze()  # raises where no data was seen

@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from . import QtutorError, results
 
@@ -41,13 +43,14 @@ SCHEMES = {  # name -> options of fake_quant.prepare
     "NVFP4": dict(weight="NVFP4", activation="NVFP4"),
     "Q4_0": dict(weight="Q4_0", overrides=HEAD),
 }
-RATES = {"W3": 1e-3, "W2": 2e-3, "ternary": 2e-3}  # peak learning rates where not 5e-4: fewer bits, larger steps
+# Peak learning rates where not 3e-4: the fewer the bits, the larger the steps that tip a weight over to the next point.
+RATES = {"W8A8": 1e-4, "FP8": 1e-4, "W3": 5e-4, "W2": 1e-3, "ternary": 1e-3}
 ARMS = ("PTQ", "control", "QAT", "QAT, distilled")
 
 
 def rate_of(scheme: str) -> float:
     """The peak learning rate of AdamW for a scheme."""
-    return RATES.get(scheme, 5e-4)
+    return RATES.get(scheme, 3e-4)
 
 
 def recovered(ptq: float, qat: float, original: float) -> float:
@@ -256,3 +259,92 @@ def record(schemes=tuple(SCHEMES), steps: int = 1000, seeds=(0, 1, 2), arms=ARMS
         rows.append(row)
         path = results.save("qat_recovery", rows)
     return path
+
+
+# ------------------------------------------------------------------------------------------- QAT for llama.cpp
+Q4_0_FILE = "qat_q4_0.safetensors"  # in data/model: codes and scales of the course model after QAT on llama.cpp's grid
+Q4_0_TENSORS = {"token_embd": "Q8_0"}  # what SCHEMES["Q4_0"] means to llamacpp.quantize
+
+
+def save_q4_0(model, path) -> None:
+    """Write the codes and scales of a course model that was trained with SCHEMES["Q4_0"] (fake-quantized, not yet
+    converted; left as it is) as safetensors, the tied table once."""
+    from safetensors.torch import save_model
+
+    from . import fake_quant
+
+    stored = fake_quant.convert(copy.deepcopy(model), backend="packed")
+    partial = f"{path}.partial"
+    save_model(stored, partial)
+    os.replace(partial, path)
+
+
+def load_q4_0(path=None):
+    """The course model after QAT on llama.cpp's Q4_0 grid (head and embedding: Q8_0), as a float model on that grid.
+
+    ``path``: a file of :func:`save_q4_0`; by default the one that comes with the course.  Raises QtutorError where it
+    is missing, damaged, or for another model than the one in use.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    from . import course_model, fake_quant
+
+    path = Path(path or course_model.MODEL_DIR / Q4_0_FILE)
+    if not path.is_file():
+        raise QtutorError(f"There is no {path.name}: restore it with 'git checkout data/model'.")
+    model = fake_quant.convert(fake_quant.prepare(course_model.load(), **SCHEMES["Q4_0"]), backend="packed")
+    try:
+        load_model(model, path)
+    except (SafetensorError, RuntimeError, ValueError, OSError):
+        raise QtutorError(
+            f"{path.name} does not fit the model in use: it belongs to the course model; unset QTUTOR_MODEL, "
+            "or restore the file with 'git checkout data/model'."
+        ) from None
+    return fake_quant.bake(model).eval()
+
+
+def gguf_rows(name: str, model, types, tokens, kept, folder, tensor_types=None, seed: int = -1) -> Iterator[dict]:
+    """Export a float model and yield a row of ``qat_gguf`` for each llama.cpp type it is quantized to.
+
+    Args:
+        name: goes into column ``model``.  types: names of llamacpp.TYPES.  tokens: evaluation tokens.
+        kept: logits of the float model to compare with, from evaluate.logits_of.
+        folder: where the files are written (and left).
+        tensor_types: see llamacpp.quantize.
+    """
+    from . import course_model, evaluate, gguf_export, llamacpp
+
+    folder = Path(folder)
+    source = gguf_export.export(model, folder / f"{name}-{seed}-f32.gguf", tokenizer=course_model.load_tokenizer())
+    for kind in types:
+        file = llamacpp.quantize(source, folder / f"{name}-{seed}-{kind}.gguf", kind, tensor_types=tensor_types)
+        with llamacpp.Model(file) as quantized:
+            found = evaluate.compare_models(kept, quantized, tokens, 512)
+        row = {"model": name, "type": kind, "seed": seed, "file_mb": file.stat().st_size / 1e6,
+               "bits_per_weight": llamacpp.bits_per_weight(file), "perplexity": found.ppl,
+               "perplexity_se": found.ppl_se, "float_perplexity": found.base_ppl, "ratio": found.ppl_ratio,
+               "ratio_se": found.ppl_ratio_se, "kld_mean": found.kld_mean, "kld_se": found.kld_se,
+               "same_top": found.same_top, "scored_tokens": found.n}  # fmt: skip
+        yield {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def record_gguf(trained: dict, types=("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0"), max_tokens: int | None = None):
+    """Compare QAT files with PTQ files in llama.cpp and save ``qat_gguf``.  Returns the path.
+
+    ``trained``: {seed: file of save_q4_0}.  The rows: the float model in every type of ``types``; in Q4_0 with
+    the head as QAT has it ("PTQ, head in Q8_0"); and each trained model ("QAT") in that same layout.
+    """
+    import tempfile
+
+    from . import corpus, course_model, evaluate
+
+    tokens = corpus.tokens("eval", course_model.load_tokenizer())[:max_tokens]
+    base = course_model.load()
+    kept = evaluate.logits_of(base, tokens, 512)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(gguf_rows("PTQ", base, types, tokens, kept, folder))
+        rows += gguf_rows("PTQ, head in Q8_0", base, ["Q4_0"], tokens, kept, folder, Q4_0_TENSORS)
+        for seed, path in trained.items():
+            rows += gguf_rows("QAT", load_q4_0(path), ["Q4_0"], tokens, kept, folder, Q4_0_TENSORS, seed)
+    return results.save("qat_gguf", rows)
