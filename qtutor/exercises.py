@@ -23,14 +23,6 @@ def _ste_gradient(answer):
     return "The first and the last round to codes that do not exist: clipped, no gradient."
 
 
-@exercise("05.bits_per_weight", solution=3 + (16 + 3) / 64, wrong=[3, 3.25, 22, 3 + 19 / 32, 3 + 16 / 32, "3"])
-def _bits_per_weight(answer):
-    assert isinstance(answer, (int, float)), "Give a number of bits."
-    assert abs(answer - (3 + 19 / 64)) < 1e-3, (
-        "Each weight has its own 3 bits, and 64 weights share 16 bits of scale and 3 bits of zero point.")  # fmt: skip
-    return "Three bits of code, and 19 bits shared by 64 weights."
-
-
 def _smallest_scale_solution(x, bits):
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     return max(x.max().item() / high, x.min().item() / low)
@@ -89,6 +81,60 @@ def _ternary(answer):
     assert torch.equal(w.grad, torch.ones_like(w)), (
         "The values are right, but the gradient must be 1 for each weight: detach everything but w.")  # fmt: skip
     return "Values from the grid, gradient straight through."
+
+
+def _learned_scale_solution(w, scale, low, high):
+    q = (w / scale).clamp(low, high)
+    q = q + (q.round() - q).detach()
+    return q * scale
+
+
+def _straight_around_all(w, scale, low, high):
+    y = (w / scale).round().clamp(low, high) * scale
+    return w + (y - w).detach()
+
+
+def _code_without_gradient(w, scale, low, high):
+    return (w / scale).round().clamp(low, high).detach() * scale
+
+
+def _rounding_unclipped(w, scale, low, high):
+    q = w / scale
+    return (q + (q.round() - q).detach()) * scale
+
+
+def _straight_around_clamp(w, scale, low, high):
+    q = w / scale
+    return (q + (q.round().clamp(low, high) - q).detach()) * scale
+
+
+@exercise("05.learned_scale", solution=_learned_scale_solution, wrong=[
+    _straight_around_all, _code_without_gradient, _rounding_unclipped, _straight_around_clamp,
+    lambda w, scale, low, high: (w / scale).round().clamp(low, high) * scale,      # no gradient for w
+    lambda w, scale, low, high: w * scale,
+])  # fmt: skip
+def _learned_scale(answer):
+    import torch
+
+    assert callable(answer), "Give the function itself: lsq_quantize, without brackets."
+    w = torch.tensor([-1.9, -0.66, -0.2, 0.1, 0.38, 0.9, 1.7]).requires_grad_()  # none just beyond an end
+    scale = torch.tensor(0.5, requires_grad=True)
+    y = answer(w, scale, -2, 1)
+    q = (w.detach() / 0.5).round().clamp(-2, 1)
+    assert isinstance(y, torch.Tensor) and y.shape == w.shape, "Return a tensor of the shape of w."
+    assert torch.allclose(y.detach(), 0.5 * q, atol=1e-6), "The values are not on the grid: round, clamp, times scale."
+    assert y.requires_grad, "No gradient can flow back: detach the rounding error, and nothing else."
+    inside = torch.tensor([0.0, 1, 1, 1, 1, 0, 0])
+    for_w, for_scale = torch.autograd.grad(y.sum(), (w, scale), allow_unused=True)
+    assert for_scale is not None, "The scale gets no gradient: only the rounding goes into detach(), not the scale."
+    assert for_w is not None and for_w.any(), "The weights get no gradient: go around the rounding with detach()."
+    assert torch.allclose(for_w, inside), (
+        "The gradient of w must be 1 inside the grid and 0 where it clips: clamp before the rounding.")  # fmt: skip
+    expected = torch.where(inside > 0, q - w.detach() / 0.5, q).sum()
+    assert torch.allclose(for_scale, expected, atol=1e-5), (
+        f"The gradient of the scale is {for_scale.item():.2f}, it should be {expected.item():.2f}: "
+        "round(w / scale) - w / scale inside, the last code where clipped.")  # fmt: skip
+    return "One detach, around the rounding alone, and autograd derives LSQ."
 
 
 # ------------------------------------------------------------- notebook 08: quantization after training, llama.cpp
@@ -538,3 +584,140 @@ def _slower(answer):
     assert answer != "b", "Memory is half empty; and the time goes into launches, not into quantizing weights."
     assert answer != "d", "INT4 weights are unpacked to BF16 for the product: they train and compute nothing faster."
     return "The same tokens in fewer launches. Where memory is full, a CUDA graph is the next choice."
+
+
+# ------------------------------------------------------------- notebook 06: QAT of a language model
+
+
+@exercise("06.recovered", solution=[0.75, 2 / 3], wrong=[
+    [0.25, 1 / 3], [2 / 3, 0.75], [75, 66.7], [0.75, 0.75], [0.75, 0.5], [1.0, 2 / 3], 0.75, "75 %"])  # fmt: skip
+def _recovered(answer):
+    assert isinstance(answer, (list, tuple)) and len(answer) == 2, "Give a list of two shares."
+    assert all(isinstance(share, (int, float)) for share in answer), "Give numbers."
+    assert all(share <= 1 for share in answer), "Give shares, 1 being all, and not percent."
+    ptq, control = answer
+    assert abs(ptq - 0.25) > 1e-3, "That is what is still lost; the question is what came back."
+    assert abs(ptq - 0.75) < 0.01, "Against PTQ: 24 - 20 was lost and 24 - 21 came back."
+    assert abs(control - 0.75) > 1e-3, "Of the control's loss, 23 - 20, not of PTQ's."
+    assert abs(control - 2 / 3) < 0.01, "Against the control: 23 - 20 is still lost there, and QAT has 23 - 21 of it."
+    return "A quarter of what PTQ lost came back by ordinary training alone: the control deserves the credit for it."
+
+
+def _distillation_solution(student, teacher):
+    import torch.nn.functional as F
+
+    wanted = teacher.detach().log_softmax(-1).flatten(0, 1)
+    return F.kl_div(student.log_softmax(-1).flatten(0, 1), wanted, log_target=True, reduction="batchmean")
+
+
+def _kl_wrong(flat=True, swap=False, reduction="batchmean", detach=True):
+    def distillation_loss(student, teacher):
+        import torch.nn.functional as F
+
+        p, q = teacher.log_softmax(-1), student.log_softmax(-1)
+        if detach:
+            p = p.detach()
+        if flat:
+            p, q = p.flatten(0, 1), q.flatten(0, 1)
+        return F.kl_div(p, q, log_target=True, reduction=reduction) if swap else F.kl_div(
+            q, p, log_target=True, reduction=reduction)  # fmt: skip
+
+    return distillation_loss
+
+
+def _hard_labels(student, teacher):
+    import torch.nn.functional as F
+
+    return F.cross_entropy(student.flatten(0, 1), teacher.argmax(-1).flatten())
+
+
+def _soft_cross_entropy(student, teacher):
+    return -(teacher.detach().softmax(-1) * student.log_softmax(-1)).sum(-1).mean()
+
+
+@exercise("06.distillation", solution=_distillation_solution, wrong=[
+    _kl_wrong(flat=False), _kl_wrong(swap=True), _kl_wrong(reduction="mean"), _kl_wrong(detach=False), _hard_labels,
+    _soft_cross_entropy, lambda student, teacher: (student - teacher.detach()).square().mean(),
+    lambda student, teacher: None])  # fmt: skip
+def _distillation(answer):
+    import torch
+
+    assert callable(answer), "Give the function itself: distillation_loss, without brackets."
+    g = torch.Generator().manual_seed(0)
+    teacher = torch.randn(3, 5, 11, generator=g).requires_grad_()
+    student = torch.randn(3, 5, 11, generator=g).requires_grad_()
+    loss = answer(student, teacher)
+    assert loss is not None, "The function returns nothing: is there a return?"
+    assert isinstance(loss, torch.Tensor) and loss.ndim == 0, "Return one number, as a tensor."
+    p, q = teacher.detach().log_softmax(-1), student.detach().log_softmax(-1)
+    forward, backward = ((a.exp() * (a - b)).sum(-1).mean().item() for a, b in ((p, q), (q, p)))
+    got = loss.item()
+    assert abs(got - 5 * forward) > 1e-4, (
+        "'batchmean' divides by the first dimension alone, here 3 sequences and not 15 tokens: flatten first.")
+    assert abs(got - backward) > 1e-4, "That is KL(student || teacher): the teacher's probabilities are the weights."
+    assert abs(got - forward / 11) > 1e-4, "'mean' divides by the vocabulary, too: a nat per token is a sum over it."
+    same = answer(teacher.detach().clone(), teacher.detach()).item()
+    assert abs(same) < 1e-4, f"For a student equal to its teacher the loss is {same:.3f}: it should be 0."
+    assert abs(got - forward) < 1e-4, f"For the test's logits the loss is {got:.4f}, and {forward:.4f} is right."
+    loss.backward()
+    assert teacher.grad is None or not teacher.grad.any(), "The teacher gets a gradient: detach it (or no_grad)."
+    return "A whole distribution a token, where the next token alone is one number."
+
+
+def _still_float_solution(model):
+    from torch import nn
+
+    return [name for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and not hasattr(module.weight, "qdata")]  # fmt: skip
+
+
+def _plain_linears(model):
+    from torch import nn
+
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
+
+
+def _any_linear(model):
+    from torch import nn
+
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _by_dtype(model):
+    import torch
+
+    return [name for name, module in model.named_modules()
+            if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.dtype == torch.float32]
+
+
+@exercise("06.still_float", solution=_still_float_solution, wrong=[
+    _plain_linears, _any_linear, _by_dtype, lambda model: [], lambda model: len(_still_float_solution(model))])  # fmt: skip
+def _still_float(answer):
+    import logging
+
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    from torch import nn
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    from . import fake_quant
+
+    assert callable(answer), "Give the function itself: still_float, without brackets."
+
+    def model():
+        return nn.Sequential(nn.Embedding(8, 32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+
+    made = answer(model())
+    assert made is not None, "The function returns nothing: is there a return?"
+    assert isinstance(made, (list, tuple)), "Return a list of names."
+    assert list(made) == ["1", "3"], "In a plain model the two nn.Linear, '1' and '3', and nothing else, are to be listed."
+    prepared = fake_quant.prepare(model(), "int4", group_size=32)
+    assert list(answer(prepared)) == ["1", "3"], (
+        "A prepared layer is fake-quantized: its weight is float. It is a *subclass* of nn.Linear.")
+    packed = fake_quant.convert(prepared, backend="packed")
+    assert list(answer(packed)) == [], "After our convert no nn.Linear is left, and so nothing is float."
+    quantized = model()
+    quantize_(quantized, Int8WeightOnlyConfig(), filter_fn=lambda m, name: name == "3")
+    assert list(answer(quantized)) == ["1"], (
+        "torchao keeps the nn.Linear and puts a tensor with .qdata into it, whose dtype *says* float32.")
+    return "Put those lines behind every convert: a model that stayed float works perfectly, and that is the trouble."
