@@ -691,7 +691,8 @@ def _by_dtype(model):
 
 
 @exercise("06.still_float", solution=_still_float_solution, wrong=[
-    _plain_linears, _any_linear, _by_dtype, lambda model: [], lambda model: len(_still_float_solution(model))])  # fmt: skip
+    _plain_linears, _any_linear, _by_dtype, lambda model: [],
+    lambda model: len(_still_float_solution(model))])  # fmt: skip
 def _still_float(answer):
     import logging
 
@@ -710,7 +711,7 @@ def _still_float(answer):
     made = answer(model())
     assert made is not None, "The function returns nothing: is there a return?"
     assert isinstance(made, (list, tuple)), "Return a list of names."
-    assert list(made) == ["1", "3"], "In a plain model the two nn.Linear, '1' and '3', and nothing else, are to be listed."
+    assert list(made) == ["1", "3"], "In a plain model the two nn.Linear, '1' and '3', and nothing else, are listed."
     prepared = fake_quant.prepare(model(), "int4", group_size=32)
     assert list(answer(prepared)) == ["1", "3"], (
         "A prepared layer is fake-quantized: its weight is float. It is a *subclass* of nn.Linear.")
