@@ -499,25 +499,26 @@ NOTHING_LOST = 0.005  # less than half a percent of perplexity: dividing by it s
 
 
 def ptq_picture(table):
-    """Figure: what rounding alone costs.
+    """Figure: what rounding alone costs, a line for each scheme, sorted by the stored bits of a weight.
 
     ``table``: DataFrame with one row a scheme: ``scheme, bits_per_weight, ratio, ratio_se, kld_mean, kld_se``.
     """
     from . import plots
 
-    fig, (left, right) = plots.figure(8.5, 3.7, ncols=2)
-    bits = table["bits_per_weight"].to_numpy()
-    lost = 100 * (table["ratio"] - 1)
-    plots.quality_vs_bits(left, bits, lost, 200 * table["ratio_se"])
-    left.set_yscale("symlog", linthresh=1)
-    left.axhline(0, color="black", lw=0.8)
-    left.set(title="Perplexity lost by rounding", ylabel="more perplexity than float (%)", ylim=(-1.2, 40_000))
-    left.set_yticks([-1, 0, 1, 10, 100, 1000, 10_000], ["-1", "0", "1", "10", "100", "1,000", "10,000"])
-    plots.quality_vs_bits(right, bits, table["kld_mean"], 2 * table["kld_se"], color=plots.PALETTE[1])
-    right.set(title="Distance from the float model", ylabel="mean KL divergence (nats)", yscale="log")
-    for axis, values in ((left, lost), (right, table["kld_mean"])):
-        axis.set(xlim=(1.5, 9.5), xlabel="bits per stored weight")
-        plots.annotate(axis, bits, values, table["scheme"])
+    table = table.sort_values(["bits_per_weight", "ratio"], ascending=[True, False])
+    y = list(range(len(table)))
+    fig, (left, right) = plots.figure(8.5, 3.9, ncols=2, sharey=True)
+    left.errorbar(100 * (table["ratio"] - 1), y, xerr=200 * table["ratio_se"], fmt="o", ms=6, capsize=3, lw=1.2)
+    left.axvline(0, color="black", lw=0.8)
+    left.set_xscale("symlog", linthresh=1)
+    left.set_xticks([0, 1, 10, 100, 1000, 10_000], ["0", "1", "10", "100", "1,000", "10,000"])
+    left.set(title="Perplexity lost by rounding", xlabel="more perplexity than float (%)", xlim=(-1.3, 30_000))
+    right.errorbar(table["kld_mean"], y, xerr=2 * table["kld_se"], fmt="s", ms=6, capsize=3, lw=1.2,
+                   color=plots.PALETTE[1])  # fmt: skip
+    right.set(title="Distance from the float model", xlabel="mean KL divergence (nats)", xscale="log")
+    names = [f"{name}: {bits:.2f}" for name, bits in zip(table["scheme"], table["bits_per_weight"], strict=True)]
+    left.set_yticks(y, names)
+    left.set(ylabel="scheme: stored bits of a weight", ylim=(len(y) - 0.5, -0.5))
     return fig
 
 
@@ -569,12 +570,23 @@ def recovery_table(rows, measure: str = "perplexity", against: str = "PTQ"):
             if arm == against:
                 continue
             shares = [recovered(ptq[measure] if against == "PTQ" else control[row["seed"]], row[measure], original)
-                      for _, row in part[part["arm"] == arm].iterrows()]  # fmt: skip
+                      for _, row in part[part["arm"] == arm].iterrows()
+                      if against == "PTQ" or row["seed"] in control.index]  # fmt: skip
             if shares:
                 shares = pd.Series(shares)
                 found.append(dict(scheme=scheme, arm=arm, mean=shares.mean(), spread=shares.std(), seeds=len(shares),
                                   measurable=bool(measurable)))  # fmt: skip
     return pd.DataFrame(found)
+
+
+def recovery_means(rows, measure: str = "perplexity"):
+    """Table (scheme x arm) of "mean over seeds ± standard error over tokens" from the rows of ``qat_recovery``."""
+    error, digits = measure.removesuffix("_mean") + "_se", 2 if measure == "perplexity" else 4
+    mean = rows[rows["scheme"] != "float"].groupby(["scheme", "arm"], sort=False)[[measure, error]].mean()
+    cells = mean.apply(lambda row: f"{row[measure]:.{digits}f} ± {row[error]:.{digits}f}", axis=1).unstack("arm")
+    arms = [arm for arm in ARM_STYLE if arm in cells]
+    title = "perplexity" if measure == "perplexity" else "KL divergence, nats"
+    return cells.reindex(mean.index.unique("scheme"))[arms].rename_axis(columns=title).fillna("")
 
 
 def recovery_picture(rows, measure: str = "perplexity", against: str = "PTQ"):
@@ -609,7 +621,7 @@ def recovery_picture(rows, measure: str = "perplexity", against: str = "PTQ"):
     what = "perplexity" if measure == "perplexity" else "KL divergence"
     axis.set(title=f"Share of the lost {what} that training recovers, against {against}",
              ylabel="recovered (%): 100 is the float model", xlabel="scheme")  # fmt: skip
-    axis.legend(ncols=3, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.42))
+    fig.legend(ncols=3, fontsize=8, loc="outside lower center", frameon=False)
     return fig
 
 
