@@ -63,7 +63,7 @@ def test_experiment_has_every_arm_and_training_helps(base, text):
             next(qat.experiment(bad.pop("schemes"), ids, tokens, **{**how, **bad}))
 
 
-def test_training_with_torchao_gives_the_same_losses_and_weights(base, text):
+def test_training_with_torchao_gives_the_same_losses_gradients_and_codes(base, text):
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup, quantize_
     from torchao.quantization.qat import QATConfig
 
@@ -72,29 +72,36 @@ def test_training_with_torchao_gives_the_same_losses_and_weights(base, text):
     fake_quant.prepare(mine, **qat.SCHEMES["W4A8"])
     body = theirs.model.layers  # torchao would take the head, too
     quantize_(body, QATConfig(config, step="prepare"))
-    losses = {}
-    for name, model in (("mine", mine), ("theirs", theirs)):
-        # SGD: torchao's gradient differs in the last bit, and AdamW makes a whole step of the smallest gradient
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        stream = corpus.batches(text[0], 2, 64, seed=0)
-        losses[name] = []
-        for _ in range(4):
-            optimizer.zero_grad()
-            loss = qat.loss_of(model, next(stream))
+    # Left alone, the two drift apart: their gradients differ in the last bits, and a scale of amax / 7.5 puts each group's
+    # largest weight on the tie between -7 and -8. So they are held together at every step, from the same weights.
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.01)
+    stream = corpus.batches(text[0], 2, 64, seed=0)
+    losses = []
+    for _ in range(4):
+        mine.load_state_dict(theirs.state_dict(), strict=False)
+        batch = next(stream)
+        losses.append([])
+        for model in (mine, theirs):
+            model.zero_grad()
+            loss = qat.loss_of(model, batch)
             loss.backward()
-            optimizer.step()
-            losses[name].append(loss.item())
-    assert losses["mine"][0] == losses["theirs"][0]  # the forward pass is equal in every bit
-    assert losses["mine"] == pytest.approx(losses["theirs"], rel=1e-3)
-    assert losses["mine"][0] != losses["mine"][-1]
+            losses[-1].append(loss.item())
+        pairs = zip(mine.named_parameters(), theirs.named_parameters(), strict=True)
+        for (name, a), (other, b) in pairs:
+            assert name == other and torch.equal(a, b)
+            assert (a.grad - b.grad).norm() < 1e-5 * b.grad.norm(), name
+        optimizer.step()
+    assert all(ours == reference for ours, reference in losses)  # equal in every bit, at every step
+    assert losses[0] != losses[-1]
+    mine.load_state_dict(theirs.state_dict(), strict=False)
     quantize_(body, QATConfig(config, step="convert"))
     fake_quant.convert(mine, backend="torchao")
     ids = torch.from_numpy(text[1][:128].astype(np.int64))[None]
     with torch.no_grad():
         p, q = (m(ids).logits.log_softmax(-1) for m in (mine, theirs))
-    assert (p.exp() * (p - q)).sum(-1).mean() < 1e-3
+    assert (p.exp() * (p - q)).sum(-1).mean() < 1e-6
     weight, other = mine.model.layers[0].mlp.up_proj.weight, body[0].mlp.up_proj.weight
-    assert type(weight) is type(other) and (weight.qdata == other.qdata).float().mean() > 0.999
+    assert type(weight) is type(other) and torch.equal(weight.qdata, other.qdata)
 
 
 def test_a_loss_that_explodes_is_one_sentence(base, text):
