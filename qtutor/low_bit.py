@@ -212,6 +212,10 @@ class StoredWeight(nn.Module):
         zero_point = grid.zero_point
         self.register_buffer("zero_point", None if zero_point is None else zero_point.to(torch.int16))
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+                         for name, t in self.named_buffers())  # fmt: skip
+
     def dequantize(self) -> torch.Tensor:
         """The weight, in its first shape and dtype."""
         codes = unpack_codes(self.codes, self.target.bits, self.shape[-1])

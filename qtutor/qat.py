@@ -247,7 +247,7 @@ def experiment(schemes, ids, tokens, steps: int, seeds, arms=ARMS, batch_size: i
                     yield row(scheme, arm, model, seed, rate)
 
 
-def record(schemes=tuple(SCHEMES), steps: int = 1000, seeds=(0, 1, 2), arms=ARMS, batch_size: int = 16,
+def record(schemes=tuple(SCHEMES), steps: int = 700, seeds=(0, 1, 2), arms=ARMS, batch_size: int = 16,
            context: int = 512, max_tokens: int | None = None):  # fmt: skip
     """Run :func:`experiment` and save ``qat_recovery`` after every row.  Returns the path."""
     from . import corpus, course_model
@@ -263,7 +263,8 @@ def record(schemes=tuple(SCHEMES), steps: int = 1000, seeds=(0, 1, 2), arms=ARMS
 
 # ------------------------------------------------------------------------------------------- QAT for llama.cpp
 Q4_0_FILE = "qat_q4_0.safetensors"  # in data/model: codes and scales of the course model after QAT on llama.cpp's grid
-Q4_0_TENSORS = {"token_embd": "Q8_0"}  # what SCHEMES["Q4_0"] means to llamacpp.quantize
+# What SCHEMES["Q4_0"] means to llamacpp.quantize; the second pattern is for models whose head is not tied.
+Q4_0_TENSORS = {"token_embd": "Q8_0", r"^output\.weight": "Q8_0"}
 
 
 def save_q4_0(model, path) -> None:

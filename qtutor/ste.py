@@ -45,11 +45,29 @@ def _nearest(y: torch.Tensor, rounding: str, quant_min: int) -> torch.Tensor:
     return (whole + (2 * (y.abs() - whole)).floor_()).mul_(y.sign())
 
 
+def _in_one_kernel(x, scale, zero_point, quant_min: int, quant_max: int):
+    """(y, mask of the values inside) by PyTorch's own operator, bit for bit what _FakeQuantize computes in five.
+
+    On a GPU each elementwise operation is a trip through memory; on a CPU the five are faster than the one.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    zeros = torch.zeros(len(rows), dtype=torch.int32, device=x.device) if zero_point is None else zero_point.int()
+    y, inside = torch.ops.aten.fake_quantize_per_channel_affine_cachemask(
+        rows, scale.flatten(), zeros.flatten(), 0, quant_min, quant_max)  # fmt: skip
+    return y.view(x.shape), inside.view(x.shape)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Integer fake quantization; ``zero_point`` may be None (symmetric)."""
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, inverse=None, rounding="even", straight=False):
+        plain = inverse is None and rounding == "even" and not straight and x.dtype != torch.float64
+        if x.is_cuda and plain and scale.shape == (*x.shape[:-1], 1) and not torch.compiler.is_compiling():
+            ctx.straight = False
+            y, inside = _in_one_kernel(x, scale, zero_point, quant_min, quant_max)
+            ctx.save_for_backward(inside)
+            return y
         # Multiply by the reciprocal, as torch and torchao do: x / scale differs in the last bit.
         q = _nearest(x * (1.0 / scale if inverse is None else inverse), rounding, quant_min)
         if zero_point is not None:

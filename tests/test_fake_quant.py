@@ -19,6 +19,7 @@ from torchao.quantization.quant_primitives import MappingType, choose_qparams_af
 
 import qtutor  # noqa: E402
 from qtutor import fake_quant as fq  # noqa: E402
+from qtutor import ste  # noqa: E402
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -124,6 +125,38 @@ def test_equals_torch_per_channel_forward_and_backward(bits, symmetric):
     for a, b in zip(mine, with_grad(reference, x), strict=True):
         assert_same(a, b)
     assert 0 < (mine[1] == 0).float().mean() < 0.6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_one_kernel_of_a_gpu_computes_the_same(bits, symmetric, dtype):
+    x = (torch.randn(64, 96) * torch.logspace(-3, 3, 64)[:, None]).to(dtype)
+    x[3] = 0
+    scale, zero_point = fq.FakeQuantizer(f"int{bits}", symmetric=symmetric).qparams(x)
+    scale = 0.7 * scale.float()  # so that values are clipped at both ends
+    scale[0] = x[0].abs().max().float() / 2.5  # and one row has ties
+    lo, hi = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    leaf = x.clone().requires_grad_()
+    y = fq.fake_quantize(leaf, scale, zero_point, lo, hi)
+    y.backward(torch.ones_like(y))
+    one, inside = ste._in_one_kernel(x, scale, None if zero_point is None else zero_point.float(), lo, hi)
+    assert one.dtype == y.dtype and torch.equal(one, y) and torch.equal(inside, leaf.grad != 0)
+    assert not inside.all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", ["int4", "int8", "E4M3", "E2M1", "MXFP4", "NVFP4", "ternary", "Q4_0", "Q8_0"])
+def test_gpu_equals_cpu(target, dtype):
+    quantizer, x = fq.FakeQuantizer(target), torch.randn(128, 512).to(dtype)
+    here, there = x.clone().requires_grad_(), x.cuda().requires_grad_()
+    y, z = quantizer(here), quantizer(there)
+    assert torch.allclose(y, z.cpu(), rtol=2**-7, atol=0)  # a mean or a quotient may differ in the last bit
+    assert (y == z.cpu()).float().mean() > 0.999
+    for a in (y, z):
+        a.backward(torch.ones_like(a))
+    assert (here.grad == there.grad.cpu()).float().mean() > 0.999
 
 
 def test_equals_torch_per_tensor_at_ties_and_ends():

@@ -72,8 +72,8 @@ def test_training_with_torchao_gives_the_same_losses_gradients_and_codes(base, t
     fake_quant.prepare(mine, **qat.SCHEMES["W4A8"])
     body = theirs.model.layers  # torchao would take the head, too
     quantize_(body, QATConfig(config, step="prepare"))
-    # Left alone, the two drift apart: their gradients differ in the last bits, and a scale of amax / 7.5 puts each group's
-    # largest weight on the tie between -7 and -8. So they are held together at every step, from the same weights.
+    # Left alone, the two drift apart: their gradients differ in the last bits, and a scale of amax / 7.5 puts each
+    # group's largest weight on the tie between -7 and -8. So they are compared at every step, from the same weights.
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.01)
     stream = corpus.batches(text[0], 2, 64, seed=0)
     losses = []
