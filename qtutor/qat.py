@@ -262,7 +262,8 @@ def record(schemes=tuple(SCHEMES), steps: int = 700, seeds=(0, 1, 2), arms=ARMS,
 
 
 # ------------------------------------------------------------------------------------------- QAT for llama.cpp
-Q4_0_FILE = "qat_q4_0.safetensors"  # in data/model: codes and scales of the course model after QAT on llama.cpp's grid
+# Codes and scales of the course model after QAT on llama.cpp's grid.
+Q4_0_FILE = Path(__file__).resolve().parent.parent / "data" / "qat" / "course_model_q4_0.safetensors"
 # What SCHEMES["Q4_0"] means to llamacpp.quantize; the second pattern is for models whose head is not tied.
 Q4_0_TENSORS = {"token_embd": "Q8_0", r"^output\.weight": "Q8_0"}
 
@@ -291,16 +292,16 @@ def load_q4_0(path=None):
 
     from . import course_model, fake_quant
 
-    path = Path(path or course_model.MODEL_DIR / Q4_0_FILE)
+    path = Path(path or Q4_0_FILE)
     if not path.is_file():
-        raise QtutorError(f"There is no {path.name}: restore it with 'git checkout data/model'.")
+        raise QtutorError(f"There is no {path.name}: restore it with 'git checkout data/qat'.")
     model = fake_quant.convert(fake_quant.prepare(course_model.load(), **SCHEMES["Q4_0"]), backend="packed")
     try:
         load_model(model, path)
     except (SafetensorError, RuntimeError, ValueError, OSError):
         raise QtutorError(
             f"{path.name} does not fit the model in use: it belongs to the course model; unset QTUTOR_MODEL, "
-            "or restore the file with 'git checkout data/model'."
+            "or restore the file with 'git checkout data/qat'."
         ) from None
     return fake_quant.bake(model).eval()
 

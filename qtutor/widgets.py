@@ -660,6 +660,9 @@ def gguf_picture(rows):
             if name == "PTQ":
                 points += list(zip(part["file_mb"], values, strict=True))
                 labels += list(part["type"])
+            else:  # no label, but the labels must keep clear of it
+                points += [(part["file_mb"].mean(), values.mean())]
+                labels += [""]
         axis.set(xlabel="size of the file (MB)")
         axis.margins(x=0.12, y=0.12)
         plots.annotate(axis, [p[0] for p in points], [p[1] for p in points], labels)
