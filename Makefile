@@ -5,7 +5,8 @@
 SHELL   := /bin/bash
 PYTHON  ?= python3
 VENV    ?= .venv
-CUDA    ?= $(shell command -v nvcc >/dev/null 2>&1 && echo ON || echo OFF)
+# llama.cpp for the GPU where there is one and a compiler for it: a toolkit without a GPU is often incomplete
+CUDA    ?= $(shell nvidia-smi -L >/dev/null 2>&1 && command -v nvcc >/dev/null 2>&1 && echo ON || echo OFF)
 WORKERS ?= 2
 PY      := $(VENV)/bin/python
 PIP     := $(PY) -m pip --disable-pip-version-check

@@ -1,7 +1,7 @@
 """Measurements with their provenance: one writer, one reader, one schema.
 
-What a notebook measures goes to ``data/results/<machine>/<name>.json``, where ``<machine>`` is ``h200`` or ``cpu``,
-and what its prose says about another machine comes from there: no measured number is typed by hand.
+What a notebook measures goes to ``data/results/<machine>/<name>.json``, where ``<machine>`` is ``h200``, ``h100`` or
+``cpu``, and what its prose says about another machine comes from there: no measured number is typed by hand.
 
     {"name": "gguf_quality", "created": "2026-01-31T12:00:00+00:00", "commit": "...", "profile": "full",
      "machine": {"device": "NVIDIA H200", "driver": "...", "memory_gib": 139.8},
@@ -35,7 +35,7 @@ from . import profile as current_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "results"
-MACHINES = ("h200", "cpu")
+MACHINES = ("h200", "h100", "cpu")
 PACKAGES = {"torch": "torch", "numpy": "numpy", "transformers": "transformers", "torchao": "torchao",
             "llama_cpp": "llama-cpp-python", "gguf": "gguf", "transformer_engine": "transformer-engine"}  # fmt: skip
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
@@ -209,7 +209,7 @@ def _path(name: str, machine: str, directory) -> Path:
 
 
 def exists(name: str, machine: str = "h200", directory=None) -> bool:
-    """True when there are results ``name`` of ``machine`` ("h200" or "cpu")."""
+    """True when there are results ``name`` of ``machine``, one of MACHINES."""
     return _path(name, machine, directory).is_file()
 
 
@@ -227,3 +227,12 @@ def load(name: str, machine: str = "h200", directory=None) -> Results:
         raise QtutorError(f"The results '{machine}/{name}.json' are damaged: restore them with "
                           "'git checkout data/results'.") from None  # fmt: skip
     return Results(**validate(data))
+
+
+def on_gpu(name: str, directory=None) -> Results | None:
+    """The results ``name`` of a GPU, from the first folder of MACHINES that has them; None where no GPU has any.
+
+    Prose then names the machine through ``found.device``, whichever it is.
+    """
+    folders = (machine for machine in MACHINES if machine != "cpu" and exists(name, machine, directory))
+    return next((load(name, machine, directory) for machine in folders), None)

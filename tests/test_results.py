@@ -84,3 +84,12 @@ def test_committed_results_follow_the_schema(path):
     data = results.validate(json.loads(path.read_text("utf-8")))
     assert data["name"] == path.stem and results.machine_folder(data["machine"]) == path.parent.name
     assert data["profile"] == ("full" if path.parent.name != "cpu" else data["profile"])
+
+
+def test_on_gpu_takes_the_first_gpu_that_has_the_results(tmp_path):
+    assert results.on_gpu("speed", tmp_path) is None
+    written = results.save("speed", [{"tokens_per_s": 1.0}], directory=tmp_path)
+    for folder in ("cpu", "h100"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "speed.json").write_text(written.read_text().replace("1.0", str(float(len(folder)))))
+    assert results.on_gpu("speed", tmp_path).rows == [{"tokens_per_s": 4.0}]
