@@ -32,15 +32,16 @@ test: $(VENV)/.test ## every test: units, recipes, exercises, a real browser, ea
 	QTUTOR_PROFILE=$${QTUTOR_PROFILE:-quick} $(PY) tests/offline.py -m pytest tests notebooks \
 		--nbmake --nbmake-timeout=300 --notebook-runs=2 -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-check: $(VENV)/.test ## ruff, and the canonical form of the notebooks
+check: $(VENV)/.test ## ruff, the canonical form of the notebooks, README's tables in step with data/results
 	$(PY) -m ruff check .
 	$(PY) -m qtutor notebooks check
+	$(PY) -m qtutor results check
 
 notebooks: $(VENV)/.test ## execute the notebooks (ONLY="01 05" picks) and restore their canonical form
 	$(PY) -m qtutor notebooks run $(ONLY)
 
-results: $(VENV)/.test ## execute the notebooks and record what they measure in data/results/
-	QTUTOR_SAVE_RESULTS=1 $(PY) -m qtutor notebooks run $(ONLY)
+results: $(VENV)/.test ## measure again what this machine can (ONLY="08" picks), then README's tables and data/results/README.md
+	$(PY) -m qtutor results record $(ONLY)
 
 doctor: $(VENV)/.lab ## what works on this machine, and what to do about the rest
 	$(PY) -m qtutor doctor

@@ -1,4 +1,4 @@
-"""The command line: ``python -m qtutor doctor | lab | recipes | notebooks | model``.
+"""The command line: ``python -m qtutor doctor | lab | recipes | notebooks | results | model``.
 
 ``doctor`` has to work when half of the installation is broken, so nothing but the standard library is
 imported at the top, and each check brings what it needs inside a ``try``.
@@ -316,6 +316,7 @@ COMMANDS = {
     "lab": (lab, "open JupyterLab on the start page (further arguments go to jupyter lab)"),
     "recipes": (recipes, "print the recipe cells: recipes 01 08"),
     "notebooks": (_delegate("notebooks"), "check, restore or run the notebooks"),
+    "results": (_delegate("report"), "write or check the tables of results, or record them again"),
     "model": (_delegate("course_model"), "train or evaluate the course model"),
 }
 

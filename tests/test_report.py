@@ -1,0 +1,264 @@
+"""README's tables and the page of results say what data/results says, and cannot fall out of step unnoticed."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qtutor import QtutorError, notebooks, report, results
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(results.RESULTS.glob("*/*.json"))
+
+
+def copy_of_project(folder: Path) -> Path:
+    shutil.copy(ROOT / "README.md", folder)
+    for part in ("data/results", "notebooks"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    return folder
+
+
+def test_readme_and_the_page_are_in_step():
+    assert report.check() == []
+    command = [sys.executable, "-m", "qtutor", "results", "check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "everything is in step", "")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_page_has_every_file_with_its_provenance(path):
+    data = json.loads(path.read_text("utf-8"))
+    page = (ROOT / report.PAGE).read_text("utf-8")
+    section = page.split(f"### {path.parent.name}/{path.stem}\n")[1].split("\n### ")[0]
+    for part in (data["machine"]["device"], data["created"], data["commit"], data["profile"],
+                 f"**rows** {len(data['rows'])}", *data["versions"].values(), *data["rows"][0]):
+        assert part in section, part
+    about = report.RESULTS[path.stem]
+    assert f"notebooks/{about.notebook}_" in section
+    assert f"| [{path.parent.name}/{path.stem}]({path.parent.name}/{path.stem}.json) |" in page
+
+
+def test_the_links_of_the_page_lead_somewhere():
+    page = ROOT / report.PAGE
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_another_measurement_shows_in_both(tmp_path):
+    root = copy_of_project(tmp_path)
+    assert report.check(root) == [] and report.write(root) == []
+    path = root / "data/results/h200/fp8_layers.json"
+    data = json.loads(path.read_text("utf-8"))
+    for row in data["rows"]:
+        row["ms_per_step"] *= 2 if row["rung"] == "TE BF16" else 1
+    path.write_text(results.dumps(data | {"created": "2031-02-03T04:05:06+00:00"}), "utf-8")
+    assert sorted(line.split()[0] for line in report.check(root)) == ["README.md", report.PAGE]
+    before = report.headline_table()
+    assert {p.name for p in report.write(root)} == {"README.md"}  # both are called that
+    assert report.check(root) == [] and report.write(root) == []
+    assert "2031-02-03" in (root / report.PAGE).read_text("utf-8")
+    assert before not in (root / "README.md").read_text("utf-8")
+    assert not list(root.rglob("*.partial"))
+
+
+def test_a_number_typed_by_hand_is_found(tmp_path):
+    root = copy_of_project(tmp_path)
+    path = root / "README.md"
+    table = report.headline_table()
+    number = re.search(r"\d\.\d\d", table)[0]
+    path.write_text(path.read_text("utf-8").replace(number, "9.99"), "utf-8")
+    assert report.check(root) == ["README.md is out of step: python -m qtutor results write"]
+
+
+def test_nothing_recorded_is_said_and_not_made_up(tmp_path):
+    empty = tmp_path / "results"
+    empty.mkdir()
+    assert report.headlines(empty) == [] and report.headline_table(empty).count("\n") == 1
+    assert set(report.missing(empty)) == set(report.RESULTS)
+    page = report.page(empty)
+    for name, about in report.RESULTS.items():
+        assert f"| {name} | " in page and report.NEEDS[about.needs] in page
+
+
+def test_what_nobody_described_is_found(tmp_path):
+    root = copy_of_project(tmp_path)
+    data = json.loads(FILES[0].read_text("utf-8")) | {"name": "surprise"}
+    (root / "data/results/cpu/surprise.json").write_text(results.dumps(data), "utf-8")
+    assert "results 'surprise' are not described: add them to RESULTS in qtutor/report.py" in report.check(root)
+    report.write(root)
+    assert "not described yet" in (root / report.PAGE).read_text("utf-8")
+
+
+def test_rows_that_do_not_answer_are_one_sentence(tmp_path):
+    root = copy_of_project(tmp_path)
+    path = root / "data/results/h200/fp8_layers.json"
+    data = json.loads(path.read_text("utf-8"))
+    for change in (lambda row: row.pop("joules_per_step"), lambda row: row.update(rung="another")):
+        bad = copy.deepcopy(data)
+        for row in bad["rows"]:
+            change(row)
+        path.write_text(results.dumps(bad), "utf-8")
+        with pytest.raises(QtutorError, match="in step with them"):
+            report.check(root)
+
+
+# ------------------------------------------------------------------------- the answers, computed in another way
+
+
+def answers() -> dict:
+    return {headline.name: (answer, data) for headline, _, data, answer in report.headlines()}
+
+
+def test_training_headline_against_pandas():
+    answer, data = answers()["fp8_layers"]
+    frame = data.frame().set_index(["shape", "rung"])
+    for shape in ("Llama-2-70B", "Llama-2-7B"):
+        speed = frame.ms_per_step[shape, "TE BF16"] / frame.ms_per_step[shape, "TE FP8 delayed"]
+        energy = 1 - frame.joules_per_step[shape, "TE FP8 delayed"] / frame.joules_per_step[shape, "TE BF16"]
+        assert f"**{speed:.2f} ×** the speed, −{100 * energy:.0f} % energy at {shape}'s width" in answer
+
+
+def test_loss_headline_against_pandas():
+    answer, data = answers()["fp8_loss"]
+    frame = data.frame()
+    last = frame[frame.step == frame.step.max()].pivot(index="seed", columns="recipe", values="held_out_nats")
+    gaps = last.drop(columns="BF16").sub(last["BF16"], axis=0).dropna()
+    for recipe in gaps:
+        assert f"{recipe.removeprefix('FP8 ')} **{gaps[recipe].mean():+.3f} ± {gaps[recipe].sem():.3f}**" in answer
+    assert f"{len(gaps)} seeds" in answer
+
+
+def test_qat_headlines_against_pandas():
+    answer, data = answers()["qat_recovery"]
+    means = data.frame().groupby(["scheme", "arm"]).ratio.mean()
+    assert f"{100 * (means['W4A16', 'PTQ'] - 1):+.1f} % by rounding" in answer
+    for scheme in ("W4A16", "W3", "ternary"):
+        shown = f"{100 * (means[scheme, 'QAT, distilled'] - 1):+.1f}".replace("-", "−")
+        assert f"**{shown} %** trained" in answer
+    answer, data = answers()["qat_gguf"]
+    kld = data.frame().groupby(["model", "type"]).kld_mean.mean()
+    assert f"KLD {kld['PTQ, head in Q8_0', 'Q4_0']:.3f} rounded, **{kld['QAT', 'Q4_0']:.3f}** trained" in answer
+
+
+def test_breakeven_headline_begins_where_fp8_begins_to_pay():
+    answer, data = answers()["fp8_breakeven"]
+    frame = data.frame()
+    frame = frame[frame.graph & (frame.tokens == frame.tokens.max())]
+    assert f"from width {frame[frame.speedup > 1].hidden.min():,} on" in answer
+
+
+def test_every_headline_names_one_machine():
+    for headline, machine, data, answer in report.headlines():
+        assert data.name == headline.name and data.device == results.load(headline.name, machine).device
+        assert "nan" not in answer and "None" not in answer and "|" not in answer
+        assert f"| {answer} | {data.device} |" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_helpers():
+    assert report.percent(0.064) == "+6 %" and report.percent(-0.4) == "−40 %"
+    assert report.percent(-0.0001, 2) == "−0.01 %" and report.percent(-0.000001) == "0 %"
+    data = results.Results("demo", [{"a": 1, "b": 2}, {"a": 1, "b": 4}], {}, {}, "", "quick", "")
+    assert report.one(data, b=4) == {"a": 1, "b": 4} and report.mean(data, "b", a=1) == statistics.fmean([2, 4])
+    for call in (lambda: report.one(data, a=1), lambda: report.one(data, a=2), lambda: report.mean(data, "b", a=2)):
+        with pytest.raises(QtutorError, match="demo"):
+            call()
+
+
+# ---------------------------------------------------------------------------------------------- the maps of notebooks
+
+
+def test_map_links_what_is_there_and_nothing_else(tmp_path):
+    import nbformat
+
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# 09 · A large model")])
+    (tmp_path / "09_large.ipynb").write_text(nbformat.writes(nb))
+    rows = "| 08 | [Old](notebooks/08_old.ipynb) | what is not there |\n| 09 | Working title | *to come:* a plan |"
+    assert report.notebook_map(rows, tmp_path) == (
+        "| 08 | Old | *to come:* what is not there |\n| 09 | [A large model](notebooks/09_large.ipynb) | a plan |")
+    assert report.notebook_map(report.notebook_map(rows, tmp_path), tmp_path) == report.notebook_map(rows, tmp_path)
+    cell = '    "| 08 | [Old](08_old.ipynb) | why? |\\n",\n    "| 09 | Large *(to come)* | how? |\\n",'
+    assert report.start_map(cell, tmp_path) == (
+        '    "| 08 | Old *(to come)* | why? |\\n",\n    "| 09 | [Large](09_large.ipynb) | how? |\\n",')
+
+
+def test_start_page_stays_a_notebook_in_canonical_form():
+    path = ROOT / "notebooks/00_start_here.ipynb"
+    assert report.start_map(path.read_text("utf-8")) == path.read_text("utf-8")
+    json.loads(path.read_text("utf-8"))
+
+
+def test_readme_without_markers_is_one_sentence():
+    with pytest.raises(QtutorError, match="markers <!-- results -->"):
+        report.readme("<!-- notebooks -->\n<!-- /notebooks -->\n")
+
+
+# ----------------------------------------------------------------------------------------------------- recording
+
+
+def test_every_recording_is_described():
+    """What a notebook saves has a description, and what is described exists."""
+    saving = {path.name[:2] for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+              if "QTUTOR_SAVE_RESULTS" in path.read_text("utf-8")}  # fmt: skip
+    described = {about.notebook for about in report.RESULTS.values()}
+    assert saving <= described
+    for name, about in report.RESULTS.items():
+        assert about.needs in report.NEEDS
+        module, dot, function = about.by.partition(".")
+        if dot and (ROOT / f"qtutor/{module}.py").exists():
+            assert callable(getattr(importlib.import_module(f"qtutor.{module}"), function)), name
+            assert f'"{name}"' in (ROOT / f"qtutor/{module}.py").read_text("utf-8"), name
+
+
+def test_can_record(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not report.can_record("fp8_loss") and not report.can_record("qat_recovery")
+    assert report.can_record("tradeoff")
+    with pytest.raises(QtutorError, match="choose from fp8_loss"):
+        report.can_record("nothing")
+
+
+def test_record_runs_copies_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    """One notebook measures, one fails, one has nothing to record here: all is said, no notebook changes."""
+    import nbformat
+
+    folder, measured = tmp_path / "notebooks", tmp_path / "results"
+    folder.mkdir(), measured.mkdir()
+    save = f"import os\nfrom qtutor import results\nassert os.environ['QTUTOR_SAVE_RESULTS'] == '1'\n" \
+           f"results.save('tradeoff', [{{'a': 1}}], directory={str(measured)!r})"  # fmt: skip
+    for name, source in {"04_other": "1 / 0", "06_fails": "1 / 0", "10_saves": save}.items():
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+        (folder / f"{name}.ipynb").write_text(nbformat.writes(nb))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", folder)
+    monkeypatch.setattr(results, "RESULTS", measured)
+    monkeypatch.setattr(report, "can_record", lambda name: name in ("tradeoff", "qat_gguf"))
+    monkeypatch.setattr(report, "write", lambda: [])
+    monkeypatch.delenv("QTUTOR_SAVE_RESULTS", raising=False)
+    assert report.record() == 1
+    out = capsys.readouterr().out
+    assert "06_fails: failed: 06_fails, cell 0: ZeroDivisionError" in out
+    assert "04_other" not in out and "not here: fp8_layers needs a GPU with FP8 units" in out
+    assert f"recorded: {results.machine_folder()}/tradeoff" in out
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert "QTUTOR_SAVE_RESULTS" not in os.environ
+    with pytest.raises(QtutorError, match="records nothing"):
+        report.record(["01"])
+
+
+def test_report_needs_nothing_heavy():
+    code = ("import sys; from qtutor import report; report.documents(); "
+            "print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
