@@ -1,6 +1,6 @@
 """What fake quantization costs: forward and backward of ours, of torchao's and of PyTorch's own operator.
 
-    python bench/bench_fake_quant.py [--device cpu|cuda] [--rows 2048] [--columns 2048] [--rounds 20] [--json PATH]
+    python bench/bench_fake_quant.py [--device cpu|cuda] [--rows 2048] [--columns 2048] [--rounds 20] [--json PATH] [--save]
 
 Two kinds of lines.  Where the scale is *found* in the tensor (what QAT of weights does at each step) ours stands beside
 torchao's IntxFakeQuantizer and Float8FakeQuantizer.  Where the scale is *given* it stands beside
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from qtutor import fake_quant as fq
-from qtutor import lesson
+from qtutor import lesson, results
 
 
 def cases(x: torch.Tensor) -> dict[str, dict]:
@@ -194,6 +194,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--save", action="store_true", help="record the rows as results 'fake_quant_speed'")
     options = parser.parse_args(argv)
     gpu = options.device == "cuda"
     default = 8192 if gpu else 2048
@@ -217,6 +218,8 @@ def main(argv=None) -> dict:
             all_ratios[f"{dtype}: {what}"] = ratios
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.save:
+        print(results.save("fake_quant_speed", [{"copy_gb_per_s": copy, **row} for row in rows]))
     return all_ratios
 
 
