@@ -1,6 +1,7 @@
 """What fake quantization costs: forward and backward of ours, of torchao's and of PyTorch's own operator.
 
-    python bench/bench_fake_quant.py [--device cpu|cuda] [--rows 2048] [--columns 2048] [--rounds 20] [--json PATH] [--save]
+    python bench/bench_fake_quant.py [--device cpu|cuda] [--rows 2048] [--columns 2048] [--rounds 20]
+                                     [--json PATH] [--save]
 
 Two kinds of lines.  Where the scale is *found* in the tensor (what QAT of weights does at each step) ours stands beside
 torchao's IntxFakeQuantizer and Float8FakeQuantizer.  Where the scale is *given* it stands beside
