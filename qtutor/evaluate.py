@@ -33,7 +33,8 @@ import torch
 
 from . import QtutorError
 
-_ELEMENTS = 1 << 22  # logits in float64 at a time: 32 MiB, whatever the vocabulary
+# Logits in float64 at a time.  A CPU is fastest where they fit its cache (2 MiB), a GPU where they fill it (32 MiB).
+_ELEMENTS = {"cpu": 1 << 18, "gpu": 1 << 22}
 
 
 class Estimate(NamedTuple):
@@ -97,8 +98,12 @@ def bos_of(source) -> int | None:
     return meta.get("tokenizer.ggml.bos_token_id") if meta.get("tokenizer.ggml.add_bos_token") else None
 
 
-def _logits_function(source) -> Callable[[np.ndarray], torch.Tensor]:
-    """One function from a window (ctx,) to logits (ctx, vocab), whatever the source is."""
+def _logits_function(source, first: int = 0) -> Callable[[np.ndarray], torch.Tensor]:
+    """One function from a window (ctx,) to logits (ctx - first, vocab) of its last positions, whatever the source is."""
+    from . import llamacpp
+
+    if isinstance(source, llamacpp.Model):  # which need not compute what nobody asks for
+        return lambda window: torch.from_numpy(source.logits(window, first=first))
     if isinstance(source, torch.nn.Module):
         device = next(source.parameters()).device
 
@@ -106,13 +111,22 @@ def _logits_function(source) -> Callable[[np.ndarray], torch.Tensor]:
             ids = torch.from_numpy(window)[None].to(device)
             with torch.inference_mode():
                 return source(input_ids=ids, use_cache=False).logits[0]
+    elif hasattr(source, "logits"):
+        def run(window):
+            return torch.as_tensor(source.logits(window))
+    elif callable(source):
+        def run(window):
+            return torch.as_tensor(source(window))
+    else:
+        raise QtutorError("Give a Hugging Face model, a llamacpp.Model or a function from token ids to logits.")
 
-        return run
-    if hasattr(source, "logits"):  # a llamacpp.Model
-        return lambda window: torch.from_numpy(source.logits(window))
-    if callable(source):
-        return lambda window: torch.as_tensor(source(window))
-    raise QtutorError("Give a Hugging Face model, a llamacpp.Model or a function from token ids to logits.")
+    def last_positions(window):
+        logits = run(window)
+        if logits.ndim != 2 or len(logits) != len(window):
+            raise QtutorError(f"The model gave logits of shape {tuple(logits.shape)} for {len(window)} tokens.")
+        return logits[first:]
+
+    return last_positions
 
 
 def iter_logits(
@@ -125,8 +139,7 @@ def iter_logits(
     """
     from tqdm.auto import tqdm
 
-    run, cut = _logits_function(source), windows(tokens, ctx)
-    first = _first_scored(ctx, second_half_only)
+    run, cut = _logits_function(source, _first_scored(ctx, second_half_only)), windows(tokens, ctx)
     if bos is not None:
         cut[:, 0] = bos
     training = getattr(source, "training", False)
@@ -134,10 +147,7 @@ def iter_logits(
         source.eval()
     try:
         for window in tqdm(cut, desc="logits", unit="window", leave=False, disable=not progress):
-            logits = run(window)
-            if logits.ndim != 2 or len(logits) != ctx:
-                raise QtutorError(f"The model gave logits of shape {tuple(logits.shape)} for {ctx} tokens.")
-            yield logits[first:-1]  # the last position predicts a token beyond the window
+            yield run(window)[:-1]  # the last position predicts a token beyond the window
     finally:
         if training:
             source.train()
@@ -182,12 +192,20 @@ def _share(hits: np.ndarray) -> Estimate:
     return Estimate(p, math.sqrt(p * (1 - p) / (n - 1)))
 
 
-def _log_probs(logits: torch.Tensor, what: str) -> torch.Tensor:
+def _exponentials(logits: torch.Tensor, what: str) -> tuple[torch.Tensor, ...]:
+    """Of logits (rows, vocab): themselves and exp(logits - max) in float64, the sum of those, ln sum exp, and the top.
+
+    One exponential a logit is all that probabilities and their logarithms take:
+    p = e / sum, and ln p = logits - lse with lse = max + ln sum.
+    """
     logits = logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
-    logp = logits.double().log_softmax(-1)
-    if torch.isnan(logp[:, 0]).any():  # one NaN or +infinity in a row makes the whole row NaN
+    highest, top = logits.max(-1)
+    if not torch.isfinite(highest).all():  # NaN spreads to the maximum
         raise QtutorError(f"The {what} logits hold NaN or infinity: load a model that is not damaged.")
-    return logp
+    wide = logits.double()
+    e = (wide - highest.double()[:, None]).exp_()
+    total = e.sum(-1)
+    return wide, e, total, highest.double() + total.log(), top
 
 
 def _check_targets(targets: torch.Tensor, vocab: int) -> None:
@@ -202,7 +220,8 @@ def _chunks(logits) -> Iterator[torch.Tensor]:
         part = torch.as_tensor(part)
         if part.ndim != 2:
             raise QtutorError(f"Logits have the shape (tokens, vocabulary), not {tuple(part.shape)}.")
-        yield from part.split(max(1, _ELEMENTS // part.shape[-1]))
+        size = _ELEMENTS["gpu" if part.device.type == "cuda" else "cpu"]
+        yield from part.split(max(1, size // part.shape[-1]))
 
 
 def score(logits, targets) -> Perplexity:
@@ -217,10 +236,10 @@ def score(logits, targets) -> Perplexity:
         if len(true) != len(part):
             raise QtutorError(f"There are more logits than the {len(targets)} targets: they must pair up.")
         _check_targets(true, part.shape[-1])
-        logp = _log_probs(part, "model's")
-        true = true.to(logp.device)
-        nll.append(-logp.gather(1, true[:, None])[:, 0].cpu().numpy())
-        hit.append((logp.argmax(1) == true).cpu().numpy())
+        x, _, _, lse, top = _exponentials(part, "model's")
+        true = true.to(x.device)
+        nll.append((lse - x.gather(1, true[:, None])[:, 0]).cpu().numpy())
+        hit.append((top == true).cpu().numpy())
         at += len(part)
     if at != len(targets):
         raise QtutorError(f"There are {at} logits for {len(targets)} targets: they must pair up.")
@@ -325,15 +344,16 @@ def _per_token(base: torch.Tensor, logits: torch.Tensor, true: torch.Tensor) -> 
             "use the same tokens and vocabulary."
         )
     _check_targets(true, logits.shape[-1])
-    logp, logb = _log_probs(logits, "model's"), _log_probs(base.to(logits.device), "base model's")
-    true = true.to(logp.device)[:, None]
-    nll, base_nll = -logp.gather(1, true)[:, 0], -logb.gather(1, true)[:, 0]
-    p_base, difference = logb.exp(), logb.sub_(logp)  # in place: at a large vocabulary these are the memory
-    # a token that the base model excludes contributes 0 (the limit of p log p), not 0 * infinity
-    kld = difference.mul_(p_base).sum(1)
-    if torch.isnan(kld).any():
-        kld = torch.where(p_base > 0, difference, 0.0).sum(1)
-    return nll, base_nll, kld, (logits.argmax(1) == base.to(logits.device).argmax(1)).to(nll.device)
+    x, _, _, lse, top = _exponentials(logits, "model's")
+    b, e, total, base_lse, base_top = _exponentials(base.to(logits.device), "base model's")
+    true = true.to(x.device)[:, None]
+    nll, base_nll = lse - x.gather(1, true)[:, 0], base_lse - b.gather(1, true)[:, 0]
+    # KL(base || model) = sum of p_base (ln p_base - ln p) = sum of p_base (b - x), minus the difference of the lse
+    weighted = (b - x).mul_(e).sum(1)
+    if torch.isnan(weighted).any():
+        # a token that the base model excludes contributes 0 (the limit of p log p), not 0 * infinity
+        weighted = torch.where(e > 0, (b - x) * e, 0.0).sum(1)
+    return nll, base_nll, weighted / total + lse - base_lse, top == base_top
 
 
 def compare(base, logits, targets) -> Comparison:

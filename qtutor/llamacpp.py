@@ -782,7 +782,7 @@ class Model:
 
     def __init__(self, path, ctx: int = 512, threads: int | None = None, *, exact: bool = True,
                  gpu_layers: int | None = None):
-        self._model = self._ctx = None
+        self._model = self._ctx = self._batch = None
         self.gguf, self.ctx = check_gguf(path), int(ctx)
         if "tokenizer.ggml.model" not in self.gguf.metadata:
             raise QtutorError(f"{self.gguf.path.name} holds no model with a tokenizer: give another file.")
@@ -805,6 +805,7 @@ class Model:
             reason = _reason("it gave no reason")
             self.close()
             raise QtutorError(f"llama.cpp cannot make a context of {ctx} tokens: {reason}.")
+        self._batch = self._new_batch()
 
     def _check_memory(self, exact: bool) -> None:
         import psutil
@@ -848,6 +849,9 @@ class Model:
 
     def close(self) -> None:
         """Free the native memory; harmless when repeated."""
+        if self._batch:
+            self.lib.llama_batch_free(self._batch[0])
+        self._batch = None
         if self._ctx:
             self.lib.llama_free(self._ctx)
         if self._model:
@@ -893,37 +897,52 @@ class Model:
             raise QtutorError(f"Token ids must be integers in 0..{self.n_vocab - 1}: check the tokenizer.")
         return np.ascontiguousarray(ids, dtype=np.int32)
 
-    def _decode(self, ids: np.ndarray, past: int, every: bool) -> np.ndarray:
-        """Run ``ids`` after ``past`` cached tokens; logits of all positions or of the last, float32."""
+    def _new_batch(self):
+        """One llama_batch for the life of the model, and numpy views of its arrays: token, position, output wanted.
+
+        Setting four fields a token through ctypes takes longer than a small model takes to compute the token.
+        """
+        batch = self.lib.llama_batch_init(self.ctx, 0, 1)
+        for i in range(self.ctx):
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0  # everything belongs to sequence 0
+
+        def view(pointer, kind):
+            return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(kind)), (self.ctx,))
+
+        return (batch, view(batch.token, ctypes.c_int32), view(batch.pos, ctypes.c_int32),
+                view(batch.logits, ctypes.c_int8))  # fmt: skip
+
+    def _decode(self, ids: np.ndarray, past: int, first: int) -> np.ndarray:
+        """Run ``ids`` after ``past`` cached tokens; float32 logits of the positions from ``first`` on (-1: the last)."""
         lib, n = self._open(), len(ids)
-        batch = lib.llama_batch_init(n, 0, 1)
-        try:
-            batch.n_tokens = n
-            ctypes.memmove(batch.token, ids.ctypes.data, 4 * n)
-            for i in range(n):
-                batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = past + i, 1, 0
-                batch.logits[i] = every or i == n - 1
-            _log.clear()
-            status = lib.llama_decode(self._ctx, batch)
-        finally:
-            lib.llama_batch_free(batch)
+        first = first % n
+        batch, token, position, output = self._batch
+        batch.n_tokens = n
+        token[:n], position[:n], output[:n] = ids, np.arange(past, past + n), 0
+        output[first:n] = 1  # the output matrix is not applied to the others
+        _log.clear()
+        status = lib.llama_decode(self._ctx, batch)
         if status != 0:
             raise QtutorError(f"llama.cpp could not run the model (status {status}): {_reason('no reason')}.")
-        rows = n if every else 1
         pointer = ctypes.cast(lib.llama_get_logits(self._ctx), ctypes.POINTER(ctypes.c_float))
-        return np.ctypeslib.as_array(pointer, (rows, self.n_vocab)).copy()
+        return np.ctypeslib.as_array(pointer, (n - first, self.n_vocab)).copy()
 
     def _clear(self) -> None:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self._ctx), False)
 
-    def logits(self, tokens) -> np.ndarray:
-        """Logits after each token of one window, from an empty cache: float32, (n, vocab), n <= ctx."""
+    def logits(self, tokens, first: int = 0) -> np.ndarray:
+        """Logits after each token of one window, from an empty cache: float32, (n - first, vocab), n <= ctx.
+
+        ``first`` leaves out the positions before it, which saves their share of the output matrix.
+        """
         self._open()
         ids = self._ids(tokens)
         if not 0 < len(ids) <= self.ctx:
             raise QtutorError(f"logits() takes 1 to {self.ctx} tokens and got {len(ids)}: cut windows, or raise ctx.")
+        if not 0 <= first < len(ids):
+            raise QtutorError(f"first={first} must be one of the {len(ids)} positions: give 0 for all of them.")
         self._clear()
-        return self._decode(ids, 0, every=True)
+        return self._decode(ids, 0, first)
 
     def generate(self, prompt, max_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
         """Continue ``prompt`` (text or token ids) and return the new text only.
@@ -940,7 +959,7 @@ class Model:
             raise QtutorError("temperature is 0 (greedy) or positive.")
         rng, out = np.random.default_rng(seed), []
         self._clear()
-        logits, past = self._decode(ids, 0, every=False)[0], len(ids)
+        logits, past = self._decode(ids, 0, -1)[0], len(ids)
         while len(out) < max_tokens:
             token = int(logits.argmax())
             if temperature > 0:
@@ -952,7 +971,7 @@ class Model:
             out.append(token)
             if past >= self.ctx:
                 break
-            logits, past = self._decode(np.array([token], np.int32), past, every=False)[0], past + 1
+            logits, past = self._decode(np.array([token], np.int32), past, -1)[0], past + 1
         return self.detokenize(out)
 
 
@@ -972,12 +991,12 @@ def bench(path, prompt: int = 512, generate: int = 64, repeats: int = 3, threads
         for _ in range(repeats + 1):
             model._clear()
             start = time.perf_counter()
-            model._decode(ids[:prompt], 0, every=False)
+            model._decode(ids[:prompt], 0, -1)
             times["prompt"].append(time.perf_counter() - start)
             model._clear()
             start = time.perf_counter()
             for i in range(generate):
-                model._decode(ids[i : i + 1], i, every=False)
+                model._decode(ids[i : i + 1], i, -1)
             times["generate"].append(time.perf_counter() - start)
     return {
         "prompt_tokens_per_s": prompt / float(np.median(times["prompt"][1:])),
