@@ -85,8 +85,8 @@ def main(argv=None) -> dict:
             base = evaluate.logits_of(model, cut[windows], ctx, second_half_only=True, bos=evaluate.bos_of(model))
         common = ["-f", text, "-c", ctx, "-b", ctx, "-ub", ctx, "-t", threads, "-tb", threads, "-ngl", 0, "-fa", "on"]
         for n in cut:
-            tool_seconds([program, "-m", reference, *common, "--chunks", n, "--kl-divergence-base", folder / f"{n}.kld"],
-                         "PPL")  # fmt: skip
+            keep = ["--kl-divergence-base", folder / f"{n}.kld"]
+            tool_seconds([program, "-m", reference, *common, "--chunks", n, *keep], "PPL")
         kept = {n: base[: n * (ctx - ctx // 2 - 1)] for n in cut}
         for mode, what in (("perplexity", "Final estimate: PPL"), ("KL divergence", "Mean    KLD")):
             times: dict = {"llama-perplexity": [], "Python": []}
@@ -105,8 +105,8 @@ def main(argv=None) -> dict:
             rows.append({"mode": mode, "python_tokens_per_s": rate["Python"], "windows": windows - few, "ctx": ctx,
                          "tool_tokens_per_s": rate["llama-perplexity"], "ratio": ratio, "threads": threads,
                          "python_value": ours, "tool_value": theirs})  # fmt: skip
-            print(f"{mode:14s} Python {rate['Python']:8,.0f} tokens/s   llama-perplexity {rate['llama-perplexity']:8,.0f} "
-                  f"tokens/s   ratio {ratio:.2f}   values {ours:.5f} and {theirs:.5f}")
+            print(f"{mode:14s} Python {rate['Python']:8,.0f} tokens/s   llama-perplexity "
+                  f"{rate['llama-perplexity']:8,.0f} tokens/s   ratio {ratio:.2f}   values {ours:.5f}, {theirs:.5f}")
     print(f"{windows - few} windows of {ctx} tokens, {threads} threads, median of {options.rounds} rounds")
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -99,7 +99,7 @@ def bos_of(source) -> int | None:
 
 
 def _logits_function(source, first: int = 0) -> Callable[[np.ndarray], torch.Tensor]:
-    """One function from a window (ctx,) to logits (ctx - first, vocab) of its last positions, whatever the source is."""
+    """One function from a window (ctx,) to its logits from position ``first`` on, whatever the source is."""
     from . import llamacpp
 
     if isinstance(source, llamacpp.Model):  # which need not compute what nobody asks for

@@ -913,7 +913,7 @@ class Model:
                 view(batch.logits, ctypes.c_int8))  # fmt: skip
 
     def _decode(self, ids: np.ndarray, past: int, first: int) -> np.ndarray:
-        """Run ``ids`` after ``past`` cached tokens; float32 logits of the positions from ``first`` on (-1: the last)."""
+        """Run ``ids`` after ``past`` cached tokens; float32 logits from position ``first`` on (-1: the last)."""
         lib, n = self._open(), len(ids)
         first = first % n
         batch, token, position, output = self._batch
