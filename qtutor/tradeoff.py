@@ -17,13 +17,17 @@ depend on their values, quality does, and is left out.
     rows = tradeoff.rows(["FP32", "GGUF Q4_K_M"], batches=(1,))
     tradeoff.record()                            # everything -> data/results/<machine>/tradeoff.json
 
+    python -m qtutor.tradeoff                    # the same from a shell; minutes on a CPU
+
 A technique that cannot run here gives one row with the reason in ``not_run``.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -516,14 +520,14 @@ class Reference:
 
     def quality(self, source) -> dict:
         """The quality columns of a Hugging Face model or an open llamacpp.Model."""
-        from . import accuracy, evaluate
+        from . import accuracy, evaluate, paired
 
         found = evaluate.compare_models(self.logits, source, self.tokens, 512)
         answers = accuracy.score_items(source, self.items)
-        paired = evaluate.mcnemar(self.answers.hits_norm, answers.hits_norm)
+        change = paired.mcnemar(self.answers.hits_norm, answers.hits_norm)
         kept = {name: getattr(found, name) for name in QUALITY if hasattr(found, name)}
         return kept | {"scored_tokens": found.n, "accuracy": answers.acc_norm, "accuracy_se": answers.acc_norm_se,
-                       "accuracy_diff": answers.acc_norm - self.answers.acc_norm, "accuracy_diff_se": paired.se,
+                       "accuracy_diff": change.difference, "accuracy_diff_se": change.se,
                        "accuracy_n": answers.n}  # fmt: skip
 
 
@@ -751,3 +755,33 @@ def record(shapes=None, techniques=None, batches=None, full: bool = True, resume
     if path is None:  # all of it was there
         path = Path(directory or results.RESULTS) / results.machine_folder() / "tradeoff.json"
     return path
+
+
+def main(argv=None) -> int:
+    """``python -m qtutor.tradeoff``: record on this machine and say what came out."""
+    parser = argparse.ArgumentParser(prog="python -m qtutor.tradeoff", description="measure every technique here")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="by default all that this machine can run")
+    parser.add_argument("--techniques", nargs="+", metavar="NAME", help="by default all: " + ", ".join(TECHNIQUES))
+    parser.add_argument("--quick", action="store_true", help="small sizes: a minute's worth")
+    parser.add_argument("--fresh", action="store_true", help="keep nothing of an interrupted recording")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="of each shape: begin nothing new after that")
+    parser.add_argument("--directory", help="where the results go, by default data/results")
+    parser.add_argument("--folder", help="for GGUF files, by default the system's temporary folder")
+    options = parser.parse_args(argv)
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    began = time.perf_counter()
+    try:
+        path = record(options.shapes, options.techniques, full=not options.quick, resume=not options.fresh,
+                      directory=options.directory, budget_s=options.budget, folder=options.folder)  # fmt: skip
+    except QtutorError as error:
+        print(error)
+        return 1
+    saved = json.loads(path.read_text("utf-8"))["rows"]
+    print(f"{len(measured(saved))} rows in {time.perf_counter() - began:.0f} s: {path.parent.name}/{path.name}")
+    for name, reason in left_out(saved).items():
+        print(f"  without {name}: {reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
