@@ -151,7 +151,7 @@ def measure_types(f32, base, tokens, importance, folder, names=None, ctx: int = 
 
     names = [n for n in llamacpp.TYPES if n != "F32"] if names is None else list(names)
     how = {"ctx": ctx, "bos": bos, "threads": threads}
-    extra = {"imatrix_ignored": False, "imatrix_gain": None, "imatrix_gain_se": None}
+    extra = {"imatrix_ignored": False, "imatrix_gain": None, "imatrix_gain_se": None, "imatrix_gain_se_windows": None}
     for name in tqdm(names, desc="types", leave=False, disable=not progress):
         plain, informed = (Path(folder) / f"{name}-{kind}.gguf" for kind in ("plain", "imatrix"))
         without, needs = None, llamacpp.TYPES[name].needs_imatrix
@@ -171,6 +171,8 @@ def measure_types(f32, base, tokens, importance, folder, names=None, ctx: int = 
                 if without is not None:
                     better = without.token_kld - found.token_kld
                     gain = {"imatrix_gain": float(better.mean()), "imatrix_gain_se": evaluate.standard_error(better)}
+                    if len(better) >= 2 * (ctx - 1):
+                        gain["imatrix_gain_se_windows"] = evaluate.standard_error(better, block=ctx - 1)
                 yield row | extra | gain, found
         finally:
             for path in (plain, informed):

@@ -1,0 +1,226 @@
+"""Let quantized models answer: several side by side, or one over HTTP as a server of OpenAI's API.
+
+llama-cpp-python brings a server that speaks the protocol most programs already speak (``/v1/completions``,
+``/v1/chat/completions``, streaming).  In a terminal it is one line, and it runs until you stop it:
+
+    python -m llama_cpp.server --model model-Q4_K_M.gguf --port 8000
+
+:class:`Server` starts the same program from a notebook and makes sure that it ends: with the ``with`` block, with the
+kernel, and also where the kernel is killed.
+
+    with serve.Server("model-Q4_K_M.gguf") as server:
+        httpx.post(f"{server.url}/completions", json={"prompt": "The for statement", "max_tokens": 16})
+
+:func:`explorer` is the widget of notebook 08: one prompt, several types, the first place where they part marked.
+"""
+
+from __future__ import annotations
+
+import atexit
+import html
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from . import QtutorError, llamacpp
+
+# -------------------------------------------------------------------------------------------------------- the server
+
+_NEEDS = {"fastapi": "fastapi", "uvicorn": "uvicorn", "sse_starlette": "sse-starlette",
+          "starlette_context": "starlette-context", "pydantic_settings": "pydantic-settings",
+          "httpx": "httpx"}  # fmt: skip
+# The server also reads its settings from the environment: a stray API_KEY there would lock everybody out.
+_STRAY = ("API_KEY", "CONFIG_FILE", "SSL_KEYFILE", "SSL_CERTFILE", "ROOT_PATH", "CHAT_FORMAT", "CLIP_MODEL_PATH",
+          "LORA_PATH", "LORA_BASE", "DRAFT_MODEL", "HF_MODEL_REPO_ID", "HF_TOKENIZER_CONFIG_PATH", "MODEL", "MODEL_ALIAS", "VERBOSE", "CACHE", "SEED", "HOST", "PORT")  # fmt: skip
+# The watch ends the server with the process that started it, even where that was killed and could not say goodbye.
+_CHILD = """
+import os, runpy, sys, threading, time
+parent = int(sys.argv.pop(1))
+def watch():
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(0)
+if sys.platform != "win32":
+    threading.Thread(target=watch, daemon=True).start()
+runpy.run_module("llama_cpp.server", run_name="__main__", alter_sys=True)
+"""
+
+
+def available() -> tuple[bool, str]:
+    """``(True, "")`` where the server can run, else ``(False, why in one sentence)``."""
+    missing = [package for module, package in _NEEDS.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        return False, f"The server needs {', '.join(missing)}: pip install 'llama-cpp-python[server]' httpx."
+    ok, why = llamacpp.available()
+    return ok, "" if ok else why
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on at this moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class Server:
+    """llama-cpp-python's server for one GGUF file, on a free port of this machine only.  Use it in a ``with`` block.
+
+    ``url`` is where an OpenAI client points its ``base_url``: ``http://127.0.0.1:<port>/v1``.  ``alias`` is the
+    model's name in requests.  Raises QtutorError for a file that is not sound, where packages are missing, and where
+    the server does not answer within ``timeout`` seconds; nothing is left running then.
+    """
+
+    def __init__(self, path, ctx: int = 512, threads: int | None = None, *, alias: str = "model", timeout: float = 60,
+                 gpu_layers: int | None = None):
+        ok, why = available()
+        if not ok:
+            raise QtutorError(why)
+        self.path, self.alias, self.timeout = Path(llamacpp.check_gguf(path).path).resolve(), alias, timeout
+        self._options = ["--model", self.path, "--model_alias", alias, "--n_ctx", ctx, "--host", "127.0.0.1",
+                         "--n_threads", threads or llamacpp.n_threads(), "--verbose", "False"]  # fmt: skip
+        if gpu_layers is not None:
+            self._options += ["--n_gpu_layers", gpu_layers]
+        self.process, self.port, self._log = None, None, None
+
+    @property
+    def url(self) -> str:
+        """``http://127.0.0.1:<port>/v1``."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def start(self) -> Server:
+        """Start the server and wait until it answers."""
+        if self.process is not None:
+            return self
+        for attempt in range(3):  # between our look and its start another program may take the port
+            self.port = free_port()
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115 - not a pipe: a full one would block the server
+            env = {key: value for key, value in os.environ.items() if key.upper() not in _STRAY}
+            env |= {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+            command = [sys.executable, "-W", "ignore", "-c", _CHILD, os.getpid(), *self._options, "--port", self.port]
+            self.process = subprocess.Popen([str(part) for part in command], stdin=subprocess.DEVNULL,
+                                            stdout=self._log, stderr=self._log, env=env)  # fmt: skip
+            atexit.register(self.stop)
+            try:
+                if self._answers():
+                    return self
+                said = self._said()
+            except BaseException:  # an interrupt, too, must leave nothing running
+                self.stop()
+                raise
+            self.stop()
+            if "address already in use" not in said.lower() or attempt == 2:
+                break
+        lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it gave no reason"]
+        last = " ".join(lines[-1].split())[:160].rstrip(".")
+        raise QtutorError(f"The server did not start within {self.timeout:g} s ({last}): try "
+                          f"'python -m llama_cpp.server --model {self.path.name}' in a terminal.")  # fmt: skip
+
+    def _answers(self) -> bool:
+        """Wait for the first answer; False where the process ends or the time is up."""
+        import httpx
+
+        end = time.monotonic() + self.timeout
+        with httpx.Client(trust_env=False, timeout=5) as client:  # a proxy of the environment is not for 127.0.0.1
+            while time.monotonic() < end and self.process.poll() is None:
+                try:
+                    if client.get(f"{self.url}/models").status_code == 200:
+                        return True
+                except httpx.HTTPError:
+                    pass
+                time.sleep(0.1)
+        return False
+
+    def _said(self) -> str:
+        self._log.seek(0)
+        return self._log.read()[-4000:].decode("utf-8", "replace")
+
+    def stop(self) -> None:
+        """End the server and wait until it is gone; harmless when repeated."""
+        process, self.process = self.process, None
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            atexit.unregister(self.stop)
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def __enter__(self) -> Server:
+        return self.start()
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        where = f"at {self.url}" if self.process is not None else "stopped"
+        return f"Server({self.path.name}, {where})"
+
+
+# ------------------------------------------------------------------------------------------------------ side by side
+
+
+def answers(models: dict, prompt: str, max_tokens: int = 32, temperature: float = 0.0, seed: int = 0) -> dict[str, str]:
+    """What each model says: name -> text.  ``models``: name -> an open :class:`qtutor.llamacpp.Model`."""
+    return {name: model.generate(prompt, max_tokens, temperature, seed) for name, model in models.items()}
+
+
+def parting(text: str, reference: str) -> int:
+    """How many characters of ``text`` are the same as in ``reference`` before the first that differs."""
+    return len(os.path.commonprefix([text, reference]))
+
+
+def table(said: dict[str, str]) -> str:
+    """HTML of the answers, one row a model: what the first model said as well in grey, the rest in black."""
+    reference = next(iter(said.values()), "")
+    rows = []
+    for number, (name, text) in enumerate(said.items()):
+        at = len(text) if number == 0 else parting(text, reference)
+        same, own = (html.escape(part).replace("\n", "<br>") for part in (text[:at], text[at:]))
+        note = "the original" if number == 0 else "word for word" if text == reference else f"{at} characters"
+        rows.append(f"<tr><th style='text-align:left; vertical-align:top; white-space:nowrap'>{html.escape(name)}</th>"
+                    f"<td style='text-align:left; vertical-align:top; white-space:nowrap'>{note}</td>"
+                    f"<td style='text-align:left; font-family:monospace'><span style='color:#767676'>{same}</span>"
+                    f"<b>{own}</b></td></tr>")  # fmt: skip
+    head = "<tr><th style='text-align:left'>type</th><th style='text-align:left'>same for</th>" \
+           "<th style='text-align:left'>answer (bold: where it parts from the original)</th></tr>"
+    return f"<table class='qtutor-answers'><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def explorer(models: dict, prompts, max_tokens: int = 24):
+    """A widget: choose or write a prompt, and every model answers it.
+
+    ``models`` as in :func:`answers`, the original first; ``prompts``: those to choose from.
+    """
+    import ipywidgets
+
+    models, prompts = dict(models), list(prompts)
+    if not models or not prompts:
+        raise QtutorError("The explorer needs at least one model and one prompt: pass both.")
+    wide = ipywidgets.Layout(width="95%")
+    prompt = ipywidgets.Combobox(value=prompts[0], options=prompts, description="prompt", ensure_option=False,
+                                 continuous_update=False, layout=wide)  # fmt: skip
+    length = ipywidgets.IntSlider(max_tokens, 4, 64, 4, description="tokens", continuous_update=False)
+    warmth = ipywidgets.FloatSlider(value=0, min=0, max=1.5, step=0.1, description="temperature",
+                                    continuous_update=False)  # fmt: skip
+    seed = ipywidgets.BoundedIntText(0, 0, 999, description="seed", layout=ipywidgets.Layout(width="160px"))
+    shown = ipywidgets.HTML()
+
+    def answer(_=None):
+        try:
+            shown.value = table(answers(models, prompt.value, length.value, warmth.value, seed.value))
+        except QtutorError as error:
+            shown.value = f"<p>{html.escape(str(error))}</p>"
+
+    for control in (prompt, length, warmth, seed):
+        control.observe(answer, names="value")
+    answer()
+    return ipywidgets.VBox([prompt, ipywidgets.HBox([length, warmth, seed]), shown])
