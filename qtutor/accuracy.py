@@ -41,7 +41,7 @@ from . import QtutorError
 
 TASK = "pydoc_continuation"
 CONTEXT_WORDS = 40  # the end of a longer passage is kept
-ENDING_WORDS = range(6, 25)
+ENDING_WORDS = range(12, 36)
 FAR = 20  # paragraphs between an item and the place that a wrong ending comes from
 
 
@@ -78,7 +78,7 @@ def _candidates(text: str) -> list[tuple[int, str, str]]:
         sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(paragraph.split()))
         for i, ending in enumerate(sentences):
             passage = " ".join([before, *sentences[:i]]).split()[-CONTEXT_WORDS:]
-            fits = len(ending.split()) in ENDING_WORDS and len(passage) >= ENDING_WORDS.start
+            fits = len(ending.split()) in ENDING_WORDS and len(passage) >= 6
             if fits and ending not in seen and ending not in " ".join(passage):
                 seen.add(ending)
                 found.append((number, " ".join(passage), ending))
@@ -97,7 +97,7 @@ def build_items(n: int = 200, seed: int = 0, text: str | None = None, choices: i
 
     The real ending is the sentence that follows the passage.  The others are drawn from the sentences nearest to it in
     length among those at least ``FAR`` paragraphs away; none repeats half of the words of another choice, and none
-    occurs in the passage.  ``text`` defaults to the evaluation text, which yields about 800 items (it differs a little
+    occurs in the passage.  ``text`` defaults to the evaluation text, which yields about 700 items (it differs a little
     between Python versions).
 
     Raises QtutorError for fewer than two items or choices, and for a text that does not yield ``n``.
@@ -212,8 +212,8 @@ def loglikelihoods(source, requests, batch_size: int = 32, progress: bool = Fals
 
     from .evaluate import _logits_function
 
-    def total(logits, ids, first):  # logits after each token but the last
-        logp = logits[first - 1 : len(ids) - 1].double().log_softmax(-1)
+    def total(logits, ids, first):  # logits that predict the ending
+        logp = logits.double().log_softmax(-1)
         true = torch.as_tensor(ids[first:], device=logp.device)
         if true.max() >= logp.shape[1]:
             raise QtutorError("The tokens lie outside the model's vocabulary: use the model's own tokenizer.")
@@ -223,10 +223,9 @@ def loglikelihoods(source, requests, batch_size: int = 32, progress: bool = Fals
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]))
     bar = tqdm(total=len(requests), desc="endings", leave=False, disable=not progress)
     if not isinstance(source, torch.nn.Module):
-        run = _logits_function(source)
         for i in order:
             ids, first = requests[i]
-            found[i] = total(run(np.asarray(ids[:-1], dtype=np.int64)), ids, first)
+            found[i] = total(_logits_function(source, first - 1)(np.asarray(ids[:-1], dtype=np.int64)), ids, first)
             bar.update()
         return found
     device, training = next(source.parameters()).device, source.training
@@ -240,7 +239,8 @@ def loglikelihoods(source, requests, batch_size: int = 32, progress: bool = Fals
             with torch.inference_mode():
                 logits = source(input_ids=batch.to(device), use_cache=False).logits
             for row, i in zip(logits, rows, strict=True):
-                found[i] = total(row, *requests[i])
+                ids, first = requests[i]
+                found[i] = total(row[first - 1 : len(ids) - 1], ids, first)
             bar.update(len(rows))
     finally:
         source.train(training)

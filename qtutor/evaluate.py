@@ -15,7 +15,8 @@ often both models put the same token first (what greedy decoding would notice).
 Definitions follow llama.cpp's ``tools/perplexity`` (README.md and perplexity.cpp, functions ``perplexity`` and
 ``kl_divergence``), including which tokens count: ``second_half_only=True`` scores a window as llama-perplexity does.
 Standard errors treat tokens as independent draws, as llama.cpp's do; neighbours in a text are not quite, so they are
-somewhat too small (:func:`standard_error` with ``block`` shows by how much).
+somewhat too small (:func:`standard_error` with ``block`` shows by how much).  Whether a loss is real, and whether it is
+small enough, are questions for the paired tests of :mod:`qtutor.paired`.
 
 Everything here takes a Hugging Face causal language model, a :class:`qtutor.llamacpp.Model`, or any function from a
 window of token ids to logits; sums are float64 and only one window's logits need to be in memory.
@@ -32,6 +33,15 @@ import numpy as np
 import torch
 
 from . import QtutorError
+from .paired import (  # noqa: F401 - is the difference real?  Here too, beside what they test
+    Paired,
+    Verdict,
+    equivalent,
+    mcnemar,
+    non_inferior,
+    paired_nll,
+    sample_needed,
+)
 
 # Logits in float64 at a time.  A CPU is fastest where they fit its cache (2 MiB), a GPU where they fill it (32 MiB).
 _ELEMENTS = {"cpu": 1 << 18, "gpu": 1 << 22}
@@ -284,7 +294,8 @@ class Comparison:
     - ``dp_mean``: mean change of the true token's probability (negative: worse), ``rms_dp``: its root mean square,
       both as shares of one (llama.cpp prints percent)
     - ``same_top``: share of tokens where both put the same token first
-    - ``token_kld``, ``token_dp``: the single values, float64 (n,)
+    - ``token_kld``, ``token_dp``, ``token_dnll`` (nll of the model minus nll of the base): the single values, float64
+      (n,); :func:`paired_nll` tests the last of them
     """
 
     kld_mean: float
@@ -311,6 +322,7 @@ class Comparison:
     n: int
     token_kld: np.ndarray = field(repr=False, compare=False)
     token_dp: np.ndarray = field(repr=False, compare=False)
+    token_dnll: np.ndarray = field(repr=False, compare=False)
 
     def row(self) -> dict:
         """The scalars as a flat dict, for a table or a results file."""
@@ -393,7 +405,7 @@ def summarize(nll, base_nll, kld, same_top) -> Comparison:
         ppl_ratio=ratio, ppl_ratio_se=ratio * log_ratio_se, ppl_diff=ppl - base_ppl, ppl_diff_se=diff_se,
         ppl_correlation=correlation, dp_mean=float(dp.mean()), dp_se=standard_error(dp), rms_dp=rms,
         rms_dp_se=0.5 / rms * standard_error(dp**2) if rms else 0.0, same_top=top.value, same_top_se=top.se, n=len(nll),
-        token_kld=kld, token_dp=dp,
+        token_kld=kld, token_dp=dp, token_dnll=nll - base_nll,
     )  # fmt: skip
 
 
