@@ -18,10 +18,10 @@ import os
 __version__ = "0.1.0"
 
 _MODULES = (
-    "accuracy capacity corpus course_model energy evaluate fake_quant formats fp8_bench fp8_models gate "
+    "accuracy capacity choosing corpus course_model energy evaluate fake_quant formats fp8_bench fp8_models gate "
     "gguf_blocks gguf_export gguf_quality lesson llama70b llamacpp low_bit measure notebooks observers paired "
-    "pareto planner plots qat report results serve ste te te_blocks te_emulated te_modules te_mx te_quantizers "
-    "te_transformer tradeoff widgets"
+    "pareto planner plots ptq qat report results rules serve ste te te_blocks te_emulated te_modules te_mx "
+    "te_quantizers te_transformer tradeoff widgets"
 ).split()
 
 

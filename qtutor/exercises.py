@@ -841,3 +841,226 @@ def _wrong_report(answer):
     off = sorted(letters ^ set("ABDF"))
     assert not off, f"Look at {off[0]} again. {why[off[0]] if off[0] in 'CE' else 'What was held equal there?'}"
     return " ".join(why[letter] for letter in "ABDF")
+
+
+# ------------------------------------------------------------- notebook 07: quantization after training, the ideas
+
+
+def _best_ratio_solution(w, bits, ratios):
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+    def loss(ratio):
+        scale = ratio * w.abs().max() / ((high - low) / 2)
+        return ((w / scale).round().clamp(low, high) * scale - w).square().sum().item()
+
+    return min(ratios, key=loss)
+
+
+def _best_ratio_without_clamp(w, bits, ratios):
+    scales = {r: r * w.abs().max() / (2 ** (bits - 1) - 0.5) for r in ratios}
+    return min(ratios, key=lambda r: ((w / scales[r]).round() * scales[r] - w).square().sum().item())
+
+
+@exercise("07.best_ratio", solution=_best_ratio_solution, wrong=[
+    _best_ratio_without_clamp,                                          # nothing clips: the smallest ratio wins
+    lambda w, bits, ratios: max(ratios),
+    lambda w, bits, ratios: -_best_ratio_solution(w, bits, ratios),     # the loss, or its sign
+    lambda w, bits, ratios: ratios.index(_best_ratio_solution(w, bits, ratios)),
+])  # fmt: skip
+def _best_ratio(answer):
+    import torch
+
+    assert callable(answer), "Give the function itself: best_ratio, without brackets."
+    generator, ratios = torch.Generator().manual_seed(7), [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
+    for bits in (2, 3, 4, 8):
+        w = torch.randn(256, generator=generator)
+        given, expected = answer(w.clone(), bits, list(ratios)), _best_ratio_solution(w, bits, ratios)
+        assert given is not None, "The function returns nothing: is there a return?"
+        assert any(given == r for r in ratios), "Return one of the ratios themselves, not its place or its error."
+        if given != expected and given == min(ratios):
+            raise AssertionError(f"At {bits} bits {given} is too small: do codes beyond the grid get clamped?")
+        assert given == expected, f"At {bits} bits there is a ratio with a smaller squared error than {given}."
+    return "The fewer the bits, the more it pays to clip: with eight bits the best ratio is 1."
+
+
+def _smoothed_solution(x, w, alpha):
+    s = x.abs().amax(0) ** alpha / w.abs().amax(0) ** (1 - alpha)
+    return x / s, w * s
+
+
+def _smoothed_by(s_of, swap=False):
+    def smoothed(x, w, alpha):
+        s = s_of(x, w, alpha)
+        return (x * s, w / s) if swap else (x / s, w * s)
+
+    return smoothed
+
+
+@exercise("07.smoothed", solution=_smoothed_solution, wrong=[
+    lambda x, w, alpha: (x, w),
+    _smoothed_by(lambda x, w, a: x.abs().amax(0) ** a / w.abs().amax(0) ** (1 - a), swap=True),
+    _smoothed_by(lambda x, w, a: x.abs().amax(0) ** (1 - a) / w.abs().amax(0) ** a),       # alpha the wrong way round
+    _smoothed_by(lambda x, w, a: x.abs().amax() ** a / w.abs().amax() ** (1 - a)),         # one factor for all
+    lambda x, w, a: (x / (x.abs().amax(0) ** a / w.abs().amax(0) ** (1 - a)), w),          # forgets the weight
+])  # fmt: skip
+def _smoothed(answer):
+    import torch
+
+    assert callable(answer), "Give the function itself: smoothed, without brackets."
+    generator = torch.Generator().manual_seed(7)
+    for alpha in (0.5, 0.8):
+        x = torch.randn(64, 16, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, 16).double()
+        w = torch.randn(8, 16, generator=generator, dtype=torch.float64)
+        given = answer(x.clone(), w.clone(), alpha)
+        assert given is not None, "The function returns nothing: is there a return?"
+        assert isinstance(given, (tuple, list)) and len(given) == 2, "Return two tensors: the new x and the new w."
+        new_x, new_w = given
+        assert new_x.shape == x.shape and new_w.shape == w.shape, "Both keep their shapes."
+        assert torch.allclose(new_x @ new_w.T, x @ w.T), (
+            "The product changed: what divides a channel of x must multiply that column of w.")  # fmt: skip
+        expected = _smoothed_solution(x, w, alpha)[0]
+        assert torch.allclose(new_x, expected), (
+            "The product is unchanged, but the factors are not SmoothQuant's: one for each channel, "
+            "amax(x) to the alpha over amax(w) to the 1 - alpha.")  # fmt: skip
+    return "At alpha 0.5 each channel of x and of w ends with the same amax, the geometric mean of the two."
+
+
+def _gptq_step_solution(w, q0, H_inv):
+    error = (w[:, 0] - q0) / H_inv[0, 0]
+    return w[:, 1:] - error[:, None] * H_inv[0, 1:]
+
+
+@exercise("07.gptq_step", solution=_gptq_step_solution, wrong=[
+    lambda w, q0, H_inv: w[:, 1:],                                                         # round to nearest
+    lambda w, q0, H_inv: w[:, 1:] + ((w[:, 0] - q0) / H_inv[0, 0])[:, None] * H_inv[0, 1:],
+    lambda w, q0, H_inv: w[:, 1:] - (w[:, 0] - q0)[:, None] * H_inv[0, 1:],                # forgets the diagonal
+    lambda w, q0, H_inv: w - ((w[:, 0] - q0) / H_inv[0, 0])[:, None] * H_inv[0],           # returns column 0, too
+])  # fmt: skip
+def _gptq_step(answer):
+    import torch
+
+    assert callable(answer), "Give the function itself: step, without brackets."
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    x = x @ (torch.eye(6, dtype=torch.float64) + 0.3 * torch.randn(6, 6, generator=generator, dtype=torch.float64))
+    w, H = torch.randn(4, 6, generator=generator, dtype=torch.float64), x.T @ x
+    q0 = w[:, 0].round()
+    given = answer(w.clone(), q0.clone(), torch.linalg.inv(H))
+    assert given is not None, "The function returns nothing: is there a return?"
+    assert tuple(given.shape) == (4, 5), "Return the other columns only: shape (rows, columns - 1)."
+
+    def loss(rest):
+        return (((torch.cat([q0[:, None], rest], 1) - w) @ x.T) ** 2).sum().item()
+
+    # the best the others can do: least squares of what column 0 left to make up for
+    best = w[:, 1:] + torch.linalg.lstsq(x[:, 1:], x[:, :1] @ (w[:, 0] - q0)[None]).solution.T
+    assert loss(given) < loss(w[:, 1:]), "The output error is no smaller than without an update: check the sign."
+    assert torch.allclose(given, best), (
+        f"The output error is {loss(given) / loss(best):.2f} times the least possible one: "
+        "mind what the error of column 0 is divided by.")  # fmt: skip
+    return "No other values of the remaining columns bring the output nearer: it is the least squares solution."
+
+
+@exercise("07.stored_bits", solution=8 + (16 + 8) / 32, wrong=[4, 4.75, 8, 8.5, 4 + 16 / 32, 32, "8.75"])
+def _stored_bits(answer):
+    assert isinstance(answer, (int, float)) and not isinstance(answer, bool), "Give a number of bits."
+    assert answer not in (4, 4.75, 4.5), "4 bits is what a value needs: how many does it *take* in an int8 tensor?"
+    assert answer != 8, "The scales and the zero points are stored, too: one of each for 256 / 8 weights."
+    assert abs(answer - 8.75) < 1e-9, "Add all the bits of the three tensors, and divide by 768 x 256."
+    return "More than plain int8, and at the quality of int4: the worst of both, until something packs it."
+
+
+# ------------------------------------------------------------- notebook 11: choosing
+
+
+def _best_type_solution(weights_gib, cache_gib, memory_gib, reserve_gib=1.5):
+    fitting = {name: gib for name, gib in weights_gib.items() if gib + cache_gib + reserve_gib <= memory_gib}
+    return max(fitting, key=fitting.get) if fitting else None
+
+
+def _weights_alone(weights_gib, cache_gib, memory_gib, reserve_gib=1.5):
+    return _best_type_solution(weights_gib, 0, memory_gib, 0)
+
+
+def _without_reserve(weights_gib, cache_gib, memory_gib, reserve_gib=1.5):
+    return _best_type_solution(weights_gib, cache_gib, memory_gib, 0)
+
+
+def _smallest_type(weights_gib, cache_gib, memory_gib, reserve_gib=1.5):
+    return min(weights_gib, key=weights_gib.get)
+
+
+def _always_one(weights_gib, cache_gib, memory_gib, reserve_gib=1.5):
+    return _best_type_solution(weights_gib, cache_gib, memory_gib, reserve_gib) or min(weights_gib, key=weights_gib.get)
+
+
+@exercise("11.best_type", solution=_best_type_solution,
+          wrong=[_weights_alone, _without_reserve, _smallest_type, _always_one, "Q4_K_M"])  # fmt: skip
+def _best_type(answer):
+    sizes = {"Q4_K_M": 38.4, "Q8_0": 68.3, "Q6_K": 52.7, "Q5_K_M": 45.4}
+    cases = [(2.5, 48 * 1e9 / 2**30), (1.25, 79.6), (10.0, 79.6), (20.0, 79.6), (1.0, 48.0), (1.25, 24.0), (45.0, 40.0)]
+    for cache, memory in cases:
+        right = _best_type_solution(sizes, cache, memory)
+        made = answer(dict(sizes), cache, memory)
+        why = "weights, cache and reserve have to fit together" if right else "nothing fits: return None"
+        assert made == right, f"With {cache} GiB of cache and {memory:.1f} GiB of memory it is {right}, not {made}: {why}."
+    exact = answer({"A": 10.0}, 1.0, 12.5)
+    assert exact == "A", "What fills the memory exactly still fits."
+    return "48 GB are 44.7 GiB: for 70B with a cache, Q4_K_M. Q5_K_M has more weights than that card has memory."
+
+
+def _break_even_solution(training_usd, usd_before, usd_after):
+    return training_usd / (usd_before - usd_after) if usd_after < usd_before else float("inf")
+
+
+def _never_infinite(training_usd, usd_before, usd_after):
+    return training_usd / abs(usd_before - usd_after)
+
+
+def _without_before(training_usd, usd_before, usd_after):
+    return training_usd / usd_after
+
+
+def _divides_by_zero(training_usd, usd_before, usd_after):
+    return training_usd / (usd_before - usd_after)
+
+
+def _zero_for_never(training_usd, usd_before, usd_after):
+    return training_usd / (usd_before - usd_after) if usd_after < usd_before else 0.0
+
+
+@exercise("11.break_even", solution=_break_even_solution,
+          wrong=[_never_infinite, _without_before, _divides_by_zero, _zero_for_never, 400.0])  # fmt: skip
+def _break_even(answer):
+    for training, before, after in ((1200.0, 7.0, 4.0), (50.0, 0.9, 0.6), (0.0, 2.0, 1.0)):
+        made, right = answer(training, before, after), _break_even_solution(training, before, after)
+        assert made is not None, "The function returns nothing: is there a return?"
+        assert abs(made - right) < 1e-9 * max(1.0, right), (
+            f"Each million tokens saves {before - after:.2f} USD, so {training:.0f} USD take {right:.1f} million tokens; "
+            f"yours gives {made:.1f}.")
+    for before, after in ((3.0, 3.0), (3.0, 5.4)):
+        try:
+            made = answer(100.0, before, after)
+        except ZeroDivisionError:
+            raise AssertionError("Where nothing is saved there is no break-even: return float('inf').") from None
+        assert made == float("inf"), "Where inference does not get cheaper the training never pays: float('inf')."
+    return "Divide what is paid once by what is saved each time; and look whether anything is saved at all."
+
+
+@exercise("11.evidence", solution="BEF", wrong=["ABCDEF", "B", "E", "F", "BE", "EF", "BF", "BCEF", "ABEF", "CD", ""])
+def _evidence(answer):
+    assert isinstance(answer, (str, list, tuple, set)), 'Give the letters as text, such as "AC".'
+    letters = {letter for part in answer for letter in str(part).upper() if letter.isalpha()}
+    assert letters and letters <= set("ABCDEF"), 'Give letters from A to F, such as "AC".'
+    hints = {
+        "A": "Does A bring Q5_K_M below the limit, or only make its error smaller?",
+        "B": "Q5_K_M is smaller than Q6_K: what did it lack, and does B give it that?",
+        "C": "Was Q4_K_M left out because it was slow?",
+        "D": "Does the price of the GPU separate the types that are left?",
+        "E": "Is Q6_K still allowed after E?",
+        "F": "Add up weights and four times the cache.",
+    }
+    off = sorted(letters ^ set("BEF"))
+    assert not off, hints[off[0]]
+    return ("Evidence changes a decision where it moves something across a limit: B lets a smaller type in, E and F put "
+            "the chosen one out. The rest is true, and changes nothing.")  # fmt: skip
