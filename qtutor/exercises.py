@@ -1003,7 +1003,7 @@ def _best_type(answer):
         right = _best_type_solution(sizes, cache, memory)
         made = answer(dict(sizes), cache, memory)
         why = "weights, cache and reserve have to fit together" if right else "nothing fits: return None"
-        assert made == right, f"With {cache} GiB of cache and {memory:.1f} GiB of memory it is {right}, not {made}: {why}."
+        assert made == right, f"With {cache} GiB of cache and {memory:.1f} GiB of memory: {right}, not {made}; {why}."
     exact = answer({"A": 10.0}, 1.0, 12.5)
     assert exact == "A", "What fills the memory exactly still fits."
     return "48 GB are 44.7 GiB: for 70B with a cache, Q4_K_M. Q5_K_M has more weights than that card has memory."
@@ -1036,8 +1036,8 @@ def _break_even(answer):
         made, right = answer(training, before, after), _break_even_solution(training, before, after)
         assert made is not None, "The function returns nothing: is there a return?"
         assert abs(made - right) < 1e-9 * max(1.0, right), (
-            f"Each million tokens saves {before - after:.2f} USD, so {training:.0f} USD take {right:.1f} million tokens; "
-            f"yours gives {made:.1f}.")
+            f"Each million tokens saves {before - after:.2f} USD, so {training:.0f} USD take {right:.1f} million; yours "
+            f"gives {made:.1f}.")
     for before, after in ((3.0, 3.0), (3.0, 5.4)):
         try:
             made = answer(100.0, before, after)
@@ -1062,5 +1062,5 @@ def _evidence(answer):
     }
     off = sorted(letters ^ set("BEF"))
     assert not off, hints[off[0]]
-    return ("Evidence changes a decision where it moves something across a limit: B lets a smaller type in, E and F put "
-            "the chosen one out. The rest is true, and changes nothing.")  # fmt: skip
+    return ("Evidence changes a decision where it moves something across a limit: B lets a smaller type in, E and F "
+            "put the chosen one out. The rest is true, and changes nothing.")  # fmt: skip

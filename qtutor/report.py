@@ -72,7 +72,7 @@ RESULTS = {
                           "against rounding (PTQ) and against a control that trained as long, with three seeds."),
     "qat_gguf": About("06", "llama.cpp", "qat.record_gguf", "The course model as GGUF files: rounded by llama.cpp, and "
                       "trained on the grid of Q4_0, at their sizes."),
-    "gguf_quality": About("08", "llama.cpp", "the notebook itself", "What each llama.cpp type costs the course model "
+    "gguf_quality": About("08", "llama.cpp", "gguf_quality.record", "What each llama.cpp type costs the course model "
                           "in quality, with and without an importance matrix."),
     "llama70b": About("09", "gpu, llama.cpp", "llama70b.record", "A model of Llama-2-70B's shape in four types on one "
                       "GPU: memory, speed, energy, batch sizes."),
@@ -281,9 +281,24 @@ def _tradeoff(data) -> str:
 
 
 def _llama70b(data) -> str:
-    from . import llama70b
-
-    return llama70b.headline(data)
+    said = []
+    for kind in ("Q8_0", "Q6_K", "Q4_K_M"):
+        row = next((row for row in data.rows if row["kind"] == "model" and row["type"] == kind), None)
+        if row is None:
+            continue
+        if not row["fits"]:
+            said.append(f"{kind} does not fit")
+            continue
+        bold = "**" if kind == "Q6_K" else ""
+        line = f"{bold}{kind}: {row['gpu_used_gib']:.1f} GiB, {row['generate_tokens_per_s']:.1f} tokens/s{bold}"
+        if row.get("joules_per_generated_token"):
+            line += f", {row['joules_per_generated_token']:.1f} J a token"
+        many = [r for r in data.rows if r["kind"] == "batch" and r["type"] == kind and r["fits"]]
+        if many:
+            most = max(many, key=lambda r: r["batch"])
+            line += f" ({most['generate_tokens_per_s']:.0f} tokens/s at batch {most['batch']})"
+        said.append(line)
+    return "; ".join(said) + " (its shape, random weights, llama.cpp)" if said else ""
 
 
 HEADLINES = (
