@@ -12,8 +12,8 @@ Converting a Llama takes four steps, and each is a function below:
    rotates *neighbouring pairs*; reordering the rows once makes both compute the same attention
 3. choose a type            matrices become F32, F16 or BF16; norms and biases (1-D) always stay F32,
    they are tiny and every weight in them matters
-4. write the tokenizer       the vocabulary, the merges, which tokens are special, and ``pre``: the name of
-   the regular expression that splits text before the merges, which llama.cpp has compiled in
+4. write the tokenizer       the vocabulary, the merges, which tokens are special, the chat template, and ``pre``:
+   the name of the regular expression that splits text before the merges, which llama.cpp has compiled in
 
 The format is specified at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the reference
 converter is ``convert_hf_to_gguf.py`` in llama.cpp.
@@ -237,15 +237,18 @@ def _expected(hyper: dict, names: set[str]) -> dict[str, tuple[str, tuple[int, .
 
 
 def _rope_freqs(hyper: dict) -> np.ndarray:
-    """Llama 3's per-frequency factors (head_dim/2 float32), which llama.cpp reads as a tensor."""
+    """Llama 3's per-frequency factors (head_dim/2 float32), which llama.cpp reads as a tensor.
+
+    In float32 throughout, as in llama.cpp's converter: in float64 the last bit of some would be another.
+    """
     rope, dim = hyper["rope"], hyper["head_dim"]
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     old = rope["original_max_position_embeddings"]
-    wavelength = 2 * math.pi * hyper["theta"] ** (np.arange(0, dim, 2) / dim)
+    wavelength = 2 * math.pi / (1 / hyper["theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     smooth = (old / wavelength - low) / (high - low)
     middle = 1 / ((1 - smooth) / factor + smooth)
-    scaled = np.where(wavelength < old / high, 1.0, np.where(wavelength > old / low, factor, middle))
-    return scaled.astype(np.float32)
+    scaled = torch.where(wavelength < old / high, 1.0, torch.where(wavelength > old / low, factor, middle))
+    return scaled.float().numpy()
 
 
 # -------------------------------------------------------------------------------------------------- tokenizer
@@ -268,6 +271,24 @@ def _tokenizer_json(source: _Source, tokenizer) -> dict:
     if not hasattr(backend, "to_str"):
         raise QtutorError("This tokenizer has no tokenizer.json behind it: use a fast (Rust) tokenizer.")
     return json.loads(backend.to_str())
+
+
+def _chat_template(source: _Source, tokenizer) -> str | list | None:
+    """The Jinja template that turns messages into a prompt, where there is one; several have names: a list of dicts.
+
+    A folder keeps it in chat_template.jinja, or (saved before transformers 4.50) in tokenizer_config.json.
+    """
+    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+        folder = source.folder if tokenizer is None else Path(tokenizer)
+        jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+        found = _read_json(config).get("chat_template") if config.is_file() else None
+        if found is None and jinja.is_file():
+            found = jinja.read_text(encoding="utf-8")
+    else:
+        found = getattr(tokenizer, "chat_template", None)
+    if isinstance(found, dict):
+        found = [{"name": name, "template": text} for name, text in found.items()]
+    return found if isinstance(found, (str, list)) and found else None
 
 
 def pre_tokenizer_name(tokenizer: dict) -> str:
@@ -412,7 +433,7 @@ def _license_of(folder: Path | None) -> str | None:
     return match[1] if match else None
 
 
-def _write(partial: Path, source: _Source, hyper: dict, dtype: str, tok: dict, name: str, license) -> None:
+def _write(partial: Path, source: _Source, hyper: dict, dtype: str, tok: dict, chat, name: str, license) -> None:
     from gguf import GGMLQuantizationType as T
     from gguf import GGUFWriter, size_label
     from tqdm.auto import tqdm
@@ -430,6 +451,8 @@ def _write(partial: Path, source: _Source, hyper: dict, dtype: str, tok: dict, n
         _add_metadata(writer, hyper, dtype, name, license)
         writer.add_size_label(size_label(total, total, 0, 0))  # e.g. "7.3M", shown by llama.cpp's tools
         _add_tokenizer(writer, tok, source.config, hyper["vocab"])
+        if chat:
+            writer.add_chat_template(chat)
         extra = {"rope_freqs.weight": _rope_freqs(hyper)} if hyper["rope_type"] == "llama3" else {}
         for key, array in extra.items():
             writer.add_tensor_info(key, array.shape, array.dtype, array.nbytes)
@@ -478,14 +501,14 @@ def export(
         raise QtutorError("Give export() a model folder or a Hugging Face model object.")
     source = _open_folder(Path(model_dir_or_model)) if is_folder else _open_model(model_dir_or_model)
     hyper = _hyperparameters(source.config)
-    tok = _tokenizer_json(source, tokenizer)
+    tok, chat = _tokenizer_json(source, tokenizer), _chat_template(source, tokenizer)
     if path.is_dir():
         raise QtutorError(f"'{path}' is a folder: give the name of the .gguf file to write.")
     name = name or (source.folder.resolve().name if source.folder else source.where)
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(partial, source, hyper, dtype, tok, name, license or _license_of(source.folder))
+        _write(partial, source, hyper, dtype, tok, chat, name, license or _license_of(source.folder))
         os.replace(partial, path)
     except OSError as err:
         raise QtutorError(

@@ -36,7 +36,8 @@ _NEEDS = {"fastapi": "fastapi", "uvicorn": "uvicorn", "sse_starlette": "sse-star
           "httpx": "httpx"}  # fmt: skip
 # The server also reads its settings from the environment: a stray API_KEY there would lock everybody out.
 _STRAY = ("API_KEY", "CONFIG_FILE", "SSL_KEYFILE", "SSL_CERTFILE", "ROOT_PATH", "CHAT_FORMAT", "CLIP_MODEL_PATH",
-          "LORA_PATH", "LORA_BASE", "DRAFT_MODEL", "HF_MODEL_REPO_ID", "HF_TOKENIZER_CONFIG_PATH", "MODEL", "MODEL_ALIAS", "VERBOSE", "CACHE", "SEED", "HOST", "PORT")  # fmt: skip
+          "LORA_PATH", "LORA_BASE", "DRAFT_MODEL", "HF_MODEL_REPO_ID", "HF_TOKENIZER_CONFIG_PATH", "MODEL",
+          "MODEL_ALIAS", "VERBOSE", "CACHE", "SEED", "HOST", "PORT")  # fmt: skip
 # The watch ends the server with the process that started it, even where that was killed and could not say goodbye.
 _CHILD = """
 import os, runpy, sys, threading, time
