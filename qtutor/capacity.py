@@ -20,9 +20,11 @@ below names its own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -139,13 +141,14 @@ def _add_placeholder_vocabulary(writer, n: int) -> None:
     writer.add_add_eos_token(False)
 
 
-def write_stub(path, model, types: dict[str, str] | None = None, name: str = "stub") -> llamacpp.Gguf:
+def write_stub(path, model, types: dict[str, str] | None = None, name: str = "stub",
+               vocabulary: bool = True, ftype: int | None = None) -> llamacpp.Gguf:
     """Write a GGUF file with a complete header and a hole where the tensors would be; return what it declares.
 
     ``types`` maps tensor names to GGML types, by default what a converter writes (F16 matrices, F32 norms).  Where
     ``model`` is a folder with a tokenizer.json, the header holds that tokenizer, and is as long as the real one; else
-    it holds placeholder words.  The hole takes no disk on file systems that know sparse files (ext4, tmpfs, APFS; NTFS
-    stores the zeros).  Raises QtutorError where the file cannot be written.
+    it holds placeholder words, and with ``vocabulary=False`` none.  The hole takes no disk on file systems that know
+    sparse files (ext4, tmpfs, APFS; NTFS stores the zeros).  Raises QtutorError where the file cannot be written.
     """
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter, size_label
@@ -161,7 +164,11 @@ def write_stub(path, model, types: dict[str, str] | None = None, name: str = "st
         try:
             _add_metadata(writer, hyper, "f16", folder.resolve().name if folder else name, _license_of(folder))
             writer.add_size_label(size_label(weights, weights, 0, 0))
-            if folder and (folder / "tokenizer.json").is_file():
+            if ftype is not None:  # llama.cpp's number of the mixture, which its tools print
+                writer.kv_data[0]["general.file_type"].value = ftype
+            if not vocabulary:
+                writer.add_tokenizer_model("no_vocab")
+            elif folder and (folder / "tokenizer.json").is_file():
                 _add_tokenizer(writer, _read_json(folder / "tokenizer.json"), config, hyper["vocab"])
             else:
                 _add_placeholder_vocabulary(writer, hyper["vocab"])
@@ -240,7 +247,7 @@ def plan(model, type: str, imatrix: bool | None = None) -> tuple[llamacpp.Tensor
 
     ``imatrix``: whether there would be an importance matrix; by default only where the type needs one.
     """
-    return _plan(*_key(model, type, imatrix))[0]
+    return _plan(*_key(model, type, imatrix))
 
 
 def size(model, type: str, imatrix: bool | None = None) -> Size:
@@ -248,7 +255,7 @@ def size(model, type: str, imatrix: bool | None = None) -> Size:
 
     Raises QtutorError for an unknown model or type and for another architecture than Llama.
     """
-    tensors, header = _plan(*_key(model, type, imatrix))
+    tensors, header = _plan(*_key(model, type, imatrix)), _header(*_key(model, type, imatrix)[:2])
     kinds: dict[str, int] = {}
     for t in tensors:
         kinds[t.type] = kinds.get(t.type, 0) + t.nbytes
@@ -272,12 +279,254 @@ def _key(model, type, imatrix):
     return json.dumps(config_of(model), sort_keys=True, default=str), None, kind.name, wants
 
 
-@functools.lru_cache(maxsize=512)
-def _plan(key: str, stamp, type: str, imatrix: bool):
-    model = json.loads(key) if stamp is None else key
+@functools.lru_cache(maxsize=1024)
+def _plan(key: str, stamp, type: str, imatrix: bool) -> tuple[llamacpp.Tensor, ...]:
+    with _folder() as folder:  # without a vocabulary: a hundred thousand words would take longer than the plan
+        stub = write_stub(folder / "stub.gguf", json.loads(key) if stamp is None else key, vocabulary=False)
+        return tuple(llamacpp.plan(stub.path, type, imatrix=imatrix))
+
+
+@functools.lru_cache(maxsize=64)
+def _header(key: str, stamp) -> int:
+    with _folder() as folder:
+        return write_stub(folder / "stub.gguf", json.loads(key) if stamp is None else key).data_offset
+
+
+@contextlib.contextmanager
+def _folder():
     folder = tempfile.mkdtemp(prefix="qtutor-plan-")
     try:
-        stub = write_stub(Path(folder) / "stub.gguf", model)
-        return tuple(llamacpp.plan(stub.path, type, imatrix=imatrix)), stub.data_offset
+        yield Path(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------- cache, buffers, bandwidth
+
+# The types that llama.cpp takes for keys and values (--cache-type-k, --cache-type-v in common/arg.cpp).
+KV_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
+KV_STEP = 256  # llama.cpp rounds the cache of each sequence up to a multiple of this
+
+
+def _kv_type(kv_type: str) -> tuple[int, int]:
+    """(weights per block, bytes per block) of a cache type."""
+    key = str(kv_type).upper()
+    if key not in KV_TYPES:
+        raise QtutorError(f"There is no cache type {kv_type!r}: choose one of {', '.join(KV_TYPES)}.")
+    return llamacpp.GGML_TYPES[llamacpp._GGML_ID[key]][1:]
+
+
+def _whole(value, name: str) -> int:
+    if isinstance(value, bool) or int(value) != value or value < 1:
+        raise QtutorError(f"{name}={value!r} must be a whole number of at least 1.")
+    return int(value)
+
+
+def kv_bytes(model, context: int, kv_type: str = "F16", users: int = 1) -> int:
+    """Bytes of the KV cache for ``users`` sequences of ``context`` tokens each, as llama.cpp allocates it.
+
+    2 (keys, values) x layers x kv_heads x head_dim x bytes a value, for each token; contexts are rounded up to a
+    multiple of 256.  Raises QtutorError for an unknown type, and where its blocks of 32 do not divide a head.
+    """
+    hyper = _hyper(config_of(model))
+    block, width = _kv_type(kv_type)
+    if hyper["head_dim"] % block:
+        raise QtutorError(f"Heads of {hyper['head_dim']} values cannot be cached in blocks of {block}: use F16.")
+    tokens = _whole(users, "users") * -(-_whole(context, "context") // KV_STEP) * KV_STEP
+    return 2 * hyper["layers"] * hyper["kv_heads"] * hyper["head_dim"] // block * width * tokens
+
+
+def buffer_bytes(model, type: str, context: int, kv_type: str = "F16", users: int = 1) -> int:
+    """Bytes of llama.cpp's compute buffer: activations and logits of up to 512 tokens at work.
+
+    llama.cpp itself plans it, for the stub, with memory allocation switched off (``no_alloc``, what its
+    llama-fit-params uses); the plan is the one for this machine's processor, a GPU's differs by some percent.
+    """
+    _whole(users, "users"), _kv_type(kv_type)
+    key, stamp, kind, _ = _key(model, type, None)
+    per_user = -(-_whole(context, "context") // KV_STEP) * KV_STEP
+    return _buffer(key, stamp, kind, per_user, str(kv_type).upper(), users)
+
+
+@functools.lru_cache(maxsize=512)
+def _buffer(key: str, stamp, type: str, context: int, kv_type: str, users: int) -> int:
+    model = json.loads(key) if stamp is None else key
+    types = {t.name: t.type for t in plan(model, type)}
+    lib, loaded, made = llamacpp._native(), None, None
+    with _folder() as folder:
+        stub = write_stub(folder / "stub.gguf", model, types, vocabulary=False)
+        try:
+            params = lib.llama_model_default_params()
+            params.no_alloc, params.load_mode, params.n_gpu_layers = True, lib.LLAMA_LOAD_MODE_NONE, 0
+            llamacpp._log.clear()
+            loaded = lib.llama_model_load_from_file(os.fsencode(stub.path), params)
+            options = lib.llama_context_default_params()
+            options.n_ctx, options.n_seq_max = context * users, users
+            options.n_batch, options.n_ubatch = 2048, 512
+            options.op_offload = False
+            options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            options.type_k = options.type_v = llamacpp._GGML_ID[kv_type]
+            made = lib.llama_init_from_model(loaded, options) if loaded else None
+            sizes = re.findall(r"compute buffer size *= *([\d.]+) MiB", "".join(llamacpp._log))
+            if not made or not sizes:
+                raise QtutorError(f"llama.cpp cannot plan this context: {llamacpp._reason('no reason given')}.")
+            return int(sum(map(float, sizes)) * MIB)
+        finally:
+            if made:
+                lib.llama_free(made)
+            if loaded:
+                lib.llama_model_free(loaded)
+
+
+def step_bytes(model, type: str, cached: float, kv_type: str = "F16", users: int = 1) -> float:
+    """Bytes that one step of generation reads: the weights once, and ``cached`` tokens of keys and values a user."""
+    hyper = _hyper(config_of(model))
+    block, width = _kv_type(kv_type)
+    token = 2 * hyper["layers"] * hyper["kv_heads"] * hyper["head_dim"] / block * width
+    return size(model, type).read_bytes + users * cached * token
+
+
+def ceiling(model, type: str, cached: float, gb_per_s: float, kv_type: str = "F16", users: int = 1) -> float:
+    """Tokens/s, of all users together, that memory of ``gb_per_s`` (10^9 bytes) cannot exceed: one step writes one
+    token for every user and reads :func:`step_bytes`.  Arithmetic is not counted, so many users never get there."""
+    if not gb_per_s > 0:
+        raise QtutorError(f"gb_per_s={gb_per_s!r} is no memory bandwidth: give GB/s, such as 3350 for an H100.")
+    return users * gb_per_s * GB / step_bytes(model, type, cached, kv_type, _whole(users, "users"))
+
+
+# ----------------------------------------------------------------------------------------------------------- GPUs
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A device: ``memory_mib`` as its driver reports it, ``gb_per_s`` and ``watts`` as its maker states them.
+
+    ``usd_per_hour`` is an example of a price and of a date, for you to replace: prices differ several-fold between
+    providers and change monthly.  None: nobody rents it by the hour.
+    """
+
+    name: str
+    memory_mib: int
+    gb_per_s: float
+    watts: int
+    source: str
+    usd_per_hour: float | None = None
+    price_source: str = ""
+    price_date: str = ""
+
+    @property
+    def memory_gib(self) -> float:
+        return self.memory_mib / 1024
+
+
+_NV, _GEFORCE = "https://www.nvidia.com/en-us/data-center/", "https://www.nvidia.com/en-us/geforce/graphics-cards/"
+_MAC = "https://www.apple.com/mac-studio/specs/"
+_RUNPOD, _SURVEY = "https://www.runpod.io/pricing", "https://deploybase.ai/articles/runpod-gpu-pricing"
+
+# Memory in MiB as nvidia-smi shows it with ECC as shipped; of a Mac, the three quarters of its memory that macOS lets
+# the GPU use by default.  Bandwidth and power from the maker's page.  Prices: one provider's on-demand list for data
+# centre cards, the lowest of a survey for the others; examples, not advice.
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("H100 SXM", 81559, 3350, 700, _NV + "h100/", 3.99, _RUNPOD, "2026-11-09"),
+        Gpu("H100 PCIe", 81559, 2000, 350, _NV + "h100/", 2.89, _RUNPOD, "2026-11-09"),
+        Gpu("H100 NVL", 95830, 3900, 400, _NV + "h100/", 3.19, _RUNPOD, "2026-11-09"),
+        Gpu("H200", 143771, 4800, 700, _NV + "h200/", 4.59, _RUNPOD, "2026-10-07"),
+        Gpu("B200", 183359, 8000, 1000, _NV + "hgx/", 6.79, _RUNPOD, "2026-10-07"),
+        Gpu("A100 80 GB SXM", 81920, 2039, 400, _NV + "a100/", 1.79, _RUNPOD, "2026-11-09"),
+        Gpu("A100 80 GB PCIe", 81920, 1935, 300, _NV + "a100/", 1.79, _RUNPOD, "2026-11-09"),
+        Gpu("A100 40 GB", 40960, 1555, 400, _NV + "a100/"),
+        Gpu("L40S", 46068, 864, 350, _NV + "l40s/", 0.79, _SURVEY, "2026-03-10"),
+        Gpu("L4", 23034, 300, 72, _NV + "l4/", 0.44, _SURVEY, "2026-03-10"),
+        Gpu("A10", 23028, 600, 150, _NV + "products/a10-gpu/"),
+        Gpu("RTX PRO 6000", 97887, 1792, 600, "https://www.nvidia.com/en-us/products/workstations/"
+            "professional-desktop-gpus/rtx-pro-6000/", 0.89, _SURVEY, "2026-03-10"),
+        Gpu("RTX 5090", 32607, 1792, 575, _GEFORCE + "50-series/rtx-5090/", 0.69, _SURVEY, "2026-03-10"),
+        Gpu("RTX 4090", 24564, 1008, 450, _GEFORCE + "40-series/rtx-4090/", 0.34, _SURVEY, "2026-03-10"),
+        Gpu("RTX 3090", 24576, 936, 350, _GEFORCE + "30-series/rtx-3090-3090ti/", 0.22, _SURVEY, "2026-03-10"),
+        Gpu("Mac Studio M4 Max 128 GB", 98304, 546, 145, _MAC),
+        Gpu("Mac Studio M3 Ultra 256 GB", 196608, 819, 270, _MAC),
+    )
+}  # fmt: skip
+
+# What the driver, the CUDA context, kernels and library workspaces take, beside what llama.cpp accounts for.
+OVERHEAD_GIB = 1.0
+
+
+def gpu_of(gpu) -> Gpu:
+    """A :class:`Gpu`, from itself or a name in :data:`GPUS`; raises QtutorError for another."""
+    if isinstance(gpu, Gpu):
+        return gpu
+    if gpu not in GPUS:
+        raise QtutorError(f"There is no GPU {gpu!r}: make a capacity.Gpu, or choose one of {', '.join(GPUS)}.")
+    return GPUS[gpu]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a model needs on a device, in GiB, and what the device can give.
+
+    ``weights_gib`` counts what lies on the device: llama.cpp leaves the input embedding, of which a token reads one
+    row, in the computer's memory.  ``ceiling_tokens_per_s`` is for all users together, with every context full.
+    """
+
+    model: str
+    type: str
+    context: int
+    kv_type: str
+    users: int
+    gpu: Gpu
+    weights_gib: float
+    kv_gib: float
+    buffers_gib: float
+    overhead_gib: float
+    ceiling_tokens_per_s: float
+
+    @property
+    def total_gib(self) -> float:
+        return self.weights_gib + self.kv_gib + self.buffers_gib + self.overhead_gib
+
+    @property
+    def free_gib(self) -> float:
+        """What is left; negative where it does not fit."""
+        return self.gpu.memory_gib - self.total_gib
+
+    @property
+    def fits(self) -> bool:
+        return self.free_gib >= 0
+
+
+def fits(model, type: str, context: int | None = None, gpu="H100 SXM", kv_type: str = "F16", users: int = 1,
+         overhead_gib: float = OVERHEAD_GIB) -> Fit:
+    """Does ``model`` in ``type`` run on one ``gpu``, for ``users`` with ``context`` tokens each?  See :class:`Fit`.
+
+    ``context`` is the model's own by default.  ``gpu`` is a name in :data:`GPUS` or a :class:`Gpu`.
+    """
+    gpu = gpu_of(gpu)
+    own = _hyper(config_of(model))["ctx"]
+    context = _whole(context or own, "context")
+    kv = kv_bytes(model, context, kv_type, users)
+    return Fit(
+        model if isinstance(model, str) else "model", llamacpp._type(type).name, context, str(kv_type).upper(), users,
+        gpu, size(model, type).read_bytes / GIB, kv / GIB, buffer_bytes(model, type, context, kv_type, users) / GIB,
+        overhead_gib, ceiling(model, type, context, gpu.gb_per_s, kv_type, users))  # fmt: skip
+
+
+def largest_type(model, context: int, gpu, types=None, **options) -> str | None:
+    """The type with most bits per weight that fits, or None; ``options`` as for :func:`fits`."""
+    names = types or [t for t in llamacpp.TYPES if t not in ("F32", "MXFP4", "NVFP4", "Q2_0", "Q1_0")]
+    room = gpu_of(gpu).memory_gib
+    small = [t for t in names if size(model, t).read_bytes / GIB < room]
+    by_size = sorted(small, key=lambda t: -size(model, t).tensor_bytes)
+    return next((t for t in by_size if fits(model, t, context, gpu, **options).fits), None)
+
+
+def largest_context(model, type: str, gpu, users: int = 1, kv_type: str = "F16", **options) -> int:
+    """The longest context for each user that fits, a multiple of 256 up to the model's own; 0 where none does."""
+    low, high = 0, -(-_hyper(config_of(model))["ctx"] // KV_STEP)
+    while low < high:  # the need grows with the context: halve the interval
+        middle = (low + high + 1) // 2
+        enough = fits(model, type, middle * KV_STEP, gpu, kv_type, users, **options).fits
+        low, high = (middle, high) if enough else (low, middle - 1)
+    return low * KV_STEP

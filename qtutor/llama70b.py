@@ -147,7 +147,8 @@ def write(path, config="Llama-2-70B", type: str = "Q6_K", seed: int = 0, threads
             raise QtutorError(f"'{path.parent}' has {free / 1e9:.1f} GB free and the file needs {need / 1e9:.1f} GB: "
                               "choose another folder or free some space.")  # fmt: skip
         name = config if isinstance(config, str) and config in capacity.MODELS else "llama"
-        stub = capacity.write_stub(partial, config, planned, name=f"{name} {type}, random weights")
+        stub = capacity.write_stub(partial, config, planned, f"{name} {type}, random weights",
+                                   ftype=llamacpp._type(type).ftype)  # fmt: skip
         _fill(stub, seed, threads or min(8, llamacpp.n_threads()))
         os.replace(partial, path)
     except OSError as err:
