@@ -1,0 +1,180 @@
+"""paired against scipy, against values worked out by hand, and against simulations with a fixed seed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from qtutor import QtutorError, evaluate, paired
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    """Per-token nll of a base and of a model that is worse by 0.02 nats, 4,000 tokens."""
+    rng = np.random.default_rng(0)
+    base = rng.exponential(3, 4000)
+    return base, base + rng.normal(0.02, 0.2, 4000)
+
+
+def test_t_is_scipys_paired_test(tokens):
+    base, model = tokens
+    found, test = paired.paired_nll(base, model), stats.ttest_rel(model, base)
+    interval = test.confidence_interval(0.95)
+    assert found.p == pytest.approx(test.pvalue) and found.difference == pytest.approx((model - base).mean())
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.se == pytest.approx(stats.sem(model - base)) and found.n == 4000 and found.worse == 1
+
+
+def test_blocks_are_means_of_windows(tokens):
+    base, model = tokens
+    found = paired.paired_nll(base, model, block=300)  # 13 blocks, 100 tokens left over
+    means = (model - base)[:3900].reshape(13, 300).mean(1)
+    assert found.se == pytest.approx(stats.sem(means)) and found.n == 3900 and found.df == 12
+
+
+def test_bootstrap_agrees_with_t_and_repeats(tokens):
+    t, boot = (paired.paired_nll(*tokens, method=method) for method in ("t", "bootstrap"))
+    assert boot.se == pytest.approx(t.se, rel=0.1)
+    assert (boot.low, boot.high) == pytest.approx((t.low, t.high), abs=0.3 * t.se)
+    assert paired.paired_nll(*tokens, method="bootstrap") == boot
+
+
+def test_a_comparison_alone_is_enough():
+    rng = np.random.default_rng(1)
+    base, model = rng.normal(size=(2, 500, 30))
+    targets = rng.integers(0, 30, 500)
+    two = paired.paired_nll(evaluate.score(base, targets), evaluate.score(model, targets))
+    one = evaluate.paired_nll(evaluate.compare(base, model, targets))
+    assert one.difference == pytest.approx(two.difference) and one.se == pytest.approx(two.se)
+    assert math.exp(one.difference) == pytest.approx(evaluate.compare(base, model, targets).ppl_ratio)
+
+
+def test_mcnemar_by_hand():
+    base = np.array([1] * 8 + [0] + [1] * 50 + [0] * 41)
+    hits = np.array([0] * 8 + [1] + [1] * 50 + [0] * 41)
+    found = paired.mcnemar(base, hits)
+    assert (found.lost, found.gained, found.n) == (8, 1, 100)
+    assert found.p == pytest.approx(2 * (1 + 9) / 2**9)  # no more than one gain among nine, both tails
+    assert found.difference == pytest.approx(-0.07) and found.worse == -1
+    assert found.se == pytest.approx(math.sqrt(9 - 49 / 100) / 100)
+    assert found.se == pytest.approx(np.std(hits - base, ddof=0) / 10)
+    assert found.low < -0.07 < found.high < 0.01
+
+
+def test_the_same_model_twice():
+    nll, hits = np.linspace(0, 1, 50), np.arange(60) % 3 == 0
+    found = paired.paired_nll(nll, nll)
+    assert found.p == 1 and found.low == found.high == 0 and paired.non_inferior(found, 1e-6).passed
+    same = paired.mcnemar(hits, hits)
+    assert same.p == 1 and same.low < 0 < same.high  # 60 items do not prove that nothing was lost
+    assert not paired.non_inferior(same, 0.01).passed and paired.non_inferior(same, 0.1).passed
+    for result in (found, same):
+        with pytest.raises(QtutorError):
+            paired.sample_needed(result, 0.01)
+
+
+# ---------------------------------------------------------------------------------------------------- simulations
+
+
+def _correlated(rng, mean, windows=40, length=50):
+    """Differences whose windows share a part, as neighbouring tokens do."""
+    return (mean + rng.normal(0, 0.1, (windows, 1)) + rng.normal(0, 0.5, (windows, length))).ravel()
+
+
+def _rate(trial, runs=600, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.mean([trial(rng) for _ in range(runs)])
+
+
+def test_intervals_of_blocks_cover_and_those_of_tokens_do_not():
+    def covers(block):
+        def trial(rng):
+            values = _correlated(rng, 0.1)
+            found = paired.paired_nll(np.zeros_like(values), values, block=block)
+            return found.low <= 0.1 <= found.high
+
+        return trial
+
+    assert _rate(covers(50)) == pytest.approx(0.95, abs=0.025)
+    assert _rate(covers(None)) < 0.85
+
+
+def test_interval_of_a_difference_of_accuracies_covers():
+    def trial(rng):  # 8 % lost, 3 % gained
+        kind = rng.choice(4, 150, p=[0.08, 0.03, 0.5, 0.39])
+        found = paired.mcnemar((kind == 0) | (kind == 2), (kind == 1) | (kind == 2))
+        return found.low <= -0.05 <= found.high
+
+    assert _rate(trial) == pytest.approx(0.95, abs=0.025)
+
+
+@pytest.mark.parametrize("test", [paired.non_inferior, paired.equivalent])
+def test_a_loss_as_large_as_the_margin_passes_one_time_in_twenty(test):
+    def trial(rng, loss):
+        values = rng.normal(loss, 0.5, 400)
+        return test(paired.paired_nll(np.zeros(400), values), 0.1).passed
+
+    assert _rate(lambda rng: trial(rng, 0.1)) == pytest.approx(0.05, abs=0.025)
+    assert _rate(lambda rng: trial(rng, 0.0)) > 0.9  # and no loss passes nearly always
+    better = _rate(lambda rng: trial(rng, -0.2))
+    assert better > 0.9 if test is paired.non_inferior else better < 0.05
+
+
+def test_non_inferior_for_accuracy_has_its_level():
+    def trial(rng, lost, gained):
+        kind = rng.choice(3, 400, p=[lost, gained, 1 - lost - gained])
+        return paired.non_inferior(paired.mcnemar(kind != 1, kind != 0), 0.05).passed
+
+    assert _rate(lambda rng: trial(rng, 0.08, 0.03)) < 0.08
+    assert _rate(lambda rng: trial(rng, 0.02, 0.02)) > 0.9
+
+
+def test_sample_needed_gives_the_power_it_promises():
+    rng = np.random.default_rng(3)
+    pilot = paired.paired_nll(np.zeros(5000), rng.normal(0, 0.4, 5000))
+    n = paired.sample_needed(pilot, 0.05, power=0.8)
+    assert n == pytest.approx((1.95996 + 0.84162) ** 2 * 0.4**2 / 0.05**2, rel=0.06)
+    power = _rate(lambda rng: paired.paired_nll(np.zeros(n), rng.normal(0.05, 0.4, n)).p < 0.05)
+    assert power == pytest.approx(0.8, abs=0.05)
+
+
+def test_pairing_saves_tokens(tokens):
+    """The reason for all this: two separate error bars would need many times the text."""
+    base, model = tokens
+    pair = paired.sample_needed(paired.paired_nll(base, model), 0.02)
+    apart = (2.8 * math.hypot(base.std(), model.std()) / 0.02) ** 2
+    assert apart > 100 * pair
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("call", [
+    lambda: paired.paired_nll([1.0, 2.0], [1.0]),
+    lambda: paired.paired_nll([1.0], [1.0]),
+    lambda: paired.paired_nll([1.0, 2.0]),
+    lambda: paired.paired_nll([1.0, math.nan], [1.0, 2.0]),
+    lambda: paired.paired_nll([1.0, 2.0], [1.0, 2.5], block=2),
+    lambda: paired.paired_nll([1.0, 2.0], [1.0, 2.5], method="z"),
+    lambda: paired.paired_nll([1.0, 2.0], [1.0, 2.5], confidence=95),
+    lambda: paired.mcnemar([True, False], [True]),
+    lambda: paired.mcnemar([0.3, 0.7], [0.1, 0.9]),
+    lambda: paired.non_inferior(paired.mcnemar([1, 0, 1], [1, 0, 0]), 0),
+    lambda: paired.non_inferior(paired.mcnemar([1, 0, 1], [1, 0, 0]), 0.1, alpha=5),
+    lambda: paired.equivalent(0.1, 0.1),
+    lambda: paired.sample_needed(paired.mcnemar([1, 0, 1], [1, 0, 0]), -1),
+])  # fmt: skip
+def test_bad_input_is_one_sentence(call):
+    with pytest.raises(QtutorError) as error:
+        call()
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_sentences(tokens):
+    found = paired.paired_nll(*tokens)
+    assert "nats per token" in str(found) and "95 % interval" in str(found)
+    assert "NOT shown" in str(paired.non_inferior(found, 0.001)) and " shown" in str(paired.non_inferior(found, 0.1))
+    assert {"difference", "difference_se", "p_value"} <= set(found.row())
