@@ -535,6 +535,6 @@ def explain(decision: Decision, show: Callable = print) -> None:
     """Print the reasons of a decision: the sentence, each applied rule of the best option, the rules that wait."""
     show(decision.sentence)
     for rule, sentence in decision.best.reasons if decision.best else ():
-        show(f"  {rule.effect:+d}  {sentence}  [{rule.device()}]")
+        show(f"  {f'{rule.effect:+d}' if rule.effect else '  '}  {sentence}  [{rule.device()}]")
     for rule, why in decision.not_applied:
         show(f"   ·  {rule.name}: {why}")

@@ -256,7 +256,9 @@ def _types(data) -> str:
             row = rows[kind]
             ratio = row.get("ratio", row.get("ppl_ratio"))
             bold = "**" if kind == "Q6_K" else ""
-            said.append(f"{bold}{kind} {percent(ratio - 1, 2)}{bold} ({row['bits_per_weight']:.1f} bits)")
+            error = row.get("ratio_se", row.get("ppl_ratio_se"))
+            said.append(f"{bold}{kind} {percent(ratio - 1, 2).removesuffix(' %')} ± {100 * error:.2f} %{bold} "
+                        f"({row['bits_per_weight']:.1f} bits)")  # fmt: skip
     return "perplexity of the course model: " + ", ".join(said)
 
 
@@ -270,9 +272,11 @@ def _tradeoff(data) -> str:
     fast = max(rows, key=lambda row: row["decode_tokens_per_s"])
     counted = [r for r in rows if r.get("joules_per_decode_token") and "counter" in (r.get("energy_source") or "")]
     said = [f"fastest at decoding: **{fast['technique']}**, {fast['decode_tokens_per_s']:,.0f} tokens/s"]
-    base = next((row for row in rows if row["technique"] == "BF16"), None)
+    name = "GGUF F16" if fast["runtime"] == "llama.cpp" else "BF16"  # 16 bits in the same runtime
+    base = next((row for row in rows if row["technique"] == name), None)
     if base is not None and fast is not base:
-        said[-1] += f" ({times(fast['decode_tokens_per_s'] / base['decode_tokens_per_s'])} BF16 in PyTorch)"
+        ratio = fast["decode_tokens_per_s"] / base["decode_tokens_per_s"]
+        said[-1] += f" ({times(ratio)} 16 bits in {fast['runtime']})"
     if counted:
         least = min(counted, key=lambda row: row["joules_per_decode_token"])
         said.append(f"least energy: **{least['technique']}**, {least['joules_per_decode_token']:.3g} J a token")

@@ -354,6 +354,12 @@ RULES = [
          {"q4": cell("tradeoff", "decode_tokens_per_s", "gpu", shape="llama2_7b", technique="GGUF Q4_K_M", batch=1),
           "f16": cell("tradeoff", "decode_tokens_per_s", "gpu", shape="llama2_7b", technique="GGUF F16", batch=1)},
          "q4 / f16 > 1.2"),
+    Rule("llama_cpp_on_a_cpu", tuple(name for name, one in TECHNIQUES.items() if one.ecosystem == "llama.cpp"),
+         "task == 'serve' and not gpu", 0,
+         "on a CPU llama.cpp writes {gguf / torch:.1f} times as fast as PyTorch in FP32 (course model, Q8_0)",
+         {"gguf": cell("tradeoff", "decode_tokens_per_s", "cpu", shape="course", technique="GGUF Q8_0", batch=1),
+          "torch": cell("tradeoff", "decode_tokens_per_s", "cpu", shape="course", technique="FP32", batch=1)},
+         "gguf / torch > 1.2"),
     # -- with a training budget
     Rule("qat_at_4_bits", ("INT4 weights, after QAT",), "task == 'serve' and training != 'none'", 2,
          "QAT changes perplexity by {qat - 1:+.1%} where rounding costs {ptq - 1:+.1%} (W4A16, course model)",
