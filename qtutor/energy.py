@@ -339,7 +339,7 @@ def generation_energy(model, prompt_tokens: int = 128, new_tokens: int = 32, bat
     Joules per prompt token and per generated token.  Arguments as in :func:`qtutor.measure.generation_speed`.
     """
     with measure.Generation(model, prompt_tokens, new_tokens, batch, device, graph=graph, threads=threads) as runs:
-        how = dict(seconds=seconds, rounds=rounds, device=runs.device)
+        how = dict(seconds=seconds, rounds=rounds, device=runs.power)
         prefill = energy_per(runs.prefill, tokens=batch * prompt_tokens, **how)
         runs.prefill()
         return {"prefill": prefill, "decode": energy_per(runs.decode, tokens=batch * new_tokens, **how)}

@@ -197,8 +197,8 @@ class _Watched:
     """A source's logits, float64, that counts positions where they are not numbers.  In a ``with`` block, a module is
     in eval mode."""
 
-    def __init__(self, source):
-        self.source, self.bad, self.n = source, 0, 0
+    def __init__(self, source, n_vocab: int | None = None):
+        self.source, self.n_vocab, self.bad, self.n = source, n_vocab, 0, 0
 
     def __enter__(self):
         self.training = getattr(self.source, "training", False)
@@ -218,6 +218,9 @@ class _Watched:
 
         with torch.inference_mode():
             logits = _logits_function(self.source, first)(np.asarray(ids, dtype=np.int64)).detach().cpu().double()
+        if logits.shape[1] != (self.n_vocab or logits.shape[1]):
+            raise QtutorError(f"This model has {logits.shape[1]} tokens and the gate was built for {self.n_vocab}: "
+                              "they have different tokenizers.")  # fmt: skip
         bad = torch.isnan(logits).any(1) | torch.isposinf(logits).any(1)
         self.bad, self.n = self.bad + int(bad.sum()), self.n + len(bad)
         return logits.log_softmax(-1)
@@ -324,7 +327,7 @@ class Gate:
             name: for the report.
         """
         rows = []
-        with _Watched(model) as run:
+        with _Watched(model, self.n_vocab) as run:
             for entry in self.prompts:
                 rows += self._check_prompt(run, entry, tokenizer)
             rows += self._check_text(run)
@@ -344,9 +347,6 @@ class Gate:
     def _check_prompt(self, run: _Watched, entry: dict, tokenizer) -> list[Row]:
         where, limits = _short(entry["prompt"]), self.limits
         value, first = _logprob(run, entry["ids"], entry["reference"])
-        if len(first) != self.n_vocab:
-            raise QtutorError(f"This model has {len(first)} tokens and the gate was built for {self.n_vocab}: "
-                              "they have different tokenizers.")  # fmt: skip
         ratio = np.exp(np.array(entry["first_logp"]) - max(entry["first_logp"]))
         plausible = [t for t, r in zip(entry["first_ids"], ratio, strict=True) if r >= limits.plausible]
         top = int(first.argmax())

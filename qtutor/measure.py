@@ -139,7 +139,7 @@ class _HuggingFaceRuns:
         import torch
 
         self.model = model
-        self.device = next(model.parameters()).device
+        self.device = self.power = next(model.parameters()).device
         config, limit = model.config, getattr(model.config, "max_position_embeddings", None)
         if limit and prompt + new > limit:
             raise QtutorError(f"{prompt} + {new} tokens do not fit this model's context of {limit}: use fewer.")
@@ -216,7 +216,7 @@ class _LlamaCppRuns:
     ``batch`` sequences share each call, as the slots of llama-server do.
     """
 
-    device = "cpu"  # reading the logits waits for a GPU too: the wall clock is right
+    device = "cpu"  # of the clock: reading the logits waits for a GPU too, so that the wall clock is right
 
     def __init__(self, model, prompt: int, new: int, batch: int, threads):
         import psutil
@@ -224,6 +224,7 @@ class _LlamaCppRuns:
         from . import llamacpp
 
         self.lib, self.prompt, self.batch, self.n_vocab = model._open(), prompt, batch, model.n_vocab
+        self.power = "cuda" if model.on_gpu else "cpu"
         tokens = batch * (prompt + new)
         need = tokens * llamacpp._kv_bytes(model.gguf.metadata, 2)
         if need > psutil.virtual_memory().available:
@@ -321,7 +322,7 @@ class Generation:
             raise QtutorError("graph=True is for Hugging Face models on a GPU: leave it out for llama.cpp.")
         else:
             self._runs = _LlamaCppRuns(self._llamacpp(model, threads), *sizes, threads)
-        self.device = self._runs.device
+        self.device, self.power = self._runs.device, self._runs.power  # to time by, and to read energy from
 
     def _llamacpp(self, model, threads):
         from . import llamacpp

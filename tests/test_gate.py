@@ -1,0 +1,221 @@
+"""gate: the base passes, a good file passes, a bad one fails where it should."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from qtutor import QtutorError, accuracy, corpus, course_model, evaluate, gate, gguf_export, llamacpp
+
+
+@pytest.fixture(scope="module")
+def base():
+    return course_model.load()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return course_model.load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def built(base, tokenizer):
+    tokens = corpus.tokens("eval", tokenizer)[:512]
+    return gate.Gate.build(base, gate.DEFAULT_PROMPTS[:4], tokens=tokens, items=accuracy.build_items(20), name="base")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gate")
+    source = gguf_export.export(course_model.model_dir(), folder / "f32.gguf")
+    return {name: llamacpp.quantize(source, folder / f"{name}.gguf", name) for name in ("Q8_0", "Q2_K")}
+
+
+def rounded(model, bits):
+    """Each weight matrix on a grid of 2**bits steps over its whole range: as crude as it gets."""
+    damaged = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in damaged.named_parameters():
+            if p.ndim == 2 and "embed" not in name:
+                step = (p.max() - p.min()) / (2**bits - 1)
+                p.copy_((p / step).round() * step)
+    return damaged
+
+
+def failed(report):
+    return {row.check for row in report.failures}
+
+
+def test_the_base_passes_with_nothing_to_spare_lost(built, base):
+    report = built.check(base, name="again")
+    assert report.passed and not report.failures and "PASSES" in str(report)
+    report.raise_for_failure()
+    values = {row.check: row.value for row in report.rows}
+    assert values["KLD, mean"] == pytest.approx(0, abs=1e-6) and values["same top token"] == 1
+    assert values["finite"] == 0 and values["accuracy"] == 1
+
+
+def test_a_good_file_passes_and_a_bad_one_does_not(built, files, tokenizer):
+    with llamacpp.Model(files["Q8_0"]) as model:
+        assert built.check(model, name="Q8_0").passed
+    with llamacpp.Model(files["Q2_K"]) as model:
+        report = built.check(model, tokenizer, name="Q2_K")
+    assert {"perplexity", "KLD, mean", "KLD, 99th percentile", "same top token", "log-probability"} <= failed(report)
+    assert "finite" not in failed(report)
+    with pytest.raises(QtutorError, match="Q2_K FAILS .* Do not ship it"):
+        report.raise_for_failure()
+
+
+def test_two_bits_by_rounding_fail(built, base):
+    report = built.check(rounded(base, 2), name="int2")
+    assert {"perplexity", "KLD, mean", "first token", "log-probability"} <= failed(report)
+    assert not report.passed and all(row.margin < 0 for row in report.failures)
+    assert all(row.margin >= 0 for row in report.rows if row.passed)
+
+
+def test_nan_is_found_and_named(built, base):
+    def sometimes(ids):
+        with torch.no_grad():
+            logits = base(input_ids=torch.as_tensor(ids)[None]).logits[0]
+        logits[3] = math.nan
+        return logits
+
+    report = built.check(sometimes)
+    assert "finite" in failed(report) and "perplexity" in failed(report)
+    assert next(r for r in report.rows if r.check == "finite").value > 0
+
+
+def test_a_loop_is_found(built):
+    def stuck(ids):
+        logits = torch.zeros(len(ids), built.n_vocab)
+        logits[:, 17] = 5
+        return logits
+
+    assert "repetition" in failed(built.check(stuck))
+    assert gate.repetition(list("abcdefgh")) == 0 and gate.repetition([1] * 20) == pytest.approx(16 / 17)
+    assert gate.repetition([1, 2]) == 0
+
+
+def test_kld_of_the_top_tokens_never_exceeds_the_full_one(built, base):
+    noisy = rounded(base, 5)
+    tokens = np.array(built.text["tokens"])
+    full = evaluate.compare_models(base, noisy, tokens, ctx=built.ctx)
+    report = {row.check: row.value for row in built.check(noisy).rows}
+    assert 0.5 * full.kld_mean < report["KLD, mean"] <= full.kld_mean
+    assert report["perplexity"] == pytest.approx(full.ppl, rel=1e-4)
+    assert report["same top token"] == pytest.approx(full.same_top)
+
+
+def test_accuracy_is_mcnemars_one_sided_test(built, base):
+    from scipy import stats
+
+    hits = np.array([item["base_hit"] for item in built.items])
+    worst = [{**item, "base_hit": True} for item in built.items]  # a base that knew everything
+    report = gate.Gate(**{**vars(built), "items": worst}).check(base)
+    row = next(r for r in report.rows if r.check == "accuracy")
+    lost = int((~hits).sum())
+    assert row.value == pytest.approx(stats.binomtest(lost, lost, 0.5, alternative="greater").pvalue)
+    assert not row.passed and f"{lost} lost, 0 gained" in row.note
+
+
+def test_limits_on_size_and_speed(built, base, files):
+    strict = gate.Gate(**{**vars(built), "limits": gate.Limits(max_bytes=1000, min_tokens_per_s=50)})
+    assert {"size", "speed"} <= failed(strict.check(base, bytes=2000))  # speed: a limit, and no measurement
+    report = strict.check(base, bytes=900, tokens_per_s=60)
+    assert report.passed
+    with llamacpp.Model(files["Q8_0"]) as model:  # whose size is known
+        assert failed(strict.check(model, tokens_per_s=60)) == {"size"}
+
+
+def test_a_reference_of_ones_own(base, tokenizer):
+    tokens = corpus.tokens("eval", tokenizer)[:128]
+    prompts = [("The default value is", " None"), "Return the"]
+    own = gate.Gate.build(base, prompts, tokens=tokens, ctx=64, reference_tokens=5)
+    assert own.prompts[0]["reference_text"] == " None" and len(own.prompts[1]["reference"]) == 5
+    ids = tokenizer("The default value is None")["input_ids"]
+    with torch.no_grad():
+        logp = base(torch.tensor([ids])).logits[0].log_softmax(-1)
+    n = len(own.prompts[0]["reference"])
+    mean = np.mean([logp[len(ids) - n + i - 1, ids[len(ids) - n + i]].item() for i in range(n)])
+    assert own.prompts[0]["logprob"] == pytest.approx(mean, abs=1e-4)
+    assert own.check(base).passed
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def test_save_and_load(built, base, tmp_path):
+    path = built.save(tmp_path / "deep" / "gate.json")
+    assert gate.Gate.load(path) == built and path.stat().st_size < 2**20
+    assert [p.name for p in path.parent.iterdir()] == ["gate.json"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QtutorError):
+        built.save(tmp_path / "file" / "gate.json")
+
+
+def test_damaged_files_are_one_sentence(built, tmp_path):
+    whole = built.save(tmp_path / "gate.json").read_text("utf-8")
+    data = json.loads(whole)
+
+    def changed(**changes):
+        return json.dumps({**data, **changes})
+
+    cases = ["", "[]", "{}", whole[: len(whole) // 2], changed(gate=99), changed(limits={"logprob": "x"}),
+             changed(limits={"unknown": 1}), changed(text={}), changed(prompts=[]), changed(prompts=[{}]),
+             changed(n_vocab=3), changed(items=[{"requests": []}]), changed(extra=1),
+             changed(text={**data["text"], "top_ids": data["text"]["top_ids"][:-1]})]  # fmt: skip
+    for case in cases:
+        (tmp_path / "bad.json").write_text(case, "utf-8")
+        with pytest.raises(QtutorError) as error:
+            gate.Gate.load(tmp_path / "bad.json")
+        assert str(error.value).endswith(".") and "\n" not in str(error.value)
+    with pytest.raises(QtutorError):
+        gate.Gate.load(tmp_path / "missing.json")
+
+
+def test_bad_input(built, base, tokenizer):
+    tokens = corpus.tokens("eval", tokenizer)[:128]
+
+    def broken(ids):
+        return torch.full((len(ids), 4096), math.nan)
+
+    for call in (
+        lambda: gate.Gate.build(base, [], tokens=tokens),
+        lambda: gate.Gate.build(base, [""], tokens=tokens),
+        lambda: gate.Gate.build(base, [7], tokens=tokens),
+        lambda: gate.Gate.build(base, ["a"], tokens=tokens[:10]),
+        lambda: gate.Gate.build(broken, ["a"], tokens=tokens),
+        lambda: gate.Limits(logprob=-1),
+        lambda: gate.Limits(same_top="most"),
+        lambda: built.check(lambda ids: torch.zeros(len(ids), 9)),  # another tokenizer's vocabulary
+        lambda: built.check("model.gguf"),
+    ):
+        with pytest.raises(QtutorError) as error:
+            call()
+        assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def test_report_says_what_and_by_how_much(built, base):
+    report = built.check(rounded(base, 2), name="<int2>")
+    frame = report.frame()
+    assert len(frame) == len(report.rows) and {"check", "value", "low", "high", "passed", "margin"} <= set(frame)
+    page = report._repr_html_()
+    assert "&lt;int2&gt;" in page and page.count("FAIL</b>") == len(report.failures)
+    text = str(report)
+    assert all(str(row) in text for row in report.failures)
+
+
+def test_row_ranges():
+    inside, below = gate.Row("x", "", 3, 1, 4), gate.Row("x", "", 0, 1, 4)
+    assert inside.passed and inside.margin == 1 and not below.passed and below.margin == -1
+    assert gate.Row("x", "", 3, -math.inf, 4).expected == "at most 4" and gate.Row("x", "", 3, 3, 3).expected == "3"
+    assert gate.Row("x", "", 3, 2, math.inf).expected == "at least 2" and inside.expected == "1 to 4"
+    assert not gate.Row("x", "", math.nan, -math.inf, math.inf).passed
