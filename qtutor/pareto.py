@@ -183,6 +183,68 @@ def meeting(rows, **limits) -> list[dict]:
     return list(rows)
 
 
+FLOAT = {"pytorch": "BF16", "te": "BF16", "llama.cpp": "GGUF F16"}  # what each runtime runs without quantization
+
+
+def relative(rows, column: str) -> list[dict]:
+    """Each row's ``column`` over that of the 16-bit model in the same runtime, shape and batch.
+
+    Rows get ``ratio`` with ``ratio_low`` and ``ratio_high``, the outermost that both intervals allow, and ``against``,
+    the technique compared with.  Across runtimes a ratio would mix what the format does with what the program does;
+    rows without the column or without their 16-bit model are left out.
+    """
+    def ends(row):
+        value = row.get(column)
+        low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
+        return value, value if low is None else low, value if high is None else high
+
+    base = {(row["runtime"], row["shape"], row["batch"]): row for row in rows
+            if row["technique"] in FLOAT.values() and row.get(column)}  # fmt: skip
+    found = []
+    for row in rows:
+        runtime = "pytorch" if row["runtime"] == "te" else row["runtime"]
+        floating = base.get((runtime, row["shape"], row["batch"]))
+        if row.get(column) and floating is not None:
+            (value, low, high), (other, other_low, other_high) = ends(row), ends(floating)
+            found.append(row | {"ratio": value / other, "ratio_low": low / other_high, "ratio_high": high / other_low,
+                                "against": floating["technique"], "column": column})  # fmt: skip
+    return found
+
+
+def table(rows):
+    """Size, quality, speed, energy and (after :func:`with_cost`) money of each row, readable, as a DataFrame."""
+    import pandas
+
+    def number(value, digits=3):
+        return "-" if value is None else f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+    def with_error(value, error, digits):
+        return "-" if value is None else f"{value:.{digits}f}" + ("" if not error else f" ± {error:.{digits}f}")
+
+    made = []
+    for row in rows:
+        kld = row.get("kld_mean")
+        digits = 3 if kld is None or kld > 0.1 else 5 if kld < 0.01 else 4
+        shown = {"technique": row["technique"], "batch": row["batch"], "bits/weight": number(row["bits_per_weight"]),
+                 "MB": number(row["size_mb"]),
+                 "KLD (nats)": with_error(kld, row.get("kld_se"), digits),
+                 "perplexity": with_error(row.get("ppl"), row.get("ppl_se"), 2),
+                 "accuracy": with_error(row.get("accuracy"), row.get("accuracy_se"), 3),
+                 "prefill (tok/s)": number(row["prefill_tokens_per_s"]),
+                 "decode (tok/s)": number(row["decode_tokens_per_s"]),
+                 "decode (mJ/tok)": number(_thousand(row["joules_per_decode_token"]))}  # fmt: skip
+        if "usd_per_million_decode_tokens" in row:
+            shown |= {"$ per M": number(row["usd_per_million_decode_tokens"]),
+                      "g CO2e per M": number(row["co2e_grams_per_million_decode_tokens"])}  # fmt: skip
+        made.append(shown)
+    frame = pandas.DataFrame(made).set_index("technique")
+    return frame.drop(columns=[name for name in frame if (frame[name] == "-").all()])
+
+
+def _thousand(value):
+    return None if value is None else 1000 * value
+
+
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
@@ -260,6 +322,40 @@ def picture(rows, x: str = "size", y: str = "kld", title: str | None = None, wid
     if title:
         ax.set_title(title)
     legend(fig, draw(ax, rows, x, y))
+    return fig
+
+
+def relative_picture(series: dict[str, list[dict]], label: str, title: str | None = None, width: float = 8.5):
+    """Figure: a line for each technique, a marker for each of ``series`` (name -> rows of :func:`relative`).
+
+    Right of 1 is more than the 16-bit model of the same runtime, left of it less; bars are the intervals.
+    """
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    from . import plots
+
+    names = list(dict.fromkeys(row["technique"] for part in series.values() for row in part
+                               if row["technique"] != row["against"]))  # fmt: skip
+    fig, ax = plots.figure(width, 1.6 + 0.3 * len(names))
+    off = np.linspace(0.22, -0.22, len(series)) if len(series) > 1 else [0.0]
+    for number, (name, part) in enumerate(series.items()):
+        part = [row for row in part if row["technique"] in names]
+        at = [len(names) - 1 - names.index(row["technique"]) + off[number] for row in part]
+        ratio, low, high = (np.array([row[key] for row in part]) for key in ("ratio", "ratio_low", "ratio_high"))
+        ax.errorbar(ratio, at, xerr=[np.maximum(ratio - low, 0), np.maximum(high - ratio, 0)], fmt="osD^v"[number % 5],
+                    color=plots.PALETTE[number], ms=5, lw=1.1, capsize=2, label=name)  # fmt: skip
+    ax.axvline(1, color="0.3", lw=1)
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= t <= high]
+    ax.set_xticks(ticks)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_yticks(range(len(names)), names[::-1])
+    ax.set(xlabel=label, ylim=(-0.6, len(names) - 0.4))
+    if title:
+        ax.set_title(title)
+    fig.legend(loc="outside lower center", ncols=len(series), frameon=False)
     return fig
 
 

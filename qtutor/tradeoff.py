@@ -540,7 +540,8 @@ class Files:
         self.folder = Path(self._temporary.name)
         self._sources = {}
 
-    def _source(self, trained: bool) -> Path:
+    def source(self, trained: bool = False) -> Path:
+        """The course model as an F32 file, before or after QAT."""
         from . import course_model, gguf_export, qat
 
         if trained not in self._sources:
@@ -549,19 +550,28 @@ class Files:
                                                         tokenizer=course_model.load_tokenizer())  # fmt: skip
         return self._sources[trained]
 
-    def path(self, technique: Technique, shape: str) -> Path:
+    def _target(self, technique: Technique, shape: str) -> Path:
+        return self.folder / f"{shape}-{technique.gguf}{'-qat' if technique.trained else ''}.gguf"
+
+    def path(self, technique: Technique | str, shape: str = "course") -> Path:
+        """The file of a technique (or of its name), made now where it is not there yet."""
+        technique = TECHNIQUES[technique] if isinstance(technique, str) else technique
         from . import llamacpp, qat
 
-        target = self.folder / f"{shape}-{technique.gguf}{'-qat' if technique.trained else ''}.gguf"
+        target = self._target(technique, shape)
         if target.exists():
             return target
         if shape == "course":
             tensors = qat.Q4_0_TENSORS if technique.trained else None
-            return llamacpp.quantize(self._source(technique.trained), target, technique.gguf, tensor_types=tensors)
+            return llamacpp.quantize(self.source(technique.trained), target, technique.gguf, tensor_types=tensors)
         from . import llama70b
 
         llama70b.write(target, "Llama-2-7B", technique.gguf, 0)
         return target
+
+    def remove(self, technique: Technique, shape: str) -> None:
+        """Delete a technique's file, where there is one."""
+        self._target(technique, shape).unlink(missing_ok=True)
 
     def close(self) -> None:
         self._temporary.cleanup()
@@ -668,16 +678,16 @@ def _pytorch_rows(what, shape, batches, sizes, reference, device, memory) -> lis
 
 
 def rows(techniques=None, shape: str = "course", batches=None, sizes: Sizes | None = None, quality: bool = True,
-         memory: bool = False, progress: bool = True, skip=(), budget_s: float | None = None, each=None,
-         folder=None) -> list[dict]:  # fmt: skip
+         reference: Reference | None = None, files: Files | None = None, memory: bool = False, progress: bool = True,
+         skip=(), budget_s: float | None = None, each=None) -> list[dict]:  # fmt: skip
     """The rows of several techniques, in the order of TECHNIQUES; what fails gives one row with ``not_run``.
 
     Args:
         techniques: names; all by default.  skip: names that have rows already.
         quality: False leaves the quality columns empty, as for a shape with random weights.
+        reference, files: what was made before and is to be used again.  memory: see :func:`measure_one`.
         budget_s: seconds after which no further technique is begun.
         each: called with the rows of each technique as soon as they are there.
-        folder: where GGUF files are written for the time being.
     """
     from tqdm.auto import tqdm
 
@@ -686,8 +696,10 @@ def rows(techniques=None, shape: str = "course", batches=None, sizes: Sizes | No
     if unknown:
         raise QtutorError(f"There is no technique {unknown[0]!r}: choose from {', '.join(TECHNIQUES)}.")
     names = [name for name in TECHNIQUES if name not in skip and (techniques is None or name in techniques)]
-    reference = Reference(sizes) if quality and shape == "course" and sizes.windows and names else None
-    files, found, began = Files(folder), [], time.perf_counter()
+    if reference is None and quality and shape == "course" and sizes.windows and names:
+        reference = Reference(sizes)
+    mine = files is None
+    files, found, began = files or Files(), [], time.perf_counter()
     try:
         bar = tqdm(names, desc=f"{shape}", unit="technique", leave=False, disable=not progress)
         for name in bar:
@@ -699,13 +711,14 @@ def rows(techniques=None, shape: str = "course", batches=None, sizes: Sizes | No
                 part = measure_one(name, shape, batches, sizes, reference, files, memory)
             except Exception as error:  # noqa: BLE001 - what one library cannot run must not cost the rest
                 part = [_head(TECHNIQUES[name], shape, batches[0]) | {"not_run": _sentence(error)}]
-            if shape != "course" and TECHNIQUES[name].gguf:  # gigabytes each
-                files.path(TECHNIQUES[name], shape).unlink(missing_ok=True) if part[0]["not_run"] is None else None
+            if shape != "course":
+                files.remove(TECHNIQUES[name], shape)  # gigabytes each
             found += part
             if each is not None:
                 each(part)
     finally:
-        files.close()
+        if mine:
+            files.close()
         _free()
     return found
 
@@ -748,10 +761,14 @@ def record(shapes=None, techniques=None, batches=None, full: bool = True, resume
         kept = [row for row in kept if (row["shape"], row["technique"]) not in new] + part
         path = results.save("tradeoff", kept, profile="full" if full else "quick", directory=directory)
 
-    for shape in shapes:
-        done = set() if techniques else {row["technique"] for row in kept if row["shape"] == shape}
-        rows(techniques, shape, batches, sizes or sizes_for(shape, full), memory=full and _device() == "cpu",
-             progress=progress, skip=done, budget_s=budget_s, each=save, folder=folder)  # fmt: skip
+    files = Files(folder)
+    try:
+        for shape in shapes:
+            done = set() if techniques else {row["technique"] for row in kept if row["shape"] == shape}
+            rows(techniques, shape, batches, sizes or sizes_for(shape, full), files=files, memory=full,
+                 progress=progress, skip=done, budget_s=budget_s, each=save)  # fmt: skip
+    finally:
+        files.close()
     if path is None:  # all of it was there
         path = Path(directory or results.RESULTS) / results.machine_folder() / "tradeoff.json"
     return path
