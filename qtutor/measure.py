@@ -224,7 +224,7 @@ class _LlamaCppRuns:
         from . import llamacpp
 
         self.lib, self.prompt, self.batch, self.n_vocab = model._open(), prompt, batch, model.n_vocab
-        self.power = "cuda" if model.on_gpu else "cpu"
+        self.power = "cuda" if getattr(model, "on_gpu", False) else "cpu"
         tokens = batch * (prompt + new)
         need = tokens * llamacpp._kv_bytes(model.gguf.metadata, 2)
         if need > psutil.virtual_memory().available:
