@@ -257,27 +257,31 @@ def family(name: str) -> str:
 FAMILIES = ("legacy (_0, _1)", "K (super-blocks)", "IQ (codebook)", "ternary", "block float", "float16")
 
 
-def picture(rows, title: str = "Every type: quality against size", names: bool = True, ax=None):
-    """Figure: mean KLD (logarithmic) against bits per weight; colour is the family, filled is with imatrix."""
+def picture(rows, title: str = "Every type: quality against size", ax=None, names: bool = True):
+    """Figure: mean KLD (logarithmic) against bits per weight; the colour is the family, filled means with imatrix.
+
+    Types of eight bits and less; the 16-bit ones would only push the others together.
+    """
     import pandas as pd
 
     from . import plots
 
     data = pd.DataFrame(rows)
+    data = data[data["bits_per_weight"] < 9]
     fig = ax.figure if ax is not None else None
     if ax is None:
-        fig, ax = plots.figure(8.5, 5.6)
-    markers = "osD^vP"
-    for number, kind in enumerate(FAMILIES):
+        fig, ax = plots.figure(8.5, 6)
+    for number, (kind, marker) in enumerate(zip(FAMILIES, "osD^v", strict=False)):
         for flag in (False, True):
             d = data[(data["type"].map(family) == kind) & (data["imatrix"] == flag)]
             if len(d):
-                color = plots.PALETTE[number % len(plots.PALETTE)]
-                ax.errorbar(d["bits_per_weight"], d["kld_mean"], yerr=2 * d["kld_se"], fmt=markers[number], ms=6,
+                color = plots.PALETTE[number]
+                ax.errorbar(d["bits_per_weight"], d["kld_mean"], yerr=2 * d["kld_se"], fmt=marker, ms=6,
                             color=color, mfc=color if flag else "white", capsize=2, lw=1,
-                            label=kind + (", imatrix" if flag else ""))  # fmt: skip
+                            label=kind + (" + imatrix" if flag else ""))  # fmt: skip
     ax.set(title=title, xlabel="bits per weight of the file", ylabel="mean KL divergence (nats per token)",
-           yscale="log")  # fmt: skip
+           yscale="log", xlim=(data["bits_per_weight"].min() - 0.35, 9))  # fmt: skip
+    ax.legend(loc="upper right", fontsize=8)
     if names:
         best = data.sort_values("imatrix").drop_duplicates("type", keep="last")  # one label a type
         plots.annotate(ax, best["bits_per_weight"], best["kld_mean"], best["type"], fontsize=7.5)

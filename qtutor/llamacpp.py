@@ -231,8 +231,8 @@ def _read_header(read: _Reader) -> tuple[dict, dict, list, int]:
     metadata, kinds = {}, {}
     for _ in range(n_kv):
         key = read.string()
-        if not key or key in metadata:
-            raise _Damaged(f"has an empty or repeated key {key!r}")
+        if not key or "\0" in key or key in metadata:  # C ends a text at a zero byte, and aborts on an empty key
+            raise _Damaged(f"has an empty, cut or repeated key {key[:64]!r}")
         kinds[key] = read.scalar("I")
         start = read.at
         metadata[key] = read.value(kinds[key])
@@ -241,7 +241,7 @@ def _read_header(read: _Reader) -> tuple[dict, dict, list, int]:
     rows = []
     for _ in range(n_tensors):
         name, n_dims = read.string(), read.scalar("I")
-        if n_dims > 4 or not 0 < len(name.encode()) < 64:
+        if n_dims > 4 or not 0 < len(name.encode()) < 64 or "\0" in name:
             raise _Damaged(f"has a tensor {name[:64]!r} with a bad name or {n_dims} dimensions")
         dims = struct.unpack(f"<{n_dims}Q", read.take(8 * n_dims))
         rows.append((name, dims, read.scalar("I"), read.scalar("Q")))
@@ -338,7 +338,8 @@ def _check_tokenizer(meta: dict, kinds: dict) -> None:
     tokens = meta.get("tokenizer.ggml.tokens")
     if not isinstance(model, str) or kinds.get("tokenizer.ggml.tokens") != (_ARRAY, _STRING) or not tokens:
         raise _Damaged("has no vocabulary")
-    filled = [text or f"[EMPTY_{i}]" for i, text in enumerate(tokens)]
+    # as llama.cpp reads them: C ends a text at a zero byte
+    filled = [text.partition("\0")[0] or f"[EMPTY_{i}]" for i, text in enumerate(tokens)]
     if len(set(filled)) != len(tokens):
         raise _Damaged("has the same token twice")
     types = meta.get("tokenizer.ggml.token_type")
@@ -774,7 +775,7 @@ class Model:
     by rounding as positions grow).  ``exact=False`` is how people run llama.cpp (F16 cache, flash
     attention): two to three times faster and a little different.  ``threads`` defaults to the physical cores.
     ``gpu_layers`` is the number of layers to put on a GPU, by default all where the build has one, and none
-    where the computation is to be exact.
+    where the computation is to be exact; ``on_gpu`` says whether any went there.
 
     Raises QtutorError for a file that :func:`check_gguf` refuses, weights that are not finite, a context that
     does not fit in memory, and every use after :meth:`close`.
@@ -794,6 +795,7 @@ class Model:
         if exact or gpu_layers is not None:
             # A GPU computes F32 products in TF32, with 10 bits of mantissa: not exact.
             params.n_gpu_layers = gpu_layers or 0
+        self.on_gpu = bool(lib.llama_supports_gpu_offload()) and params.n_gpu_layers != 0
         _log.clear()
         self._model = lib.llama_model_load_from_file(os.fsencode(self.gguf.path), params)
         if not self._model:

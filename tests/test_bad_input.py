@@ -60,6 +60,22 @@ def with_nan(path):
     state[name].view(-1)[3] = nan
     save_file(state, path, metadata=dict(format="pt"))
 
+def big_endian():
+    import gguf
+    writer = gguf.GGUFWriter("big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_block_count(1)
+    writer.add_tensor("token_embd.weight", np.ones((32, 256), np.float32))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+    return "big.gguf"
+
+def as_q4_k(path):
+    # a matrix of 256 x 256 becomes one of 240 columns and more rows, which no block of 256 divides
+    data, name = bytearray(path.read_bytes()), b"blk.0.attn_q.weight"
+    at = data.index(len(name).to_bytes(8, "little") + name) + 8 + len(name) + 4
+    data[at : at + 8], data[at + 16 : at + 20] = (240).to_bytes(8, "little"), (12).to_bytes(4, "little")
+    path.write_bytes(data)
+
 def use(folder):
     os.environ["QTUTOR_MODEL"] = str(Path(folder).absolute()) if Path(folder).exists() else str(folder)
 """
@@ -109,6 +125,16 @@ CASES = {
     "truncated, quantize": ("llamacpp.quantize(damaged_gguf(cut), 'out.gguf', 'Q4_0')", "truncated|damaged|early"),
     "bit flip in the magic": ("llamacpp.Model(damaged_gguf(lambda p: flip(p, 0)))", "GGUF"),
     "bit flip in the tensor count": ("llamacpp.Model(damaged_gguf(lambda p: flip(p, 8, 1)))", "damaged.gguf"),
+    "big-endian GGUF": ("llamacpp.Model(big_endian())", "big-endian"),
+    "big-endian, quantize": ("llamacpp.quantize(big_endian(), 'out.gguf', 'Q4_0')", "big-endian"),
+    "row that does not fit its type": ("llamacpp.Model(damaged_gguf(as_q4_k))", "blocks of 256 do not divide"),
+    "row does not fit, quantize": ("llamacpp.quantize(damaged_gguf(as_q4_k), 'out.gguf', 'Q8_0')",
+                                   "blocks of 256 do not divide"),
+    "quantize twice, by a dry run's name": ("llamacpp.quantize('q4.gguf', 'out.gguf', 'Q8_0')", "already quantized"),
+    "server of a damaged file": ("from qtutor import serve; serve.Server(damaged_gguf(cut)).start()",
+                                 "truncated|damaged|early"),
+    "server that cannot start": ("from qtutor import serve; serve.Server('q4.gguf', timeout=0.01).start()",
+                                 "did not start"),
     "quantize under a file": ("llamacpp.quantize('sound.gguf', 'a_file/out.gguf', 'Q4_0')", "cannot be written"),
     "quantize twice": ("llamacpp.quantize('q4.gguf', 'out.gguf', 'Q4_K_M')", "already quantized"),
     "no such type": ("llamacpp.quantize('sound.gguf', 'out.gguf', 'Q9_K')", "Q9_K"),
@@ -129,7 +155,7 @@ source, seed, places = {source!r}, {seed}, {places}
 rng = np.random.default_rng(seed)
 data = Path(source).read_bytes()
 told = 0
-for _ in range(40):
+for _ in range(60):
     at = int(rng.integers(0, places or len(data)))
     damaged_gguf(lambda path: flip(path, at, int(rng.integers(8))), source)
     try:

@@ -34,3 +34,24 @@ def test_bench_fake_quant_returns_ratios_and_writes_rows(tmp_path, capsys):
             "gb_per_s", "share_of_copy"} <= set(rows[0])  # fmt: skip
     printed = capsys.readouterr().out  # the outputs of all are equal, so that the times compare
     assert "of the values differ" not in printed and printed.count("of the gradients differ") == 1  # torchao's E4M3
+
+
+def test_bench_evaluate_prints_the_ratio_to_llama_perplexity(tmp_path, capsys):
+    import pytest
+
+    from qtutor import QtutorError, llamacpp
+
+    try:
+        llamacpp.tool("llama-perplexity")
+    except QtutorError as error:
+        pytest.skip(str(error))
+    spec = importlib.util.spec_from_file_location("bench_evaluate", ROOT / "bench" / "bench_evaluate.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    small = "--ctx 128 --few 2 --windows 6 --rounds 1 --threads 1 --json".split()
+    ratios = bench.main([*small, str(tmp_path / "rows.json")])
+    assert set(ratios) == {"perplexity", "KL divergence"} and all(ratio > 0 for ratio in ratios.values())
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    for row in rows:  # both programs measured the same thing
+        assert row["python_value"] == pytest.approx(row["tool_value"], rel=2e-3)
+    assert capsys.readouterr().out.count("ratio") == 2

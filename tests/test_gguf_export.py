@@ -1,5 +1,6 @@
 """gguf_export against Hugging Face, the gguf package, transformers' GGUF reader and llama.cpp itself."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -178,6 +179,59 @@ def test_the_gguf_package_reads_types_metadata_and_tensors(folder, tmp_path, dty
         assert tensor.tensor_type.name == ("F32" if "norm" in tensor.name else dtype.upper())
     down = gguf.quants.dequantize(names["blk.1.ffn_down.weight"].data, names["blk.1.ffn_down.weight"].tensor_type)
     assert np.abs(down - weights["model.layers.1.mlp.down_proj.weight"].numpy()).max() < 2e-3
+
+
+# ---------------------------------------------------------------------------------- llama.cpp's own converter
+
+_spec = importlib.util.spec_from_file_location(
+    "record_converter", Path(__file__).parent.parent / "data" / "reference" / "record_converter.py"
+)
+converter = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(converter)
+
+
+@pytest.mark.parametrize("name, dtype", converter.CASES)
+def test_same_tensors_and_metadata_as_llama_cpps_converter(tmp_path, name, dtype):
+    """Against the record of what convert_hf_to_gguf.py made of the same models: the bytes of every tensor."""
+    folder = converter.model_folder(name, tmp_path)
+    ours = converter.digest(gguf_export.export(folder, tmp_path / "m.gguf", dtype, name="a name"))
+    theirs = json.loads(converter.RECORD.read_text(encoding="utf-8"))[f"{name}-{dtype}"]
+    assert ours["tensors"] == theirs["tensors"], f"{converter.RECORD.name} may be of another model: record it anew"
+    # it leaves out that no token is added, which is llama.cpp's default too; and it derives a name of its own
+    quiet = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": False}
+    assert ours["metadata"] == quiet | theirs["metadata"] | {"general.name": "a name"}
+
+
+def test_the_record_of_the_converter_has_every_kind_of_model():
+    record = json.loads(converter.RECORD.read_text(encoding="utf-8"))
+    assert set(record) == {f"{name}-{dtype}" for name, dtype in converter.CASES}
+    assert "rope_freqs.weight" in record["llama3_rope-f32"]["tensors"]
+    names = record["untied_bias_chat-bf16"]["tensors"]
+    assert {"output.weight", "blk.1.attn_q.bias", "blk.0.ffn_down.bias"} <= set(names)
+    assert names["output.weight"][0] == "BF16" and names["output_norm.weight"][0] == "F32"
+    assert record["untied_bias_chat-f32"]["metadata"]["tokenizer.chat_template"] == converter.TEMPLATE
+
+
+def test_chat_template_from_an_object_a_folder_and_an_old_config(folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    meta = lambda source, **how: llamacpp.check_gguf(  # noqa: E731
+        gguf_export.export(source, tmp_path / "m.gguf", **how)).metadata
+    assert "tokenizer.chat_template" not in meta(folder)
+    tokenizer.chat_template = template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    assert meta(hf(folder), tokenizer=tokenizer)["tokenizer.chat_template"] == template
+    shutil.copytree(folder, tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    assert (tmp_path / "chat" / "chat_template.jinja").is_file()
+    assert meta(tmp_path / "chat")["tokenizer.chat_template"] == template
+    (tmp_path / "chat" / "chat_template.jinja").unlink()
+    config = json.loads((tmp_path / "chat" / "tokenizer_config.json").read_text())
+    (tmp_path / "chat" / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    assert meta(tmp_path / "chat")["tokenizer.chat_template"] == template
+    tokenizer.chat_template = {"default": template, "tool_use": "tools"}
+    named = meta(hf(folder), tokenizer=tokenizer)
+    assert named["tokenizer.chat_template"] == template and named["tokenizer.chat_template.tool_use"] == "tools"
 
 
 def other_tokenizer(kind):

@@ -2,6 +2,7 @@
 say.  A native crash would end pytest itself, so every refusal here also shows that the process is alive."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from qtutor import QtutorError, gguf_export, llamacpp
 
 pytestmark = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
 DENSE = [t.name for t in llamacpp.TYPES.values() if not t.needs_imatrix and not t.overrides]
+NEED = [t.name for t in llamacpp.TYPES.values() if t.needs_imatrix]
 
 
 def has_tool(name):
@@ -95,12 +97,31 @@ def write_imatrix(path, importance, n=256):
 
 
 @needs_quantize
-@pytest.mark.parametrize("name", ["Q4_K_M", "Q2_K_S", "IQ2_XS", "IQ4_XS"])
+@pytest.mark.parametrize("name", [*NEED, *"Q6_K Q5_1 Q5_0 Q4_K_M Q4_1 Q4_0 IQ4_NL IQ4_XS IQ3_M Q2_K".split()])
 def test_same_tensors_as_llama_quantize_with_an_importance_matrix(f32, tmp_path, importance, name):
     ours = llamacpp.quantize(f32, tmp_path / "ours.gguf", name, imatrix=importance)
     matrix = write_imatrix(tmp_path / "imatrix.gguf", importance)  # counts are powers of two: exact
     run(llamacpp.tool("llama-quantize"), "--imatrix", matrix, f32, tmp_path / "theirs.gguf", name, 1)
     assert tensor_bytes(ours) == tensor_bytes(tmp_path / "theirs.gguf")
+
+
+@needs_quantize
+def test_every_type_that_llama_quantize_offers_is_here():
+    """Also a newer llama.cpp's: whoever updates it hears which types are missing."""
+    help_text = subprocess.run([llamacpp.tool("llama-quantize"), "--help"], capture_output=True, text=True).stdout
+    offered = set(re.findall(r"^ +\d+ +or +(\w+) +:", help_text, re.M))
+    assert {"Q8_0", "IQ1_S", "TQ1_0", "MXFP4_MOE"} <= offered
+    known = {*llamacpp.TYPES, *llamacpp._ALIASES, "MXFP4_MOE", "COPY"}  # for a dense model: MXFP4, by override
+    assert offered - known == set()
+
+
+@needs_quantize
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4"])
+def test_block_float_formats_are_llama_quantizes(f32, tmp_path, name):
+    ours = llamacpp.quantize(f32, tmp_path / "ours.gguf", name)
+    override = f"{llamacpp._BLOCKS}={name}"
+    run(llamacpp.tool("llama-quantize"), "--tensor-type", override, f32, tmp_path / "theirs.gguf", "MXFP4_MOE", 1)
+    assert ours.read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
 
 
 @needs_quantize
@@ -207,7 +228,7 @@ def test_imatrix_agrees_with_llama_imatrix(f32, llama, tmp_path):
     assert theirs.keys() == ours.keys()
     for name, total in theirs.items():
         mean = total / tensors[name + ".counts"].ravel()[0]
-        assert np.abs(ours[name] - mean).max() <= 1e-4 * np.abs(mean).max(), name
+        assert np.allclose(ours[name], mean, rtol=1e-4, atol=0), name  # each of its values
 
 
 def test_imatrix_lowers_the_weighted_error(f32, tmp_path, importance):
@@ -240,6 +261,16 @@ def test_logits_agree_with_pytorch_and_depend_on_the_past_only(f32, llama, token
         assert np.abs(model.logits(tokens[:7]) - logits[:7]).max() < 1e-4
     with llamacpp.Model(f32, ctx=512, exact=False) as model:
         assert np.abs(model.logits(tokens[:300]) - reference).max() < 0.1
+
+
+def test_logits_of_the_last_positions_only(f32, tokens):
+    with llamacpp.Model(f32, ctx=64) as model:
+        whole = model.logits(tokens[:50])
+        for first in (0, 1, 25, 49):
+            part = model.logits(tokens[:50], first=first)
+            assert part.shape == whole[first:].shape and np.abs(part - whole[first:]).max() < 1e-4
+        refused("one of the 50 positions", model.logits, tokens[:50], first=50)
+        refused("one of the 50 positions", model.logits, tokens[:50], first=-1)
 
 
 def test_quantized_logits_match_the_dequantized_weights(q4, tokens):
@@ -389,6 +420,91 @@ def test_files_that_are_something_else(tmp_path, f32):
     (tmp_path / "x.gguf").write_bytes(data)
     refused("big-endian", llamacpp.check_gguf, tmp_path / "x.gguf")
     refused("is a folder", llamacpp.Model, tmp_path)
+
+
+def test_a_big_endian_file(tmp_path):
+    """Written by the gguf package itself: every number in it is turned around, not only the version."""
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_block_count(1)
+    writer.add_tensor("token_embd.weight", np.ones((32, 256), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for function in (llamacpp.check_gguf, llamacpp.Model, llamacpp.tensor_table, llamacpp.bits_per_weight):
+        refused("big-endian", function, tmp_path / "big.gguf")
+    refused("big-endian", llamacpp.quantize, tmp_path / "big.gguf", tmp_path / "out.gguf", "Q4_0")
+
+
+def set_tensor_type(path, target, tensor, number):
+    """A copy of a GGUF file whose tensor table claims another type for one tensor."""
+    data = bytearray(path.read_bytes())
+    name = tensor.encode()
+    at = data.index(len(name).to_bytes(8, "little") + name) + 8 + len(name)
+    dims = int.from_bytes(data[at : at + 4], "little")
+    data[at + 4 + 8 * dims : at + 8 + 8 * dims] = number.to_bytes(4, "little")
+    target.write_bytes(data)
+    return target
+
+
+@pytest.mark.parametrize("name, number", [("Q8_0", 8), ("Q4_K", 12), ("IQ2_XXS", 16), ("unknown", 99), ("removed", 4)])
+def test_a_row_that_does_not_fit_its_type(tmp_path, name, number):
+    """100 columns are no whole number of blocks; a type that ggml does not have is refused for what it is."""
+    llama = tiny_llama.model(layers=1, hidden_size=100, intermediate_size=192, num_attention_heads=2,
+                             num_key_value_heads=1, head_dim=50)  # fmt: skip
+    sound = gguf_export.export(llama, tmp_path / "sound.gguf", tokenizer=tiny_llama.tokenizer())
+    assert llamacpp.check_gguf(sound)
+    bad = set_tensor_type(sound, tmp_path / "bad.gguf", "blk.0.attn_q.weight", number)
+    wanted = "do not divide 100 columns" if number not in (99, 4) else f"unknown type {number}"
+    for function in (llamacpp.check_gguf, llamacpp.Model):
+        refused(wanted, function, bad)
+    refused(wanted, llamacpp.quantize, bad, tmp_path / "out.gguf", "Q8_0")
+    refused(wanted, llamacpp.plan, bad, "Q8_0")
+
+
+def test_a_key_that_begins_with_a_zero_byte(q4, tmp_path):
+    """In C it is an empty text, on which ggml aborts when it writes the quantized file's metadata."""
+    data = bytearray(q4.read_bytes())
+    at = data.index(b"general.size_label")
+    data[at : at + 7] = bytes(7)
+    (tmp_path / "zero.gguf").write_bytes(data)
+    refused("empty, cut or repeated key", llamacpp.Model, tmp_path / "zero.gguf")
+    refused("empty, cut", llamacpp.quantize, tmp_path / "zero.gguf", tmp_path / "o.gguf", "Q4_0", allow_requantize=True)
+
+
+def damaged(data, header, rng):
+    """One of seven kinds of damage, mostly in the header: what copying, editing and bad disks do to a file."""
+    data, at = bytearray(data), int(rng.integers(0, header if rng.random() < 0.8 else len(data)))
+    n = int(rng.integers(1, 40))
+    match rng.integers(7):
+        case 0:
+            data[at] ^= 1 << int(rng.integers(8))
+        case 1:
+            del data[at:]
+        case 2:
+            data[at : at + n] = bytes(len(data[at : at + n]))
+        case 3:
+            data[at : at + 8] = b"\xff" * len(data[at : at + 8])
+        case 4:
+            del data[at : at + n]
+        case 5:
+            data[at:at] = data[at : at + n]
+        case 6:
+            data[at : at + 4] = data[at : at + 4][::-1]
+    return data
+
+
+def test_two_hundred_damaged_files(q4, f32, tmp_path):
+    """The process that runs this test is the one that would die."""
+    refusals = 0
+    for seed in range(210):
+        source = (q4, f32)[seed % 2]
+        rng = np.random.default_rng(seed)
+        data = damaged(source.read_bytes(), llamacpp.check_gguf(source).data_offset, rng)
+        (tmp_path / "damaged.gguf").write_bytes(data)
+        refusals += not everything(tmp_path / "damaged.gguf", tmp_path)
+    assert refusals > 100
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_bit_flips_never_take_the_process_down(q4, tmp_path):
