@@ -126,8 +126,8 @@ def _sentence(error: BaseException, heard: list[str]) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def attempt(function: Callable):
-    """Call ``function()``; return ``(its result, None)``, or ``(None, why not)`` in one sentence.
+def attempt(function: Callable, *args):
+    """Call ``function(*args)``; return ``(its result, None)``, or ``(None, why not)`` in one sentence.
 
     Whatever a library raises is caught (KeyboardInterrupt is not).  What transformers logs meanwhile is kept from the
     screen and searched for the cause.
@@ -137,7 +137,7 @@ def attempt(function: Callable):
     logger.handlers, logger.propagate = [listener], False
     logger.setLevel(logging.WARNING)
     try:
-        return function(), None
+        return function(*args), None
     except Exception as error:  # any library, any reason: the reader gets a sentence
         return None, _sentence(error, listener.heard)
     finally:
@@ -263,10 +263,11 @@ def outlier_picture(amax: dict, name: str, other: str):
     for (kind, values), marker, color in zip(kinds.items(), "osD^v<>", plots.PALETTE, strict=False):
         right.plot(range(len(values)), values, marker=marker, ms=5, lw=1.2, color=color, label=labels.get(kind, kind))
     right.axhline(1, color="0.6", lw=1, ls=":")
-    right.set(title="How far the largest channel stands out", xlabel="block of the model",
+    right.set(title="How far the largest stands out", xlabel="block of the model",
               ylabel="largest / median amax")  # fmt: skip
     right.xaxis.get_major_locator().set_params(integer=True)
-    right.legend(title="input of", loc="upper left", fontsize=8.5)
+    right.set_ylim(0, 1.1 * max(max(values) for values in kinds.values()))
+    right.legend(title="input of", loc="upper right", fontsize=8.5)
     return fig
 
 
@@ -283,6 +284,9 @@ def smooth_picture(alphas, errors: dict, before, after):
         left.semilogy(alphas, values, marker=marker, ms=4, color=color, label=label)
     left.set(title="Output error, W8A8", xlabel="alpha (0: all in the activations, 1: all in the weights)",
              ylabel="relative error of the output")  # fmt: skip
+    left.set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5], ["1 %", "2 %", "5 %", "10 %", "20 %", "50 %"])
+    left.minorticks_off()
+    left.set_ylim(0.7 * min(map(min, errors.values())), 1.5 * max(map(max, errors.values())))
     left.legend()
     order = before[0].cpu().argsort(descending=True)
     for (x, w), style, when in ((before, ":", "before"), (after, "-", "after")):
@@ -291,7 +295,9 @@ def smooth_picture(alphas, errors: dict, before, after):
                            label=f"{what}, {when}")  # fmt: skip
     right.set(title="How even the channels are", xlabel="channel, largest activations first",
               ylabel="amax (largest channel = 1)")  # fmt: skip
-    right.legend(fontsize=8, ncols=2)
+    lowest = min((values / values.max()).min().item() for values in (*before, *after))
+    right.set_ylim(lowest / 4, 1.5)  # room for the legend
+    right.legend(fontsize=8, ncols=2, loc="lower center")
     return fig
 
 
@@ -350,8 +356,11 @@ def backends_picture(table):
     fig, ax = plots.figure(8.5, 4)
     ax.set_yscale("log")
     ax.set_ylim(table["kld_mean"].min() / 3, table["kld_mean"].max() * 4)
-    plots.quality_vs_bits(ax, table["bits_per_weight"].tolist(), table["kld_mean"].tolist(),
-                          (2 * table["kld_se"]).tolist(), labels=None)  # fmt: skip
+    looks = {"bfloat16": (7, "D"), "torchao": (0, "o"), "bitsandbytes": (1, "s")}
+    for name, row in table.iterrows():
+        color, marker = looks.get(name.split()[0], (2, "^"))
+        plots.quality_vs_bits(ax, [row["bits_per_weight"]], [row["kld_mean"]], [2 * row["kld_se"]],
+                              color=plots.PALETTE[color], marker=marker)  # fmt: skip
     ax.set_xlim(3, max(17.5, table["bits_per_weight"].max() + 1))
     ax.set(title="What is stored, and what it costs", xlabel="bits per weight of the linear layers, counted in memory",
            ylabel="mean KL divergence (nats)")  # fmt: skip
