@@ -26,7 +26,7 @@ from . import QtutorError
 from .rules import LLAMA7B, RULES, TECHNIQUES, Technique, cell, evaluate, find, find_all, recorded, rules_frame
 
 __all__ = ["Decision", "Machine", "Need", "Option", "decide", "decision_html", "explain", "explorer", "monthly",
-           "rules_frame", "RULES", "TECHNIQUES"]  # fmt: skip
+           "readable", "rules_frame", "RULES", "TECHNIQUES"]  # fmt: skip
 GIB = 2**30
 
 # ----------------------------------------------------------------------------------------------------- requirements
@@ -461,6 +461,13 @@ def monthly(tokens_per_s: float, joules_per_token: float, tokens: float, usd_per
 
 
 # ------------------------------------------------------------------------------------------------------- the widget
+
+
+def readable(frame):
+    """A table of words as a notebook should show it: everything to the left (a pandas Styler)."""
+    left = [("text-align", "left")]
+    styles = [{"selector": part, "props": left} for part in ("th", "th.col_heading", "th.row_heading", "td")]
+    return frame.style.set_table_styles(styles)
 
 
 def decision_html(need: Need, rows: int = 6) -> str:

@@ -72,6 +72,10 @@ RESULTS = {
                           "against rounding (PTQ) and against a control that trained as long, with three seeds."),
     "qat_gguf": About("06", "llama.cpp", "qat.record_gguf", "The course model as GGUF files: rounded by llama.cpp, and "
                       "trained on the grid of Q4_0, at their sizes."),
+    "ptq_methods": About("07", "any", "the notebook itself", "Post-training quantization by hand (round-to-nearest, "
+                         "clipping, SmoothQuant, AWQ, GPTQ): what each leaves of the course model's quality."),
+    "ptq_backends": About("07", "any", "the notebook itself", "The same job by the back ends that transformers "
+                          "offers and that run here: size, speed, quality."),
     "gguf_quality": About("08", "llama.cpp", "gguf_quality.record", "What each llama.cpp type costs the course model "
                           "in quality, with and without an importance matrix."),
     "llama70b": About("09", "gpu, llama.cpp", "llama70b.record", "A model of Llama-2-70B's shape in four types on one "
@@ -89,12 +93,14 @@ def recorded(directory=None) -> list[tuple[str, results.Results]]:
     folder, found = Path(directory or results.RESULTS), []
     for path in sorted(folder.glob("*/*.json")):
         found.append((path.parent.name, results.load(path.stem, path.parent.name, directory)))
-    order = list(RESULTS)
+    names, machines = list(RESULTS), list(results.MACHINES)
+
+    def place(value, order):
+        return order.index(value) if value in order else len(order)
 
     def rank(item):
         machine, data = item
-        known = order.index(data.name) if data.name in RESULTS else len(order)
-        return machine == "cpu", machine, known, data.name
+        return place(machine, machines), machine, place(data.name, names), data.name
 
     return sorted(found, key=rank)
 

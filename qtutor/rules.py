@@ -307,8 +307,7 @@ RULES = [
                 fp8={"recipe": f"FP8 {name.split(', ')[1].split()[0]}", "step": 3000}), "-0.05 < fp8 - bf16 < 0.05")
       for name in ALL_FP8],
     Rule("fp8_training_takes_memory", ALL_FP8, "task == 'train'", 0,
-         "it takes more memory, not less ({fp8:.1f} against {bf16:.1f} GiB for the two layers): weights and their FP8 "
-         "copies; FP8 weights alone bring it to {both:.1f}",
+         "it takes more memory, not less: {fp8:.1f} against {bf16:.1f} GiB, two layers ({both:.1f} with FP8 weights)",
          _layers("peak_gib", bf16="TE BF16", fp8="TE FP8 delayed", both="TE FP8 delayed + FP8 weights"),
          "fp8 > both > bf16"),
     # -- serving with PyTorch

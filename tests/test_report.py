@@ -157,6 +157,38 @@ def test_breakeven_headline_begins_where_fp8_begins_to_pay():
     assert f"from width {frame[frame.speedup > 1].hidden.min():,} on" in answer
 
 
+def save_for(directory: Path, machine: str, name: str, rows: list, device: str) -> None:
+    data = {"name": name, "created": "2030-01-01T00:00:00+00:00", "commit": "abc", "profile": "full",
+            "machine": {"device": device}, "versions": {"python": "3.12"}, "rows": rows}  # fmt: skip
+    (directory / machine).mkdir(parents=True, exist_ok=True)
+    (directory / machine / f"{name}.json").write_text(results.dumps(results.validate(data)), "utf-8")
+
+
+def test_headlines_of_what_a_gpu_records_later(tmp_path):
+    """The rows that llama70b.record and tradeoff.record will save: made up here, answered without an edit."""
+    run = {"kind": "model", "fits": True, "type": "Q6_K", "gpu_used_gib": 54.5, "generate_tokens_per_s": 30.0,
+           "joules_per_generated_token": 20.0}  # fmt: skip
+    batch = {"kind": "batch", "type": "Q6_K", "batch": 32, "fits": True, "generate_tokens_per_s": 301.0}
+    rows = [run, batch, {"kind": "model", "type": "Q8_0", "fits": False, "note": "too large"},
+            batch | {"batch": 64, "fits": False}, {"kind": "tool", "type": "Q6_K"}]  # fmt: skip
+    save_for(tmp_path, "h100", "llama70b", rows, "NVIDIA H100 80GB HBM3")
+    common = {"shape": "llama2_7b", "batch": 1, "runtime": "pytorch", "energy_source": "nvml counter", "not_run": None}
+    rows = [common | {"technique": "BF16", "decode_tokens_per_s": 100.0, "joules_per_decode_token": 3.0},
+            common | {"technique": "torchao INT4", "decode_tokens_per_s": 150.0, "joules_per_decode_token": 2.5},
+            {"technique": "FP8", "shape": "llama2_7b", "batch": 1, "not_run": "no reason"}]  # fmt: skip
+    save_for(tmp_path, "h200", "tradeoff", rows, "NVIDIA H200")
+    save_for(tmp_path, "h100", "tradeoff", rows[:1], "NVIDIA H100 PCIe")  # never two machines in one answer
+    save_for(tmp_path, "cpu", "tradeoff", rows[:1], "a CPU")
+    found = {headline.name: (machine, answer) for headline, machine, _, answer in report.headlines(tmp_path)}
+    machine, answer = found["llama70b"]
+    assert machine == "h100" and "**Q6_K: 54.5 GiB, 30.0 tokens/s**, 20.0 J a token (301 tokens/s at batch" in answer
+    assert "Q8_0 does not fit" in answer
+    machine, answer = found["tradeoff"]
+    assert machine == "h200" and "**torchao INT4**, 150 tokens/s (1.50 × 16 bits in pytorch)" in answer
+    assert "2.5 J a token" in answer and "Llama-2-7B" in answer
+    assert not {"llama70b", "tradeoff"} & set(report.missing(tmp_path))
+
+
 def test_every_headline_names_one_machine():
     for headline, machine, data, answer in report.headlines():
         assert data.name == headline.name and data.device == results.load(headline.name, machine).device
