@@ -56,6 +56,7 @@ STD = 0.02  # of the random weights: initializer_range in Llama's configuration
 TINY = capacity._llama(256, 1024, 2, 8, 1, 512, 512)
 # an eighth of its width with the same head size, and few layers: a minute's work for a CPU, more than its caches hold
 SMALL = capacity._llama(1024, 3584, 6, 8, 1, 8192, 4096)
+MEDIUM = capacity._llama(4096, 14336, 8, 32, 4, 32000, 4096)  # the same for a GPU: 2 GB in Q8_0
 
 # What measure() runs.  "least_s": repeat until the measured part has taken so long, for the energy counter's sake.
 FULL = {"prompt": 512, "generate": 128, "repeats": 3, "least_s": 3.0, "ctx": 4096, "depth": 3840, "depth_generate": 64,
@@ -644,6 +645,23 @@ def _tool_row(name: str, type: str, found: dict) -> dict:
 # ------------------------------------------------------------------------------------------------------- recording
 
 
+def ready(folder, type: str = "Q6_K", config="Llama-2-70B") -> tuple[bool, str]:
+    """Whether :func:`record` can run here: ``(True, what there is)`` or ``(False, what is missing)``, one sentence."""
+    gpu, size = Gpu.open(), capacity.size(config, type)
+    if gpu is None:
+        return False, "There is no NVIDIA GPU here."
+    total = gpu.total()
+    gpu.close()
+    need = capacity.fits(config, type, FULL["ctx"]).total_gib
+    if not llamacpp._native().llama_supports_gpu_offload():
+        return False, "This llama.cpp was built without CUDA: install llama-cpp-python with CMAKE_ARGS=-DGGML_CUDA=ON."
+    if total / GIB < need:
+        return False, f"The GPU has {total / GIB:.0f} GiB, and {type} needs {need:.0f}."
+    if not Path(folder).is_dir() or shutil.disk_usage(folder).free < size.file_bytes:
+        return False, f"'{folder}' has no room for a file of {size.gb:.0f} GB."
+    return True, f"A GPU of {total / GIB:.0f} GiB, and room for the file in '{folder}'."
+
+
 def record(folder, types=TYPES, config="Llama-2-70B", budget_s: float = 420.0, tools: str = "first", name="llama70b",
            directory=None, keep: bool = True, seed: int = 0, say=print, **settings) -> list[dict]:
     """Write, measure and delete a file of each type in ``folder``; save the rows after each.  Returns all rows.
@@ -721,6 +739,7 @@ def _short(row: dict) -> str:
 
 
 def main(argv=None) -> int:
+    """The command line: ``python -m qtutor.llama70b --help``.  Returns 0, or 1 after one sentence of what is wrong."""
     parser = argparse.ArgumentParser(prog="python -m qtutor.llama70b", description="Measure a 70B-shaped model.")
     parser.add_argument("--folder", help="where the files go, one at a time: memory-backed, e.g. /dev/shm")
     parser.add_argument("--types", default=",".join(TYPES), help="llama.cpp types, by commas")

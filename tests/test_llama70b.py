@@ -334,3 +334,19 @@ def test_70b_is_not_started_on_a_cpu():
 def test_bandwidth():
     found = llama70b.bandwidth("cpu", gib=0.02)
     assert found["bandwidth_gb_per_s"] == max(found["copy_gb_per_s"], found["read_gb_per_s"]) > 0
+
+
+def test_ready_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(llama70b.Gpu, "open", classmethod(lambda cls: None))
+    assert llama70b.ready(tmp_path) == (False, "There is no NVIDIA GPU here.")
+    card = types.SimpleNamespace(total=lambda: 24 * 2**30, close=lambda: None)
+    monkeypatch.setattr(llama70b.Gpu, "open", classmethod(lambda cls: card))
+    lib = types.SimpleNamespace(llama_supports_gpu_offload=lambda: True)
+    capacity.fits("Llama-2-70B", "Q6_K", 4096)  # planned before the library is exchanged
+    monkeypatch.setattr(llamacpp, "_native", lambda: lib)
+    assert llama70b.ready(tmp_path)[1] == "The GPU has 24 GiB, and Q6_K needs 55."
+    card.total = lambda: 80 * 2**30
+    monkeypatch.setattr(llama70b.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**9))
+    assert "has no room for a file of 57 GB" in llama70b.ready(tmp_path)[1]
+    monkeypatch.setattr(llama70b.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**11))
+    assert llama70b.ready(tmp_path)[0]
