@@ -9,7 +9,7 @@ design power and the time that this process kept it busy, and every figure says 
         model.generate(...)
     print(used)                            # 41.2 J in 0.21 s (196 W; NVML energy counter)
 
-NVML's counter moves in steps (20 to 100 ms, by model): a single short call reads as zero or as a whole step.
+NVML's readings move in steps (20 to 100 ms, by model): a single short call reads as zero or as a whole step.
 :func:`energy_per` therefore repeats the work for a second or more, several times, and reports the spread.
 
 What a figure covers: on a GPU the whole board of that GPU and nothing else (not the host, not the cooling); with RAPL
@@ -19,7 +19,8 @@ Idle power is included where a counter is read, because the bill includes it too
 Money and CO2e need two numbers that no program can measure: the price of an hour and what the grid emits for a kWh.
 Both are parameters; :data:`PRICES` and :func:`grid` offer defaults, each with its source and date.
 
-References: NVML API, nvmlDeviceGetTotalEnergyConsumption; Linux, Documentation/power/powercap; codecarbon
+References: NVML API, nvmlDeviceGetTotalEnergyConsumption; how often it is updated: Yang, Adamek and Armour 2023
+(https://arxiv.org/abs/2312.02741); Linux, Documentation/power/powercap; codecarbon
 (https://github.com/mlco2/codecarbon, MIT licence), whose tables of processor power and of national grids are used here.
 """
 
@@ -93,7 +94,7 @@ class _NvmlCounter:
 
 
 class _NvmlPower:
-    """For GPUs before Volta and most consumer boards' restricted drivers: power, read again and again, times time."""
+    """For GPUs before Volta, which have no energy counter: power, read again and again, times time."""
 
     source = "NVML power, sampled"
 

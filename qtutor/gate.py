@@ -359,7 +359,7 @@ class Gate:
             Row("log-probability", where, value, expected - limits.logprob, expected + limits.logprob, "nats/token",
                 f"of {_short(entry['reference_text'])!r}"),
             Row("first token", where, float(top in plausible), 1, 1, "(1: plausible)", note),
-            Row("repetition", where, looped, 0, most, "of 4-grams"),
+            Row("repetition", where, looped, -math.inf, most, "of 4-grams"),
         ]  # fmt: skip
 
     def _check_text(self, run: _Watched) -> list[Row]:
@@ -379,7 +379,7 @@ class Gate:
                 "", f"the base's is {base:.4g}"),
             Row("KLD, mean", n, float(kld.mean()), -math.inf, limits.kld_mean, "nats"),
             Row("KLD, 99th percentile", n, float(np.percentile(kld, 99)), -math.inf, limits.kld_p99, "nats"),
-            Row("same top token", n, float(same.mean()), limits.same_top, 1.0, "of tokens"),
+            Row("same top token", n, float(same.mean()), limits.same_top, math.inf, "of tokens"),
         ]  # fmt: skip
 
     def _check_items(self, model) -> list[Row]:
@@ -390,7 +390,7 @@ class Gate:
         lost, gained = int((base & ~hits).sum()), int((~base & hits).sum())
         p = stats.binomtest(lost, lost + gained, 0.5, alternative="greater").pvalue if lost + gained else 1.0
         note = f"{100 * hits.mean():.1f} % right, the base {100 * base.mean():.1f} %; {lost} lost, {gained} gained"
-        return [Row("accuracy", f"{len(hits)} items", float(p), self.limits.accuracy_alpha, 1.0,
+        return [Row("accuracy", f"{len(hits)} items", float(p), self.limits.accuracy_alpha, math.inf,
                     "= p of no loss", note)]  # fmt: skip
 
     def save(self, path) -> Path:

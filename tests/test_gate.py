@@ -25,8 +25,8 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def built(base, tokenizer):
-    tokens = corpus.tokens("eval", tokenizer)[:512]
-    return gate.Gate.build(base, gate.DEFAULT_PROMPTS[:4], tokens=tokens, items=accuracy.build_items(20), name="base")
+    tokens = corpus.tokens("eval", tokenizer)[:384]
+    return gate.Gate.build(base, gate.DEFAULT_PROMPTS[:3], tokens=tokens, items=accuracy.build_items(20), name="base")
 
 
 @pytest.fixture(scope="module")
