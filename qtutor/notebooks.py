@@ -342,8 +342,8 @@ def _check_exercises(cells, number) -> list[str]:
 
 def _check_recipes(cells) -> list[str]:
     recipes, found = [i for i, cell in enumerate(cells) if "recipe" in tags(cell)], []
-    if not 1 <= len(recipes) <= 3:
-        found.append(f"{len(recipes)} cells tagged 'recipe'; one to three are wanted")
+    if not 1 <= len(recipes) <= 4:
+        found.append(f"{len(recipes)} cells tagged 'recipe'; one to four are wanted")
     for i in recipes:
         if "qtutor" in cells[i].source:
             found.append(f"cell {i}: a recipe stands alone, without qtutor")

@@ -118,8 +118,8 @@ class Server:
                 break
         lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it gave no reason"]
         last = " ".join(lines[-1].split())[:160].rstrip(".")
-        raise QtutorError(f"The server did not start within {self.timeout:g} s ({last}): try "
-                          f"'python -m llama_cpp.server --model {self.path.name}' in a terminal.")  # fmt: skip
+        raise QtutorError(f"The server did not start within {self.timeout:g} s ({last}): run "
+                          f"'python -m llama_cpp.server --model {self.path.name}' in a terminal to see why.")  # fmt: skip
 
     def _answers(self) -> bool:
         """Wait for the first answer; False where the process ends or the time is up."""
