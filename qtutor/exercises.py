@@ -220,6 +220,19 @@ def _paired_ratio(answer):
     return f"Paired ± {error:.3f}; unpaired it would have been ± {_unpaired_ratio(nll, base_nll)[1]:.3f}."
 
 
+def _more_bits_solution(layers=32):
+    return sum(i < layers // 8 or i >= 7 * layers // 8 or (i - layers // 8) % 3 == 2 for i in range(layers))
+
+
+@exercise("08.more_bits", solution=_more_bits_solution(), wrong=[8, 10, 32, 4, 18, 0.5, "16", _more_bits_solution(8)])
+def _more_bits(answer):
+    assert isinstance(answer, int) and not isinstance(answer, bool), "Give a whole number of layers."
+    assert answer != 8, "Those are the first and the last eighth; every third layer between them counts as well."
+    assert answer != 10, "Every third of all layers: the first and the last eighth get more bits without a gap."
+    assert answer == _more_bits_solution(), "Count the layers i for which use_more_bits(i, 32) is true."
+    return "Half of the layers: 0 to 3, then 6, 9, ... 27, then 28 to 31."
+
+
 # ------------------------------------------------------------- notebook 00: start here
 
 
@@ -766,7 +779,7 @@ def _largest_types():
     ["Q8_0", "Q8_0"], ["Q6_K", "Q6_K"], ["Q5_K_M", "Q8_0"], ["Q4_K_M", "Q6_K"], ["Q8_0", "Q6_K"], "Q6_K",
     ["F16", "F16"]])  # fmt: skip
 def _largest(answer):
-    assert isinstance(answer, (list, tuple)) and len(answer) == 2, 'Give a list of two types, such as ["Q4_K_M", "Q8_0"].'
+    assert isinstance(answer, (list, tuple)) and len(answer) == 2, "Give a list of two types, as strings."
     given = [str(name).upper() for name in answer]
     choices = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
     assert all(name in choices for name in given), f"Choose from {', '.join(choices)}."
@@ -790,7 +803,7 @@ def _ceiling_solution(read_bytes, kv_bytes_per_token, cached, users, gb_per_s):
     lambda w, kv, cached, users, speed: users * speed * 1e9 / w,                            # no cache
     lambda w, kv, cached, users, speed: users * speed * 2**30 / (w + users * cached * kv),  # GiB/s
     lambda w, kv, cached, users, speed: (w + users * cached * kv) / (users * speed * 1e9),  # seconds a token
-    lambda w, kv, cached, users, speed: None])  # fmt: skip
+])  # fmt: skip
 def _ceiling(answer):
     assert callable(answer), "Give the function itself: tokens_per_s, without brackets."
     assert answer(1e9, 0, 0, 1, 100) is not None, "The function returns nothing: is there a return?"
