@@ -86,14 +86,18 @@ def _ggml():
     return lib
 
 
-def blocks(kind: str, n: int, seed: int = 0, std: float = STD, threads: int | None = None) -> np.ndarray:
-    """``n`` valid blocks of GGML type ``kind`` as bytes, uint8 (n, bytes per block): N(0, std) weights, quantized by
-    llama.cpp itself.  Raises QtutorError for a type that is not one of weights."""
+def quantize_blocks(kind: str, weights, threads: int | None = None) -> np.ndarray:
+    """``weights`` (float, any shape; their number a multiple of the type's block) as GGML blocks of type ``kind``,
+    uint8 (n, bytes per block), by llama.cpp's own quantizer.  Raises QtutorError for another type or number."""
     if kind not in llamacpp._quantizable():
         raise QtutorError(f"There is no tensor type {kind!r}: choose one of {', '.join(llamacpp._quantizable())}.")
     number = llamacpp._GGML_ID[kind]
     _, per_block, width = llamacpp.GGML_TYPES[number]
-    weights = np.random.default_rng(seed).standard_normal((n, per_block), dtype=np.float32) * np.float32(std)
+    weights = np.ascontiguousarray(weights, np.float32)
+    if weights.size == 0 or weights.size % per_block:
+        raise QtutorError(f"{weights.size} weights are no whole number of {kind} blocks of {per_block}.")
+    weights = weights.reshape(-1, per_block)
+    n = len(weights)
     if kind in ("F32", "F16"):
         return weights.astype({"F32": np.float32, "F16": np.float16}[kind]).view(np.uint8).reshape(n, width)
     if kind == "BF16":  # the upper half of a float32
@@ -101,6 +105,7 @@ def blocks(kind: str, n: int, seed: int = 0, std: float = STD, threads: int | No
     lib, out = _ggml(), np.empty((n, width), np.uint8)
     ones = np.ones(per_block, np.float32)
     importance = ones.ctypes.data if lib.ggml_quantize_requires_imatrix(number) else None
+    # one call by itself: some types build their tables in the first
     lib.ggml_quantize_chunk(number, weights[:1].ctypes.data, out[:1].ctypes.data, 0, 1, per_block, importance)
 
     def work(part):  # ctypes lets go of the interpreter's lock: threads do run side by side
@@ -113,6 +118,13 @@ def blocks(kind: str, n: int, seed: int = 0, std: float = STD, threads: int | No
     with ThreadPoolExecutor(threads) as workers:
         list(workers.map(work, [(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]))
     return out
+
+
+def blocks(kind: str, n: int, seed: int = 0, std: float = STD, threads: int | None = None) -> np.ndarray:
+    """``n`` blocks of N(0, std) weights: :func:`quantize_blocks` of numpy's generator at ``seed``."""
+    per_block = llamacpp.GGML_TYPES.get(llamacpp._GGML_ID.get(kind), ("", 1, 1))[1]
+    weights = np.random.default_rng(seed).standard_normal((n, per_block), dtype=np.float32) * np.float32(std)
+    return quantize_blocks(kind, weights, threads)
 
 
 def _pieces(tensor: llamacpp.Tensor, pool: np.ndarray, first: int, most: int):

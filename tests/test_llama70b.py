@@ -125,6 +125,7 @@ def test_the_real_shape_is_the_real_size():
     (lambda folder: llama70b.write(folder, llama70b.TINY, "Q8_0"), "is a folder"),
     (lambda folder: llama70b.write(folder / "a.gguf", "Llama-9", "Q8_0"), "no model"),
     (lambda folder: llama70b.blocks("Q8_1", 4), "no tensor type"),
+    (lambda folder: llama70b.quantize_blocks("Q6_K", np.zeros(255)), "255 weights are no whole number"),
     (lambda folder: llama70b.measure(folder / "none.gguf"), "no file"),
     (lambda folder: llama70b.record(folder / "none", ["Q6_K"], llama70b.TINY), "no folder"),
     (lambda folder: llama70b.record(folder, ["Q9"], llama70b.TINY), "no quantization type"),
