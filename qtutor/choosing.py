@@ -133,9 +133,10 @@ def device(name: str) -> Machine:
     """
     from . import capacity
 
-    if name not in capacity.GPUS:  # "NVIDIA H100 80GB HBM3" is an H100 SXM: the first whose first word is in the name
-        words = str(name).replace("-", " ").split()
-        name = next((known for known in capacity.GPUS if known.split()[0] in words[1:]), name)
+    if name not in capacity.GPUS:  # "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3": the entry with most words in common
+        words = set(str(name).replace("-", " ").split()[1:])
+        near = [known for known in capacity.GPUS if known.split()[0] in words]
+        name = max(near, key=lambda known: len(words & set(known.split())), default=name)
     gpu = capacity.gpu_of(name)
     cuda = not gpu.name.startswith("Mac")
     return Machine(gpu.name, gpu.memory_gib, gpu.gb_per_s, cuda, gpu.name.startswith(FP8_GPUS))
@@ -230,7 +231,11 @@ def _share(technique: Technique, users: int, directory=None) -> float | None:
         return None
     shape = _shape("Llama-2-7B")
     read = names["gib"].value * GIB - 2 * shape["embedding"] + batch * names["length"].value * shape["kv_bytes"]
-    return read / (names["ms"].value / 1000) / (device(names["ms"].device).bandwidth_gb_per_s * 1e9)
+    try:
+        bandwidth = device(names["ms"].device).bandwidth_gb_per_s * 1e9
+    except QtutorError:  # measured on a GPU whose bandwidth the list does not have: no share to speak of
+        return None
+    return read / (names["ms"].value / 1000) / bandwidth
 
 
 def _measured(part: tuple, directory) -> float | None:

@@ -127,6 +127,14 @@ def test_llama70b_is_picked_up_when_it_is_recorded(tmp_path):
     assert chosen.points == previous.points + 2 and "30.0 tokens/s" in " ".join(s for _, s in chosen.reasons)
 
 
+@pytest.mark.parametrize("technique", rules.TECHNIQUES.values(), ids=lambda technique: technique.name)
+def test_every_technique_has_a_measured_loss(technique):
+    loss = choosing._measured(technique.loss, None)
+    assert loss is not None and -0.05 < loss < 1, "its row in data/results is not where the guide looks for it"
+    if technique.task == "serve":
+        assert 0 <= choosing._measured(technique.kld, None) < 1 and technique.store
+
+
 def test_find_takes_means_alternatives_and_the_machine_asked_for():
     data = results.load("qat_recovery", "h200").frame()
     part = data[(data.scheme == "W3") & (data.arm == "QAT, distilled")]
@@ -254,6 +262,9 @@ def test_unknown_machines_and_models_are_one_sentence():
         with pytest.raises(QtutorError):
             decide(need)
     assert choosing.device("NVIDIA H200").name == "H200" and choosing.device("NVIDIA H100 80GB HBM3").name == "H100 SXM"
+    for name in ("H100 PCIe", "H100 NVL", "B200", "L4"):
+        assert choosing.device(f"NVIDIA {name}").name == name
+    assert choosing.device("NVIDIA GeForce RTX 4090").name == "RTX 4090"
     assert choosing.device("H200").fp8 and not choosing.device("A100 40 GB").fp8
     assert not choosing.device("Mac Studio M4 Max 128 GB").gpu
 
