@@ -259,14 +259,17 @@ def draw(ax, rows, x: str, y: str, labels: bool = True) -> list[dict]:
 
     Filled: on the front for sure.  Half-tone: open.  Hollow: dominated for sure.
     """
+    from matplotlib.patheffects import withStroke
+
     from . import plots
 
     found = judge(rows, x, y)
     across, up = axis(x), axis(y)
     (xs, x_low, x_high), (ys, y_low, y_high) = across.values(found), up.values(found)
-    for scale, a, values in ((ax.set_xscale, across, xs), (ax.set_yscale, up, ys)):
+    for scale, ticks, a, values in ((ax.set_xscale, ax.xaxis, across, xs), (ax.set_yscale, ax.yaxis, up, ys)):
         if a.log and (values > 0).all():
             scale("log")
+            _plain(ticks, values.max() / values.min())
         elif a.log:  # the reference itself: a divergence of exactly zero
             scale("symlog", linthresh=max(1e-6, values[values > 0].min() / 2) if (values > 0).any() else 1)
     for row, *place in zip(found, xs, x_low, x_high, ys, y_low, y_high, strict=True):
@@ -277,8 +280,19 @@ def draw(ax, rows, x: str, y: str, labels: bool = True) -> list[dict]:
     ax.set(xlabel=f"{across.label}{_arrow(across, '←', '→')}", ylabel=f"{up.label}{_arrow(up, '↓', '↑')}")
     ax.margins(0.12)
     if labels:
-        plots.annotate(ax, xs, ys, [short(row["technique"]) for row in found])
+        for note in plots.annotate(ax, xs, ys, [short(row["technique"]) for row in found]):
+            note.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # readable across an error bar
     return found
+
+
+def _plain(ticks, span: float) -> None:
+    """Ticks of a logarithmic axis as people write numbers, at 1, 2 and 5 where it spans less than two decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if span < 1000:
+        ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 100 else (1, 3)))
+        ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    ticks.set_minor_formatter(NullFormatter())
 
 
 def _arrow(a: Axis, lower: str, higher: str) -> str:
