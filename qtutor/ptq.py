@@ -3,7 +3,7 @@
 The methods themselves (rounding, clipping, SmoothQuant, AWQ, GPTQ) stand in the cells of notebook 07, where they are
 the lesson.  Here is what the lesson leans on:
 
-    layers = ptq.linears(model)                    # every nn.Linear but the output head
+    layers = ptq.linears(model)                    # every linear layer but the output head
     held = ptq.stored(model)                       # bytes that lie in memory, whatever the configuration says
     model, why = ptq.attempt(lambda: AutoModelForCausalLM.from_pretrained(folder, quantization_config=config))
     ptq.speed(reference, model, ids)               # how many times as fast as the reference, measured in turns
@@ -26,12 +26,16 @@ SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # fed
 
 
 def linears(model) -> dict:
-    """Name -> layer: every ``nn.Linear`` (or subclass) of a causal language model except its output head."""
-    from torch import nn
+    """Name -> layer: every linear layer of a causal language model except its output head.
+
+    Some libraries' quantized layers are no ``nn.Linear``: what has ``in_features`` and ``out_features`` counts as one.
+    """
+
+    def linear(module):
+        return all(isinstance(getattr(module, side, None), int) for side in ("in_features", "out_features"))
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {name: module for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head}  # fmt: skip
+    return {name: module for name, module in model.named_modules() if linear(module) and module is not head}
 
 
 def source(name: str) -> str:

@@ -238,6 +238,7 @@ def test_watch_sees_what_the_layers_get():
 def test_linears_and_source():
     names = list(ptq.linears(tiny_llama.model()))
     assert len(names) == 14 and "lm_head" not in names
+    assert list(ptq.linears(nn.Sequential(nn.Linear(2, 3), nn.Embedding(2, 3), nn.LayerNorm(3)))) == ["0"]
     assert ptq.source("model.layers.0.self_attn.v_proj") == "model.layers.0.self_attn.q_proj"
     assert ptq.source("a.up_proj") == "a.gate_proj" and ptq.source("down_proj") == "down_proj"
 
