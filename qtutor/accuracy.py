@@ -14,7 +14,7 @@ nothing away.  Guessing scores 25 %.
 
     items = build_items(200)
     result = score_items(model, items)
-    print(result)                                   # acc 0.620 ± 0.034, acc_norm 0.665 ± 0.033 (n = 200, chance 0.25)
+    print(result)                                   # acc 0.435 ± 0.035, acc_norm 0.450 ± 0.035 (n = 200, chance 0.25)
 
 For work in earnest there is `lm-evaluation-harness <https://github.com/EleutherAI/lm-evaluation-harness>`_, with
 hundreds of published tasks; :func:`write_task` makes this one a task of it and :func:`run_harness` runs it, offline.
@@ -97,7 +97,7 @@ def build_items(n: int = 200, seed: int = 0, text: str | None = None, choices: i
 
     The real ending is the sentence that follows the passage.  The others are drawn from the sentences nearest to it in
     length among those at least ``FAR`` paragraphs away; none repeats half of the words of another choice, and none
-    occurs in the passage.  ``text`` defaults to the evaluation text, which yields about 700 items (it differs a little
+    occurs in the passage.  ``text`` defaults to the evaluation text, which yields more than 700 items (it differs a little
     between Python versions).
 
     Raises QtutorError for fewer than two items or choices, and for a text that does not yield ``n``.
