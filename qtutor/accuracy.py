@@ -97,8 +97,8 @@ def build_items(n: int = 200, seed: int = 0, text: str | None = None, choices: i
 
     The real ending is the sentence that follows the passage.  The others are drawn from the sentences nearest to it in
     length among those at least ``FAR`` paragraphs away; none repeats half of the words of another choice, and none
-    occurs in the passage.  ``text`` defaults to the evaluation text, which yields more than 700 items (it differs a little
-    between Python versions).
+    occurs in the passage.  ``text`` defaults to the evaluation text, which yields more than 700 items (it
+    differs a little between Python versions).
 
     Raises QtutorError for fewer than two items or choices, and for a text that does not yield ``n``.
     """

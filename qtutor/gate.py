@@ -60,8 +60,8 @@ class Limits:
 
     - ``logprob``: change of a reference continuation's log-probability, nats per token, either way
     - ``plausible``: a first token is plausible where the base gives it this share of its top token's probability
-    - ``repetition``: added share of repeated four-token sequences in the greedy continuation of 32 tokens (a sound small
-      model repeats a phrase now and then; a loop repeats nearly everything)
+    - ``repetition``: added share of repeated four-token sequences in the greedy continuation of 32 tokens (a sound
+      small model repeats a phrase now and then; a loop repeats nearly everything)
     - ``perplexity``: added share of the base's perplexity on the text (0.02: 2 %)
     - ``kld_mean``, ``kld_p99``: KL divergence from the base, nats per token
     - ``same_top``: least share of tokens where both put the same token first
