@@ -64,7 +64,7 @@ AXES = {
     "size": Axis("size_mb", "stored weights (MB)", "lower"),
     "bits": Axis("bits_per_weight", "bits per weight", "lower", log=False),
     "memory": Axis("peak_gib", "peak memory (GiB)", "lower"),
-    "kld": Axis("kld_mean", "mean KL divergence from FP32 (nats per token)", "lower", "se"),
+    "kld": Axis("kld_mean", "mean KL divergence (nats per token)", "lower", "se"),
     "perplexity": Axis("ppl", "perplexity", "lower", "se", log=False),
     "same top": Axis("same_top", "share of tokens with the same top candidate", "higher", "se", log=False),
     "accuracy": Axis("accuracy", "multiple-choice accuracy", "higher", "se", log=False),

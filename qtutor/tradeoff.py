@@ -38,8 +38,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import numpy as np
-
 from . import QtutorError, measure, pick, results
 
 QUALITY = ("ppl", "ppl_se", "ppl_ratio", "ppl_ratio_se", "kld_mean", "kld_se", "same_top", "same_top_se",
@@ -262,11 +260,10 @@ def stored_size(model) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------------ speed
 @dataclass(frozen=True)
 class Sizes:
-    """How much is run: tokens of each prompt, tokens in the cache of a decoding step, seconds for each timing, windows
-    of 512 tokens and multiple-choice questions for the quality."""
+    """How much is run: ``tokens`` of each prompt and in the cache of a decoding step, ``seconds`` for each timing,
+    ``windows`` of 512 tokens and multiple-choice ``questions`` for the quality."""
 
-    prefill: int = 256
-    context: int = 256
+    tokens: int = 256
     seconds: float = 1.0
     windows: int = 64
     questions: int = 400
@@ -276,9 +273,9 @@ def sizes_for(shape: str = "course", full: bool | None = None) -> Sizes:
     """The sizes of a recording: ``full`` or quick ones, by default those of the profile in force."""
     full = pick(quick=False, full=True) if full is None else full
     if shape != "course":
-        return Sizes(context=512, seconds=0.8, windows=0, questions=0)
+        return Sizes(seconds=0.8, windows=0, questions=0)
     if not full:
-        return Sizes(prefill=64, context=64, seconds=0.1, windows=4, questions=24)
+        return Sizes(tokens=64, seconds=0.1, windows=4, questions=24)
     return Sizes(seconds=0.4 if _device() == "cuda" else 1.5)
 
 
@@ -287,48 +284,53 @@ def batches_for() -> tuple[int, ...]:
     return (1, 8, 32) if _device() == "cuda" else (1, 8)
 
 
-def _timed(call: Callable[[], object], seconds: float, device: str, clock: str | None = None):
-    """Time ``call`` for about ``seconds``: (measure.Timing, joules a call or None, where the joules come from).
+SLOW_S = 2.0  # a call that takes longer is timed twice only
 
-    ``clock``: where the time is read, by default the device; "cpu" for a library that waits for its own work.  Calls
-    of more than two seconds are timed twice only.
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    """Wall-clock seconds of one call, after one to warm up."""
+    call()
+    measure.synchronize(device)
+    began = time.perf_counter()
+    call()
+    measure.synchronize(device)
+    return max(time.perf_counter() - began, 1e-6)
+
+
+def _phase(name: str, call, tokens: int, seconds: float, device: str, clock: str | None = None,
+           one: float | None = None) -> dict:  # fmt: skip
+    """Columns of one phase: ``call`` handles ``tokens`` tokens and is repeated for about ``seconds``.
+
+    ``device`` is where energy is read, ``clock`` where time is: "cpu" for a library that waits for its own work.
+    ``one``: seconds a call takes, where that is known and the call is warm.  ``_low`` and ``_high`` are tokens a second
+    at the 90th and the 10th percentile of the times.
     """
     from . import energy
 
     clock = clock or device
-    call()
-    measure.synchronize(clock)
-    began = time.perf_counter()
-    call()
-    measure.synchronize(clock)
-    one = max(time.perf_counter() - began, 1e-6)
-    repeats = 2 if one > 2 else max(5, min(5000, round(seconds / one)))
+    one = _seconds(call, clock) if one is None else one
+    repeats = 2 if one > SLOW_S else max(5, min(5000, round(seconds / one)))
     with energy.track_energy(device) as used:
         timing = measure.time_ms(call, warmup=0, repeats=repeats, device=clock)
-    joules = used.joules / repeats if used.joules is not None and math.isfinite(used.joules) else None
-    return timing, joules, used.source
-
-
-def _phase(name: str, call, tokens: int, seconds: float, device: str, clock: str | None = None) -> dict:
-    """Columns of one phase; ``_low`` and ``_high`` are tokens a second at the 90th and the 10th percentile of time."""
-    timing, joules, source = _timed(call, seconds, device, clock)
-    column, energy = f"{name}_tokens_per_s", f"joules_per_{name}_token"
+    column, joules = f"{name}_tokens_per_s", f"joules_per_{name}_token"
     row = {column: timing.per_second(tokens), f"{column}_low": 1000 * tokens / timing.p90,
-           f"{column}_high": 1000 * tokens / timing.p10, "energy_source": source}  # fmt: skip
-    if joules is None:
+           f"{column}_high": 1000 * tokens / timing.p10, "energy_source": used.source}  # fmt: skip
+    if not math.isfinite(used.joules):
         return row
-    if source.startswith("NVML"):  # the counter moves in steps: so much of the window may be missing or too much
-        off = COUNTER_STEP_S * 1000 / (timing.median_ms * timing.n)
-        low, high = joules * (1 - off), joules * (1 + off)
+    per_token = used.joules / repeats / tokens
+    if used.source.startswith("NVML"):  # the counter moves in steps: so much of the window may be missing or too much
+        off = COUNTER_STEP_S / used.seconds
+        low, high = per_token * (1 - off), per_token * (1 + off)
     else:  # it follows the time
-        low, high = (joules * ms / timing.median_ms for ms in (timing.p10, timing.p90))
-    return row | {energy: joules / tokens, f"{energy}_low": low / tokens, f"{energy}_high": high / tokens}
+        low, high = (per_token * ms / timing.median_ms for ms in (timing.p10, timing.p90))
+    return row | {joules: per_token, f"{joules}_low": low, f"{joules}_high": high}
 
 
 def _compile_products(model) -> None:
     """torch.compile for the layers' products: one graph serves all layers, so it takes seconds and not minutes."""
     import torch
 
+    torch._dynamo.config.recompile_limit = 64  # beyond the limit (8: a few shapes) it would stay eager without a word
     for layer in model.model.layers:
         for parent in (layer.self_attn, layer.mlp):
             for child in parent.children():
@@ -348,95 +350,25 @@ def pytorch_speed(model, batch: int, sizes: Sizes, phases=("prefill", "decode"))
     from .fp8_models import FixedCache, llama_logits
 
     device, vocab = model.device.type, model.config.vocab_size
-    row = {"prefill_tokens": sizes.prefill, "decode_context": sizes.context,
+    row = {"prefill_tokens": sizes.tokens, "decode_context": sizes.tokens,
            "threads": torch.get_num_threads() if device == "cpu" else None}  # fmt: skip
 
-    def ready(call):
-        if device == "cpu":
-            return call
-        call()
-        measure.synchronize(device)
-        began = time.perf_counter()
-        call()
-        measure.synchronize(device)
-        return call if time.perf_counter() - began > 2 else _captured(call)[0]
+    def measured_phase(name, call, tokens):
+        one = _seconds(call, device)
+        if device == "cuda" and one <= SLOW_S:
+            call, one = _captured(call)[0], None
+        return _phase(name, call, tokens, sizes.seconds, device, one=one)
 
     torch.manual_seed(0)
     with torch.no_grad():
         if "prefill" in phases:
-            ids = torch.randint(0, vocab, (batch, sizes.prefill), device=device)
-            call = ready(lambda: llama_logits(model, ids, last_only=True))
-            row |= _phase("prefill", call, ids.numel(), sizes.seconds, device)
+            ids = torch.randint(0, vocab, (batch, sizes.tokens), device=device)
+            row |= measured_phase("prefill", lambda: llama_logits(model, ids, last_only=True), ids.numel())
         if "decode" in phases:
-            cache = FixedCache(model.config, batch, sizes.context, device, model.model.norm.weight.dtype)
+            cache = FixedCache(model.config, batch, sizes.tokens, device, model.model.norm.weight.dtype)
             token = torch.randint(0, vocab, (batch, 1), device=device)
-            call = ready(lambda: llama_logits(model, token, cache))
-            row |= _phase("decode", call, batch, sizes.seconds, device)
+            row |= measured_phase("decode", lambda: llama_logits(model, token, cache), batch)
     return row
-
-
-class LlamaBatch:
-    """A GGUF file in llama.cpp with room for ``batch`` sequences, as people run it (F16 cache, flash attention).
-
-    :meth:`prefill` reads ``prefill`` random tokens into each sequence; :meth:`fill` brings each to ``context`` tokens;
-    :meth:`decode` computes one more token of each and forgets it, so that every step sees a cache of the same length.
-    """
-
-    def __init__(self, path, batch: int, prefill: int, context: int, threads: int | None = None):
-        from . import llamacpp
-
-        length = -(-(max(prefill, context) + 8) // 256) * 256  # llama.cpp rounds a sequence's room up to that, too
-
-        class Several(llamacpp.Model):
-            def _context_params(self, threads, exact):
-                params = super()._context_params(threads, exact)
-                params.n_ctx, params.n_seq_max = batch * length, batch
-                params.n_batch, params.n_ubatch = 2048, 512  # llama.cpp's own defaults
-                return params
-
-        self.batch, self.n_prefill, self.n_context = batch, prefill, context
-        self.model = Several(path, ctx=length, threads=threads, exact=False)
-        self.lib = lib = self.model.lib
-        self.ids = np.random.default_rng(0).integers(0, self.model.n_vocab, (batch, length), dtype=np.int32)
-        self._memory = lib.llama_get_memory(self.model._ctx)
-        self._room = max(2048, batch)
-        self._batch = lib.llama_batch_init(self._room, 0, 1)
-
-    def _run(self, entries) -> None:
-        """entries: (token, position, sequence, whether its logits are wanted)."""
-        entry = self._batch
-        for start in range(0, len(entries), self._room):
-            part = entries[start : start + self._room]
-            entry.n_tokens = len(part)
-            for i, (token, position, sequence, wanted) in enumerate(part):
-                entry.token[i], entry.pos[i], entry.n_seq_id[i], entry.seq_id[i][0] = token, position, 1, sequence
-                entry.logits[i] = wanted
-            if status := self.lib.llama_decode(self.model._ctx, entry):
-                raise QtutorError(f"llama.cpp could not run this batch (status {status}): take a smaller one.")
-        self.lib.llama_synchronize(self.model._ctx)
-
-    def _read(self, tokens: int) -> None:
-        self.lib.llama_memory_clear(self._memory, False)
-        ids = self.ids[:, :tokens].tolist()
-        self._run([(token, at, s, at == tokens - 1) for s, row in enumerate(ids) for at, token in enumerate(row)])
-
-    def prefill(self) -> None:
-        self._read(self.n_prefill)
-
-    def fill(self) -> None:
-        self._read(self.n_context)
-
-    def decode(self) -> None:
-        self._run([(int(self.ids[s, 0]), self.n_context, s, True) for s in range(self.batch)])
-        for s in range(self.batch):
-            self.lib.llama_memory_seq_rm(self._memory, s, self.n_context, -1)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.lib.llama_batch_free(self._batch)
-        self.model.close()
 
 
 def _used_gib() -> float:
@@ -452,15 +384,24 @@ def llama_speed(path, batch: int, sizes: Sizes, threads: int | None = None) -> d
     device = _device()
     _free()
     before = _used_gib() if device == "cuda" else 0.0
-    row = {"prefill_tokens": sizes.prefill, "decode_context": sizes.context}
-    with LlamaBatch(path, batch, sizes.prefill, sizes.context, threads) as llama:
-        # llama.cpp waits for its own work, which CUDA events of PyTorch's stream would not see: a wall clock
-        row |= _phase("prefill", llama.prefill, batch * sizes.prefill, sizes.seconds, device, clock="cpu")
-        llama.fill()
-        row |= _phase("decode", llama.decode, batch, sizes.seconds, device, clock="cpu")
+    with measure.Generation(path, sizes.tokens, 8, batch, threads=threads) as llama:
+
+        def decode():  # always the first token after the prompt: every step sees a cache of the same length
+            llama.rewind()
+            llama.step()
+
+        row = {"prefill_tokens": sizes.tokens, "decode_context": sizes.tokens}
+        row |= _phase("prefill", llama.prefill, batch * sizes.tokens, sizes.seconds, llama.power, clock="cpu")
+        row |= _phase("decode", decode, batch, sizes.seconds, llama.power, clock="cpu")
         row["peak_gib"] = _used_gib() - before if device == "cuda" else None
-        row["threads"] = llama.model.threads_prompt if device == "cpu" else None
+        row["threads"] = _threads(threads) if device == "cpu" else None
     return row
+
+
+def _threads(threads: int | None) -> int:
+    from . import llamacpp
+
+    return threads or llamacpp.n_threads()
 
 
 def _child_peaks(technique: Technique, batches, sizes: Sizes, path=None) -> dict[int, float]:
@@ -469,7 +410,7 @@ def _child_peaks(technique: Technique, batches, sizes: Sizes, path=None) -> dict
     A process of its own, since what this one has freed is not given back to the system at once.
     """
     code = "import sys; from qtutor import tradeoff; tradeoff._print_peaks(*sys.argv[1:])"
-    argv = [technique.name, json.dumps(list(batches)), json.dumps([sizes.prefill, sizes.context]), str(path or "")]
+    argv = [technique.name, json.dumps(list(batches)), str(sizes.tokens), str(path or "")]
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=results.ROOT, capture_output=True, text=True,
                           timeout=300, check=False)  # fmt: skip
     try:
@@ -485,8 +426,7 @@ def _print_peaks(name: str, batches: str, sizes: str, path: str) -> None:
 
     from . import course_model, llamacpp
 
-    technique, (prefill, context), peaks = TECHNIQUES[name], json.loads(sizes), {}
-    sizes = Sizes(prefill, context, seconds=0)
+    technique, sizes, peaks = TECHNIQUES[name], Sizes(int(sizes), seconds=0), {}
     if path:
         llamacpp._native()
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import gguf
 import matplotlib.pyplot as plt
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from qtutor import QtutorError, course_model, llamacpp, pareto, results, tradeoff
+from qtutor import QtutorError, course_model, energy, llamacpp, pareto, results, tradeoff
 from qtutor.tradeoff import Sizes
 
-TINY = Sizes(prefill=16, context=24, seconds=0.02, windows=0, questions=0)
+TINY = Sizes(tokens=16, seconds=0.02, windows=0, questions=0)
 llama_cpp = pytest.mark.skipif(not llamacpp.available()[0], reason="llama-cpp-python does not load")
 
 
@@ -36,7 +37,7 @@ def test_rows_have_the_schema(name, files):
         assert row["technique"] == name and row["shape"] == "course" and row["not_run"] is None
         for column in ("prefill_tokens_per_s", "decode_tokens_per_s", "joules_per_decode_token"):
             assert 0 < row[f"{column}_low"] <= row[column] <= row[f"{column}_high"] or "joules" in column
-        assert row["prefill_tokens"] == 16 and row["decode_context"] == 24
+        assert row["prefill_tokens"] == row["decode_context"] == 16
         assert row["ppl"] is None and row["accuracy"] is None  # nothing to compare with was given
     results.validate({"name": "tradeoff", "created": "2026-01-01T00:00:00+00:00", "commit": "", "profile": "quick",
                       "machine": {"device": "CPU"}, "versions": {"torch": "2"}, "rows": rows})  # fmt: skip
@@ -75,26 +76,51 @@ def test_size_of_a_gguf_is_its_tensors(files):
     assert row["bits_per_weight"] == pytest.approx(8 * size / weights)
 
 
-@llama_cpp
-def test_every_sequence_of_a_batch_is_computed(files):
-    """Logits of the step that is timed equal those of each sequence alone; and a step leaves no trace."""
-    path = files.path(tradeoff.TECHNIQUES["GGUF F16"], "course")
-    with tradeoff.LlamaBatch(path, 3, prefill=8, context=20) as batch, llamacpp.Model(path, 64, exact=False) as alone:
-        batch.prefill()
-        batch.fill()
-        batch.decode()
-        batch.decode()
-        for s in range(3):
-            pointer = batch.lib.llama_get_logits_ith(batch.model._ctx, s)
-            got = np.ctypeslib.as_array(pointer, (alone.n_vocab,)).copy()
-            expected = alone.logits([*batch.ids[s, :20], batch.ids[s, 0]])[-1]
-            assert np.abs(got - expected).max() < 0.05 < np.abs(expected).max()
-
-
-def test_pytorch_step_reads_a_cache_of_the_given_length():
+def test_pytorch_step_alone():
     model = tradeoff.build(tradeoff.TECHNIQUES["FP32"], device="cpu")
     row = tradeoff.pytorch_speed(model, 2, TINY, phases=("decode",))
-    assert row["decode_context"] == 24 and "prefill_tokens_per_s" not in row
+    assert row["decode_context"] == 16 and "prefill_tokens_per_s" not in row
+
+
+def test_slow_calls_are_not_repeated_for_long(monkeypatch):
+    monkeypatch.setattr(tradeoff, "SLOW_S", 0.005)
+    calls = []
+
+    def slow():
+        calls.append(1)
+        time.sleep(0.01)
+
+    row = tradeoff._phase("decode", slow, 5, seconds=10, device="cpu")
+    assert len(calls) == 4 and 0 < row["decode_tokens_per_s"] < 500
+
+
+def test_energy_follows_the_counter(monkeypatch):
+    """Joules from a counter that moves in steps of 0.1 s come with that much doubt."""
+
+    class Meter:
+        source = "NVML energy counter"
+
+        def start(self):
+            pass
+
+        def stop(self):
+            return 30.0
+
+    monkeypatch.setattr(energy, "_meter", lambda device: Meter())
+    row = tradeoff._phase("decode", lambda: time.sleep(0.005), 2, seconds=0.2, device="cpu")
+    assert row["energy_source"] == Meter.source
+    assert row["joules_per_decode_token_low"] < row["joules_per_decode_token"] < row["joules_per_decode_token_high"]
+    middle = (row["joules_per_decode_token_low"] + row["joules_per_decode_token_high"]) / 2
+    assert middle == pytest.approx(row["joules_per_decode_token"])
+
+
+def test_compiled_products_compute_the_same(monkeypatch):
+    """Without the compiler: what is compiled are the seven products of each layer, one by one."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Linear, "compile", lambda self, **how: compiled.append(how))
+    model = tradeoff.build(tradeoff.TECHNIQUES["BF16"], device="cpu")
+    tradeoff._compile_products(model)
+    assert len(compiled) == 7 * len(model.model.layers) and compiled[0] == {"dynamic": False}
 
 
 def test_a_failure_is_a_row_and_the_rest_goes_on(monkeypatch):
