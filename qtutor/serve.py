@@ -118,8 +118,9 @@ class Server:
                 break
         lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it gave no reason"]
         last = " ".join(lines[-1].split())[:160].rstrip(".")
-        raise QtutorError(f"The server did not start within {self.timeout:g} s ({last}): run "
-                          f"'python -m llama_cpp.server --model {self.path.name}' in a terminal to see why.")  # fmt: skip
+        command = f"python -m llama_cpp.server --model {self.path.name}"
+        raise QtutorError(f"The server did not start within {self.timeout:g} s ({last}): run '{command}' in a "
+                          "terminal to see why.")  # fmt: skip
 
     def _answers(self) -> bool:
         """Wait for the first answer; False where the process ends or the time is up."""
@@ -180,20 +181,23 @@ def parting(text: str, reference: str) -> int:
 
 
 def table(said: dict[str, str]) -> str:
-    """HTML of the answers, one row a model: what the first model said as well in grey, the rest in black."""
+    """HTML of the answers, one row a model: what the first model said as well in grey, the rest in black.
+
+    Line breaks are shown as an arrow, so that an answer keeps to its row.
+    """
     reference = next(iter(said.values()), "")
-    rows = []
+    rows, cell = [], "text-align:left; vertical-align:top; line-height:1.4; padding:0.2em 0.6em"
     for number, (name, text) in enumerate(said.items()):
         at = len(text) if number == 0 else parting(text, reference)
-        same, own = (html.escape(part).replace("\n", "<br>") for part in (text[:at], text[at:]))
-        note = "the original" if number == 0 else "word for word" if text == reference else f"{at} characters"
-        rows.append(f"<tr><th style='text-align:left; vertical-align:top; white-space:nowrap'>{html.escape(name)}</th>"
-                    f"<td style='text-align:left; vertical-align:top; white-space:nowrap'>{note}</td>"
-                    f"<td style='text-align:left; font-family:monospace'><span style='color:#767676'>{same}</span>"
-                    f"<b>{own}</b></td></tr>")  # fmt: skip
-    head = "<tr><th style='text-align:left'>type</th><th style='text-align:left'>same for</th>" \
-           "<th style='text-align:left'>answer (bold: where it parts from the original)</th></tr>"
-    return f"<table class='qtutor-answers'><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+        same, own = (html.escape(part).replace("\n", "↵ ") for part in (text[:at], text[at:]))
+        note = "the original" if number == 0 else "word for word" if text == reference else \
+            f"{at} character{'s' * (at != 1)}"
+        rows.append(f"<tr><th style='{cell}; white-space:nowrap'>{html.escape(name)}</th>"
+                    f"<td style='{cell}; white-space:nowrap'>{note}</td><td style='{cell}; font-family:monospace'>"
+                    f"<span style='color:#767676'>{same}</span><b>{own}</b></td></tr>")  # fmt: skip
+    titles = ("type", "same for", "answer (bold: from where it parts from the original)")
+    head = "".join(f"<th style='{cell}'>{title}</th>" for title in titles)
+    return f"<table class='qtutor-answers'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def explorer(models: dict, prompts, max_tokens: int = 24):
@@ -211,7 +215,7 @@ def explorer(models: dict, prompts, max_tokens: int = 24):
                                  continuous_update=False, layout=wide)  # fmt: skip
     length = ipywidgets.IntSlider(max_tokens, 4, 64, 4, description="tokens", continuous_update=False)
     warmth = ipywidgets.FloatSlider(value=0, min=0, max=1.5, step=0.1, description="temperature",
-                                    continuous_update=False)  # fmt: skip
+                                    continuous_update=False, style={"description_width": "initial"})  # fmt: skip
     seed = ipywidgets.BoundedIntText(0, 0, 999, description="seed", layout=ipywidgets.Layout(width="160px"))
     shown = ipywidgets.HTML()
 
