@@ -71,11 +71,17 @@ QUICK = FULL | {"prompt": 128, "generate": 24, "repeats": 3, "least_s": 0.0, "ct
 def _ggml():
     """libggml's quantizer, with argument types: ctypes would guess wrong ones."""
     llamacpp._native()
-    from llama_cpp import _ggml, llama_cpp
+    from llama_cpp import llama_cpp
 
     # libllama links libggml, and on most systems its handle finds the functions there: the build that computes, too
-    lib = next((lib for lib in (getattr(llama_cpp, "_lib", None), getattr(_ggml, "libggml", None))
-                if hasattr(lib, "ggml_quantize_chunk")), None)  # fmt: skip
+    lib = getattr(llama_cpp, "_lib", None)
+    if not hasattr(lib, "ggml_quantize_chunk"):
+        try:  # where LLAMA_CPP_LIB_PATH names another folder there may be no libggml beside the bindings
+            from llama_cpp import _ggml
+
+            lib = _ggml.libggml if hasattr(_ggml.libggml, "ggml_quantize_chunk") else None
+        except (ImportError, AttributeError, OSError):  # FileNotFoundError among them
+            lib = None
     if lib is None:
         raise QtutorError("This llama-cpp-python does not export ggml_quantize_chunk: install 0.3.36 or later.")
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
