@@ -283,3 +283,41 @@ def test_same_numbers_as_llama_perplexity(ggufs):
     assert c.kld_p999 == pytest.approx(printed("99.9%   KLD")[0], rel=2e-3)
     assert c.kld_median == pytest.approx(printed("Median  KLD")[0], rel=2e-3)
     assert 100 * c.ppl_correlation == pytest.approx(printed("Cor(ln(PPL(Q)), ln(PPL(base)))")[0], abs=0.02)
+
+
+@pytest.mark.skipif(not llamacpp.available()[0], reason="llama-cpp-python does not load")
+def test_same_numbers_as_llama_perplexity_as_people_run_it(tmp_path):
+    """The course model in windows of 512, with the F16 cache and fused attention, one thread: as notebook 08 measures.
+
+    Perplexity of the F32 file, then KLD of Q4_0 and of Q3_K_M, each to three digits.
+    """
+    try:
+        program = llamacpp.tool("llama-perplexity")
+    except QtutorError as error:
+        pytest.skip(str(error))
+    from qtutor import corpus, gguf_export
+
+    model, tokenizer = course_model.load(), course_model.load_tokenizer()
+    base = gguf_export.export(model, tmp_path / "f32.gguf", tokenizer=tokenizer)
+    text = tmp_path / "text.txt"
+    text.write_text(corpus.eval_text()[:14_000], encoding="utf-8", newline="")
+    common = ("-f", text, "-c", 512, "-b", 512, "-t", 1, "-tb", 1, "-ngl", 0, "-fa", "on")
+    keep = ("--kl-divergence-base", tmp_path / "logits.kld")
+    said = _run(r"PPL = .+\n", program, "-m", base, *common, *keep)
+    ppl, se = map(float, re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", said).groups())
+    how = dict(ctx=512, second_half_only=True)
+    with llamacpp.Model(base, ctx=512, threads=1, exact=False) as one:
+        tokens, bos = one.tokenize(text.read_text(encoding="utf-8")), evaluate.bos_of(one)
+        kept = evaluate.logits_of(one, tokens, bos=bos, **how)
+        mine = evaluate.perplexity(one, tokens, bos=bos, **how)
+    assert mine.n == len(tokens) // 512 * 255 and mine.n > 1000
+    assert (mine.value, mine.se) == (pytest.approx(ppl, rel=1e-3), pytest.approx(se, rel=1e-3))
+    for name in ("Q4_0", "Q3_K_M"):
+        quantized = llamacpp.quantize(base, tmp_path / f"{name}.gguf", name)
+        said = _run(r"\nSame top p: .+\n", program, "-m", quantized, *common, *keep, "--kl-divergence")
+        kld, kld_se = map(float, re.search(r"Mean +KLD: +([\d.]+) ± +([\d.]+)", said).groups())
+        top = float(re.search(r"Same top p: +([\d.]+)", said)[1])
+        with llamacpp.Model(quantized, ctx=512, threads=1, exact=False) as two:
+            c = evaluate.compare_models(kept, two, tokens, bos=bos, **how)
+        assert (c.kld_mean, c.kld_se) == (pytest.approx(kld, rel=1e-3), pytest.approx(kld_se, rel=5e-3)), name
+        assert 100 * c.same_top == pytest.approx(top, abs=0.3)

@@ -103,6 +103,10 @@ def test_same_tensors_as_llama_quantize_with_an_importance_matrix(f32, tmp_path,
     matrix = write_imatrix(tmp_path / "imatrix.gguf", importance)  # counts are powers of two: exact
     run(llamacpp.tool("llama-quantize"), "--imatrix", matrix, f32, tmp_path / "theirs.gguf", name, 1)
     assert tensor_bytes(ours) == tensor_bytes(tmp_path / "theirs.gguf")
+    # the program also notes which file the matrix came from; ours comes from none
+    theirs = llamacpp.check_gguf(tmp_path / "theirs.gguf").metadata
+    noted = {key: value for key, value in theirs.items() if not key.startswith("quantize.imatrix.")}
+    assert llamacpp.check_gguf(ours).metadata == noted and len(theirs) > len(noted)
 
 
 @needs_quantize
