@@ -324,6 +324,9 @@ def bandwidth(device: str | None = None, gib: float | None = None) -> dict:
         return nbytes / min(times[3:]) / 1e9
 
     found = {"copy_gb_per_s": best(lambda: b.copy_(a), 8 * n), "read_gb_per_s": best(lambda: a.sum(), 4 * n)}
+    if gpu:  # PyTorch would keep it, and the model could not have it
+        del a, b
+        torch.cuda.empty_cache()
     return found | {"bandwidth_gb_per_s": max(found.values())}
 
 
