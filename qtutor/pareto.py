@@ -269,7 +269,7 @@ def draw(ax, rows, x: str, y: str, labels: bool = True) -> list[dict]:
     for scale, ticks, a, values in ((ax.set_xscale, ax.xaxis, across, xs), (ax.set_yscale, ax.yaxis, up, ys)):
         if a.log and (values > 0).all():
             scale("log")
-            _plain(ticks, values.max() / values.min())
+            plain_ticks(ticks, values.max() / values.min())
         elif a.log:  # the reference itself: a divergence of exactly zero
             scale("symlog", linthresh=max(1e-6, values[values > 0].min() / 2) if (values > 0).any() else 1)
     for row, *place in zip(found, xs, x_low, x_high, ys, y_low, y_high, strict=True):
@@ -285,7 +285,7 @@ def draw(ax, rows, x: str, y: str, labels: bool = True) -> list[dict]:
     return found
 
 
-def _plain(ticks, span: float) -> None:
+def plain_ticks(ticks, span: float) -> None:
     """Ticks of a logarithmic axis as people write numbers, at 1, 2 and 5 where it spans less than two decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

@@ -50,6 +50,7 @@ SPEED = ("prefill_tokens", "decode_context", "prefill_tokens_per_s", "prefill_to
 COLUMNS = ("shape", "technique", "family", "runtime", "trained", "batch", "bits_per_weight", "size_mb", *QUALITY,
            *SPEED, "not_run")  # fmt: skip
 COUNTER_STEP_S = 0.1  # NVML's energy counter is brought up to date every 20 to 100 ms, by model
+LEAST_FOR_ENERGY_S = 0.6  # a shorter window says too little: no joules then
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,8 @@ def _device() -> str:
 def _free() -> None:
     gc.collect()
     if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+        # cuBLAS keeps a work space for each stream, which would count as the next model's memory
+        getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
         torch.cuda.empty_cache()
 
 
@@ -273,7 +276,7 @@ def sizes_for(shape: str = "course", full: bool | None = None) -> Sizes:
     """The sizes of a recording: ``full`` or quick ones, by default those of the profile in force."""
     full = pick(quick=False, full=True) if full is None else full
     if shape != "course":
-        return Sizes(seconds=0.8, windows=0, questions=0)
+        return Sizes(seconds=1.0, windows=0, questions=0)
     if not full:
         return Sizes(tokens=64, seconds=0.1, windows=4, questions=24)
     return Sizes(seconds=0.4 if _device() == "cuda" else 1.5)
@@ -288,13 +291,18 @@ SLOW_S = 2.0  # a call that takes longer is timed twice only
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
-    """Wall-clock seconds of one call, after one to warm up."""
+    """Wall-clock seconds of one call, after one to warm up: the best of three, or of one where that takes long."""
     call()
     measure.synchronize(device)
-    began = time.perf_counter()
-    call()
-    measure.synchronize(device)
-    return max(time.perf_counter() - began, 1e-6)
+    best = math.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        call()
+        measure.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+        if best > 0.3:
+            break
+    return max(best, 1e-6)
 
 
 def _phase(name: str, call, tokens: int, seconds: float, device: str, clock: str | None = None,
@@ -315,10 +323,11 @@ def _phase(name: str, call, tokens: int, seconds: float, device: str, clock: str
     column, joules = f"{name}_tokens_per_s", f"joules_per_{name}_token"
     row = {column: timing.per_second(tokens), f"{column}_low": 1000 * tokens / timing.p90,
            f"{column}_high": 1000 * tokens / timing.p10, "energy_source": used.source}  # fmt: skip
-    if not math.isfinite(used.joules):
+    counted = used.source.startswith("NVML")  # its counter moves in steps
+    if not math.isfinite(used.joules) or (counted and used.seconds < LEAST_FOR_ENERGY_S):
         return row
     per_token = used.joules / repeats / tokens
-    if used.source.startswith("NVML"):  # the counter moves in steps: so much of the window may be missing or too much
+    if counted:  # so much of the window may be missing or too much
         off = COUNTER_STEP_S / used.seconds
         low, high = per_token * (1 - off), per_token * (1 + off)
     else:  # it follows the time

@@ -91,7 +91,7 @@ def test_slow_calls_are_not_repeated_for_long(monkeypatch):
         time.sleep(0.01)
 
     row = tradeoff._phase("decode", slow, 5, seconds=10, device="cpu")
-    assert len(calls) == 4 and 0 < row["decode_tokens_per_s"] < 500
+    assert len(calls) <= 6 and 0 < row["decode_tokens_per_s"] < 500
 
 
 def test_energy_follows_the_counter(monkeypatch):
@@ -107,11 +107,13 @@ def test_energy_follows_the_counter(monkeypatch):
             return 30.0
 
     monkeypatch.setattr(energy, "_meter", lambda device: Meter())
-    row = tradeoff._phase("decode", lambda: time.sleep(0.005), 2, seconds=0.2, device="cpu")
+    row = tradeoff._phase("decode", lambda: time.sleep(0.02), 2, seconds=0.7, device="cpu")
     assert row["energy_source"] == Meter.source
     assert row["joules_per_decode_token_low"] < row["joules_per_decode_token"] < row["joules_per_decode_token_high"]
     middle = (row["joules_per_decode_token_low"] + row["joules_per_decode_token_high"]) / 2
     assert middle == pytest.approx(row["joules_per_decode_token"])
+    short = tradeoff._phase("decode", lambda: time.sleep(0.005), 2, seconds=0.1, device="cpu")
+    assert "joules_per_decode_token" not in short  # a window of one step says nothing
 
 
 def test_compiled_products_compute_the_same(monkeypatch):
