@@ -231,7 +231,9 @@ def batch_picture(rows, device: str = ""):
     fig, axes = plots.figure(9 if energy else 6.5, 3.6, ncols=2 if energy else 1, squeeze=False)
     speed = axes[0][0]
     counts = sorted({row["batch"] for row in batches})
-    for number, name in enumerate(dict.fromkeys(row["type"] for row in batches)):
+    size = {row["type"]: row["weights_gib"] for row in _of_kind(rows, "model")}
+    names = sorted(dict.fromkeys(row["type"] for row in batches), key=lambda name: -size.get(name, 0))
+    for number, name in enumerate(names):
         mine = sorted((row for row in batches if row["type"] == name), key=lambda row: row["batch"])
         look = {"marker": _MARKERS[number % 6], "color": plots.PALETTE[number % 8], "label": name}
         speed.plot([row["batch"] for row in mine], [row["generate_tokens_per_s"] for row in mine], **look)
