@@ -683,7 +683,7 @@ def _resumable(directory) -> list[dict]:
     old = results.load("tradeoff", where, directory)
     fresh = datetime.now(UTC) - datetime.fromisoformat(old.created) < timedelta(hours=RESUME_HOURS)
     same = old.commit == results._commit() and old.versions == results._versions()
-    return measured(old.rows) if fresh and same and old.device == measure.machine()["device"] else []
+    return old.rows if fresh and same and old.device == measure.machine()["device"] else []
 
 
 def record(shapes=None, techniques=None, batches=None, full: bool = True, resume: bool = True, directory=None,
@@ -713,7 +713,7 @@ def record(shapes=None, techniques=None, batches=None, full: bool = True, resume
     files = Files(folder)
     try:
         for shape in shapes:
-            done = set() if techniques else {row["technique"] for row in kept if row["shape"] == shape}
+            done = set() if techniques else {row["technique"] for row in measured(kept) if row["shape"] == shape}
             rows(techniques, shape, batches, sizes or sizes_for(shape, full), files=files, memory=full,
                  progress=progress, skip=done, budget_s=budget_s, each=save)  # fmt: skip
     finally:

@@ -182,6 +182,11 @@ def test_record_saves_each_technique_and_resumes(tmp_path, monkeypatch):
     assert len(calls) == 5 and len(results.load("tradeoff", folder, tmp_path).rows) == 6
     tradeoff.record(resume=False, **how)
     assert len(calls) == 8
+    tradeoff.record(**how | {"budget_s": -1, "techniques": ["BF16"]})  # what did not run is said, and tried again
+    saved = results.load("tradeoff", folder, tmp_path).rows
+    assert list(tradeoff.left_out(saved)) == ["BF16 (course)"] and len(tradeoff.measured(saved)) == 4
+    tradeoff.record(**how)
+    assert calls[8:] == ["BF16"] and len(results.load("tradeoff", folder, tmp_path).rows) == 6
 
 
 # ----------------------------------------------------------------------------------------------------------- Pareto
