@@ -289,6 +289,7 @@ def picture(rows, title: str = "Every type: quality against size", ax=None, name
 
 
 def main(argv=None) -> None:
+    """``python -m qtutor.gguf_quality``: record the table and print where it went."""
     parser = argparse.ArgumentParser(prog="python -m qtutor.gguf_quality", description=__doc__.split("\n")[0])
     parser.add_argument("--windows", type=int, help="windows of evaluation text (default: all)")
     parser.add_argument("--threads", type=int, help="threads (default: the physical cores)")
