@@ -49,6 +49,7 @@ class Need:
     gpu, fp8:     a CUDA GPU? with FP8 units?
     usd_per_hour, max_usd_per_million: price of the machine, and the most that a million tokens may cost
     tokens_per_step: tokens in a training step, for "train"
+    keep_free_gib: memory to leave free, in GiB: for one more user, or a longer prompt
     prefer:       what decides among those that will do: "balanced" (the rules' points, then quality), or "quality",
                   "speed" or "memory" alone
     """
@@ -72,6 +73,7 @@ class Need:
     max_usd_per_million: float = math.inf
     tokens_per_step: int = 16384
     prefer: str = "balanced"
+    keep_free_gib: float = 0.0
     reserve_gib: float = 1.5  # buffers, and what a driver takes (for GGUF on a GPU: as capacity plans it)
 
     def __post_init__(self):
@@ -83,7 +85,7 @@ class Need:
         for name in ("context", "users", "tokens_per_step"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise QtutorError(f"{name} must be a whole number from 1 on, and is {getattr(self, name)!r}.")
-        for name in ("tokens_per_s", "max_usd_per_million", "reserve_gib"):
+        for name in ("tokens_per_s", "max_usd_per_million", "keep_free_gib", "reserve_gib"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or math.isnan(value) or value < 0:
                 raise QtutorError(f"{name} must be a number that is not negative, and is {value!r}.")
@@ -265,8 +267,9 @@ def _serve(option: Option, need: Need, machine: Machine, directory) -> None:
         option.memory_gib = fit.total_gib
     else:
         option.memory_gib = (total + cache) / GIB + need.reserve_gib
-    if option.memory_gib > machine.memory_gib:
-        block["memory"] = f"it needs {option.memory_gib:.1f} GiB and there are {machine.memory_gib:.1f}"
+    if option.memory_gib > machine.memory_gib - need.keep_free_gib:
+        free = f", of which {need.keep_free_gib:g} are to stay free" if need.keep_free_gib else ""
+        block["memory"] = f"it needs {option.memory_gib:.1f} GiB and there are {machine.memory_gib:.1f}{free}"
     share = _share(technique, need.users, directory) if machine.gpu else None
     ceiling = machine.bandwidth_gb_per_s * 1e9 / (read + cache)
     option.tokens_per_s, option.at_most = ceiling * (share or 1), share is None
@@ -353,7 +356,7 @@ class Decision:
         need, machine = self.need, self.machine
         if name == "memory":
             token = _shape(need.model)["kv_bytes"]
-            over = option.memory_gib - machine.memory_gib
+            over = option.memory_gib - (machine.memory_gib - need.keep_free_gib)
             tokens = need.users * need.context - int(over * GIB / token) - 1
             cut = f", or keep all users' contexts within {tokens:,} tokens together" if tokens >= 256 else ""
             return f"find {over:.1f} GiB more{cut}"
@@ -398,7 +401,7 @@ def _distance(option: Option, need: Need, machine: Machine) -> tuple[int, float]
     """How far from what is needed: how many requirements are missed, and by which factor all in all."""
     factor = 1.0
     if "memory" in option.blockers:
-        factor *= option.memory_gib / machine.memory_gib
+        factor *= option.memory_gib / max(machine.memory_gib - need.keep_free_gib, 1e-9)
     if "speed" in option.blockers:
         factor *= need.tokens_per_s / option.tokens_per_s
     if "price" in option.blockers:
@@ -521,6 +524,8 @@ def explorer(**start):
         "machine": choice("machine", list(capacity.GPUS), need.machine),
         "users": choice("users at once", [1, 2, 4, 8, 16, 32, 64], need.users),
         "context": choice("context, tokens", [512, 1024, 2048, 4096, 8192, 16384, 32768], need.context),
+        "keep_free_gib": choice("keep free, GiB", sorted({0.0, 1.0, 2.0, 4.0, 8.0, need.keep_free_gib}),
+                                need.keep_free_gib),
         "tokens_per_s": w.BoundedFloatText(value=need.tokens_per_s, min=0, max=1000, step=1, style=wide, layout=narrow,
                                            description="tokens/s a user"),
         "max_loss": choice("perplexity lost", percent, need.max_loss),

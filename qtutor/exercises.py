@@ -1130,8 +1130,8 @@ def _break_even(answer):
         made, right = answer(training, before, after), _break_even_solution(training, before, after)
         assert made is not None, "The function returns nothing: is there a return?"
         assert abs(made - right) < 1e-9 * max(1.0, right), (
-            f"Each million tokens saves {before - after:.2f} USD, so {training:.0f} USD take {right:.1f} million; yours "
-            f"gives {made:.1f}.")
+            f"Each million tokens saves {before - after:.2f} USD, so {training:.0f} USD take {right:.1f} million; "
+            f"yours gives {made:.1f}.")
     for before, after in ((3.0, 3.0), (3.0, 5.4)):
         try:
             made = answer(100.0, before, after)

@@ -379,11 +379,16 @@ RULES = [
          "at 8 bits there is nothing to train back: rounding alone changes perplexity by {ptq - 1:+.2%} (W8A8)",
          {"ptq": cell("qat_recovery", "ratio", scheme="W8A8", arm="PTQ")}, "0.995 < ptq < 1.005"),
     # -- the 70B model on one GPU
-    Rule("q6_k_70b_runs_on_80_gb", ("GGUF Q6_K",), "task == 'serve' and weights > 60e9", 2,
-         "measured at Llama-2-70B's shape: {memory:.1f} GiB of GPU memory with 4,096 tokens of context, {speed:.1f} "
-         "tokens/s", {"memory": cell("llama70b", "gpu_used_gib", kind="model", type="Q6_K"),
-                      "speed": cell("llama70b", "generate_tokens_per_s", kind="model", type="Q6_K")},
-         "memory < 74 and speed > 5"),
+    *[Rule(f"{kind.lower()}_70b_runs_on_80_gb", (f"GGUF {kind}",), "task == 'serve' and weights > 60e9", 2,
+           "measured at Llama-2-70B's shape: {memory:.1f} GiB of GPU memory with 4,096 tokens of context, {speed:.1f} "
+           "tokens/s", {"memory": cell("llama70b", "gpu_used_gib", kind="model", type=kind),
+                        "speed": cell("llama70b", "generate_tokens_per_s", kind="model", type=kind)},
+           "memory < 74 and speed > 5") for kind in ("Q6_K", "Q8_0")],
+    Rule("q8_0_70b_is_faster", ("GGUF Q8_0",), "task == 'serve' and weights > 60e9", 1,
+         "measured at Llama-2-70B's shape: {q8 / q6:.2f} times the speed of Q6_K, whose weights take longer to unpack "
+         "than they save in reading", {"q8": cell("llama70b", "generate_tokens_per_s", kind="model", type="Q8_0"),
+                                       "q6": cell("llama70b", "generate_tokens_per_s", kind="model", type="Q6_K")},
+         "q8 / q6 > 1.02"),
     Rule("q4_k_m_70b_is_faster", ("GGUF Q4_K_M",), "task == 'serve' and weights > 60e9", 1,
          "measured at Llama-2-70B's shape: {q4 / q6:.2f} times the speed of Q6_K",
          {"q4": cell("llama70b", "generate_tokens_per_s", kind="model", type="Q4_K_M"),

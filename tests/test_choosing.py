@@ -16,7 +16,7 @@ from qtutor import QtutorError, capacity, choosing, energy, results, rules
 from qtutor.choosing import Need, decide
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAT = Need(model="Llama-2-70B", machine="H100 SXM", users=8, tokens_per_s=10, max_loss=0.005)
+CHAT = Need(model="Llama-2-70B", machine="H100 SXM", users=8, tokens_per_s=10, max_loss=0.005, keep_free_gib=2)
 LAPTOP = Need(model="Llama-3-8B", memory_gib=8, bandwidth_gb_per_s=60, tokens_per_s=8, max_loss=0.05)
 TRAIN = Need(task="train", model="Llama-2-70B", machine="H100 SXM", training="pretrain")
 
@@ -243,7 +243,7 @@ def test_what_is_impossible_says_what_to_relax_with_numbers(change, said):
 def test_relaxing_as_told_makes_it_possible():
     need = replace(CHAT, memory_gib=40.0)
     closest = decide(need).options[0]
-    enough = decide(replace(need, memory_gib=closest.memory_gib + 0.01, tokens_per_s=0.0, max_loss=math.inf))
+    enough = decide(replace(need, memory_gib=closest.memory_gib + need.keep_free_gib + 0.01, tokens_per_s=0.0, max_loss=math.inf))
     assert closest.technique.name in [o.technique.name for o in enough.options if o.fits]
 
 
@@ -303,6 +303,21 @@ def test_every_control_of_the_widget_redraws():
             assert shown.value != before, control.description
         control.value = start
         assert shown.value == before
+
+
+def test_memory_to_keep_free_counts_as_missing():
+    tight = decide(replace(CHAT, keep_free_gib=0))
+    q8 = {option.technique.name: option for option in tight.options}["GGUF Q8_0"]
+    spare = tight.machine.memory_gib - q8.memory_gib
+    assert q8.fits and 0 < spare < 2
+    blocked = {option.technique.name: option for option in decide(CHAT).options}["GGUF Q8_0"]
+    assert "stay free" in blocked.blockers["memory"]
+    with pytest.raises(QtutorError, match="keep_free_gib"):
+        replace(CHAT, keep_free_gib=-1)
+
+
+def test_few_users_get_eight_bits_where_they_were_measured_to_be_faster():
+    assert decide(replace(CHAT, users=1)).best.technique.name == "GGUF Q8_0"
 
 
 def test_explain_names_the_device_of_every_reason():
