@@ -243,7 +243,8 @@ def test_what_is_impossible_says_what_to_relax_with_numbers(change, said):
 def test_relaxing_as_told_makes_it_possible():
     need = replace(CHAT, memory_gib=40.0)
     closest = decide(need).options[0]
-    enough = decide(replace(need, memory_gib=closest.memory_gib + need.keep_free_gib + 0.01, tokens_per_s=0.0, max_loss=math.inf))
+    enough = decide(replace(need, memory_gib=closest.memory_gib + need.keep_free_gib + 0.01, tokens_per_s=0.0,
+                            max_loss=math.inf))  # fmt: skip
     assert closest.technique.name in [o.technique.name for o in enough.options if o.fits]
 
 
