@@ -93,6 +93,11 @@ def size(kind: str) -> tuple[int, int]:
     return next((weights, nbytes) for name, weights, nbytes in llamacpp.GGML_TYPES.values() if name == kind)
 
 
+def _bits(kind: str) -> float:
+    """Bits per weight of any GGML type, floats included."""
+    return next(8 * nbytes / weights for name, weights, nbytes in llamacpp.GGML_TYPES.values() if name == kind)
+
+
 def bits() -> dict[str, dict[str, float]]:
     """Format -> role -> bits per weight, most bits first: what a format spends on codes and what on scales."""
     found = {}
@@ -252,8 +257,11 @@ def mixture(src, type: str, imatrix: bool = False) -> tuple[dict[str, list[str]]
 
 
 def in_words(formats: list[str]) -> str:
-    """``["Q6_K", "Q4_K", "Q4_K", "Q6_K"]`` -> ``"Q4_K; Q6_K in 0, 3"``: the commonest format, and where it is not."""
-    common = max(formats, key=formats.count)
+    """``["Q6_K", "Q4_K", "Q4_K", "Q6_K"]`` -> ``"Q4_K; Q6_K in 0, 3"``: the commonest format, and where it is not.
+
+    Of two that are equally common, the smaller.
+    """
+    common = max(formats, key=lambda f: (formats.count(f), -_bits(f)))
     rest = {kind: [str(i) for i, f in enumerate(formats) if f == kind] for kind in formats if kind != common}
     return "; ".join([common, *(f"{kind} in {', '.join(places)}" for kind, places in rest.items())])
 
@@ -274,7 +282,7 @@ def mixture_picture(src, types, imatrix=()):
     cmap = plt.get_cmap("cividis")
     for ax, name in zip(axes, types, strict=False):
         layers, others = mixture(src, name, imatrix=name in imatrix or llamacpp.TYPES[name].needs_imatrix)
-        grid = np.array([[8 * size(f)[1] / size(f)[0] for f in layers[kind]] for kind in KINDS])
+        grid = np.array([[_bits(f) for f in layers[kind]] for kind in KINDS])
         used = ax.imshow(grid, cmap=cmap, vmin=1.5, vmax=8.5, aspect="auto")
         for y, kind in enumerate(KINDS):
             for x, f in enumerate(layers[kind]):

@@ -98,7 +98,8 @@ def test_mixture_is_what_quantize_writes(f32, tmp_path):
 
 
 def test_in_words():
-    assert gguf_blocks.in_words(["Q4_K"] * 4) == "Q4_K"
+    assert gguf_blocks.in_words(["Q4_K"] * 4) == "Q4_K" and gguf_blocks.in_words(["F16"]) == "F16"
+    assert gguf_blocks.in_words(["Q6_K", "Q4_K", "Q4_K", "Q6_K"]) == "Q4_K; Q6_K in 0, 3"
     assert gguf_blocks.in_words(["Q6_K", "Q4_K", "Q4_K", "Q4_K", "Q6_K"]) == "Q4_K; Q6_K in 0, 4"
 
 
