@@ -207,7 +207,7 @@ def test_same_tensors_and_metadata_as_llama_cpps_converter(tmp_path, name, dtype
     folder = converter.model_folder(name, tmp_path)
     ours = converter.digest(gguf_export.export(folder, tmp_path / "m.gguf", dtype, name="a name"))
     theirs = json.loads(converter.RECORD.read_text(encoding="utf-8"))[f"{name}-{dtype}"]
-    if "rope_freqs.weight" in theirs["tensors"]:  # powers in float32: another processor may round the last bit otherwise
+    if "rope_freqs.weight" in theirs["tensors"]:  # float32 powers: the last bit is the processor's
         reader = gguf.GGUFReader(tmp_path / "m.gguf")
         made = next(t.data for t in reader.tensors if t.name == "rope_freqs.weight")
         wanted = rope_factors(converter.SHAPE["head_dim"], converter.MODELS[name]["rope_parameters"])
