@@ -386,7 +386,7 @@ def explorer(rows, device: str = ""):
     usable = [name for name in AXES if not np.isnan(AXES[name].values(rows)[0]).all()]
     if len(usable) < 2:
         raise QtutorError("These rows have no two columns to set against each other: measure them first.")
-    style = {"description_width": "95px"}
+    style = {"description_width": "110px"}
 
     def dropdown(label, options, value):
         return ipywidgets.Dropdown(options=options, value=value, description=label, style=style,
@@ -397,15 +397,15 @@ def explorer(rows, device: str = ""):
     y = dropdown("up", usable, "kld" if "kld" in usable else usable[1])
     batch = dropdown("batch", batches, batches[0])
     limits = {
-        "max_size_mb": dropdown("size at most", _steps(rows, "size_mb", "MB"), None),
-        "max_kld_mean": dropdown("KLD at most", _steps(rows, "kld_mean", "nats"), None),
-        "min_decode_tokens_per_s": dropdown("decode at least", _steps(rows, "decode_tokens_per_s", "tok/s"), None),
+        "max_size_mb": dropdown("size at most", _steps(rows, "size_mb", "MB"), 0),
+        "max_kld_mean": dropdown("KLD at most", _steps(rows, "kld_mean", "nats"), 0),
+        "min_decode_tokens_per_s": dropdown("decode at least", _steps(rows, "decode_tokens_per_s", "tok/s"), 0),
     }
     image, words = widgets._image(), ipywidgets.HTML()
 
     def show(_=None):
         chosen = [row for row in rows if row["batch"] == batch.value]
-        chosen = meeting(chosen, **{name: control.value for name, control in limits.items()})
+        chosen = meeting(chosen, **{name: control.value or None for name, control in limits.items()})
         if x.value == y.value:
             words.value = "Choose two different axes."
             return
@@ -429,10 +429,10 @@ def explorer(rows, device: str = ""):
 
 
 def _steps(rows, column: str, unit: str, count: int = 6) -> list[tuple]:
-    """Options of a limit: none, and a few values between the smallest and the largest of the rows."""
+    """Options of a limit: none (0), and a few values between the smallest and the largest of the rows."""
     values = [row[column] for row in rows if row.get(column)]
     if not values:
-        return [("no limit", None)]
+        return [("no limit", 0)]
     steps = np.geomspace(min(values), max(values), count)[1:-1]
     rounded = dict.fromkeys(float(f"{step:.2g}") for step in steps)
-    return [("no limit", None), *((f"{value:g} {unit}", value) for value in rounded)]
+    return [("no limit", 0), *((f"{value:g} {unit}", value) for value in rounded)]
