@@ -515,17 +515,22 @@ sys.exit(0 if model and lib.llama_init_from_model(model, context) else 3)
 _probed: set = set()
 
 
-def _probe(gguf: Gguf) -> None:
-    """Load a model whose architecture :func:`check_gguf` does not know in a child process first.
+def _probe(gguf: Gguf, gpu_build: bool = False) -> None:
+    """Load a model in a child process first: one whose architecture :func:`check_gguf` does not know, and the first
+    one that a build for a GPU is to load (seen to end the process, with a second libstdc++ linked into it).
 
     Where llama.cpp aborts, it is the child that ends, and the notebook goes on.
     """
     stat = gguf.path.stat()
     key = (gguf.path.resolve(), stat.st_size, stat.st_mtime_ns)
-    if _is_dense_llama(gguf.metadata) or key in _probed:
+    known = _is_dense_llama(gguf.metadata)
+    if key in _probed or (known and (_probed or not gpu_build)):
         return
     child = [sys.executable, "-c", _PROBE, os.fspath(gguf.path)]
     if subprocess.run(child, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode:
+        if known and gpu_build:
+            raise QtutorError(f"This build of llama.cpp ends the process when it loads {gguf.path.name}: see 'A GPU "
+                              "machine' in README.md, or install llama-cpp-python without CUDA.")  # fmt: skip
         raise QtutorError(f"llama.cpp cannot load {gguf.path.name}: it is damaged or too large for this machine.")
     _probed.add(key)
 
@@ -789,7 +794,7 @@ class Model:
             raise QtutorError(f"{self.gguf.path.name} holds no model with a tokenizer: give another file.")
         self._check_memory(exact)
         self.lib = lib = _native()
-        _probe(self.gguf)
+        _probe(self.gguf, bool(lib.llama_supports_gpu_offload()))
         params = lib.llama_model_default_params()
         params.check_tensors = True  # NaN or infinity in a scale: an error, not a wrong answer
         if exact or gpu_layers is not None:

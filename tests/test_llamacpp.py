@@ -567,3 +567,17 @@ def test_a_copy_elsewhere_works_with_an_unusual_name(f32, tmp_path):
     done = llamacpp.quantize(path, tmp_path / "sortie é.gguf", "Q8_0")
     with llamacpp.Model(done, ctx=16) as model:
         assert model.logits([1]).shape == (1, 512)
+
+
+def test_the_first_model_of_a_gpu_build_is_loaded_in_a_child_first(f32, monkeypatch):
+    """A CUDA build was seen to end the process at its first load: the kernel must live and say so."""
+    gguf = llamacpp.check_gguf(f32)
+    monkeypatch.setattr(llamacpp, "_probed", set())
+    monkeypatch.setattr(llamacpp, "_PROBE", "import os; os.abort()")
+    llamacpp._probe(gguf)  # a build for the CPU: nothing to try
+    with pytest.raises(QtutorError, match="ends the process"):
+        llamacpp._probe(gguf, gpu_build=True)
+    monkeypatch.setattr(llamacpp, "_PROBE", "import sys; sys.exit(0)")
+    llamacpp._probe(gguf, gpu_build=True)
+    monkeypatch.setattr(llamacpp, "_PROBE", "import os; os.abort()")
+    llamacpp._probe(gguf, gpu_build=True)  # this build has been seen to work
