@@ -1,6 +1,6 @@
 """qtutor: the helper package of the LLM quantization course.
 
-Flat, one idea a module, and small enough to read in an evening.  ``import qtutor`` is cheap: a
+Flat, one idea a module, each to be read by itself.  ``import qtutor`` is cheap: a
 module is loaded when it is first used, so that ``qtutor.formats`` does not pull in transformers
 and ``python -m qtutor doctor`` works when half of the installation is broken.
 

@@ -65,7 +65,8 @@ def _read(path):
     return nb
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or as it was; raises QtutorError where it cannot be written."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, "utf-8")
@@ -233,7 +234,7 @@ def restore(path) -> bool:
     text = dumps(canonical(_read(path), path))
     if text == path.read_text("utf-8"):
         return False
-    _write(path, text)
+    write_whole(path, text)
     return True
 
 
@@ -272,7 +273,7 @@ def execute(path, timeout: int | None = None, kernel_name: str = "python3") -> f
         raise QtutorError(f"{path.stem}, cell {at.get('cell')}: {str(error).splitlines()[0]}: open the notebook and "
                           "make that cell shorter.") from None  # fmt: skip
     seconds = time.perf_counter() - start
-    _write(path, dumps(canonical(nb, path)))
+    write_whole(path, dumps(canonical(nb, path)))
     return seconds
 
 

@@ -526,14 +526,7 @@ def write(root=None, directory=None) -> list[Path]:
     for path, text in documents(root, directory).items():
         if path.is_file() and path.read_text("utf-8") == text:
             continue
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_text(text, "utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise QtutorError(f"'{path.name}' cannot be written ({error.strerror}): make its folder "
-                              "writable.") from None  # fmt: skip
+        notebooks.write_whole(path, text)
         changed.append(path)
     return changed
 
