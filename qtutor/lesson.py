@@ -232,7 +232,8 @@ def setup(title: str | None = None) -> None:
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         device = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
     else:
-        device = f"CPU, {torch.get_num_threads()} threads"
+        n = torch.get_num_threads()
+        device = f"CPU, {n} thread{'s' if n > 1 else ''}"
     size = profile()
     lines = [title] if title else []
     lines += [
