@@ -122,3 +122,48 @@ def test_scaling_explorer_steps_in_jupyterlab(tmp_path):
         page.screenshot(path=artifact("scaling_explorer.png"))
         assert not script_errors
         assert page.refused == [], "JupyterLab asked another host for something"
+
+
+DECIDING = '''from qtutor import choosing, energy, pareto, planner, results, tradeoff
+planner.planner("Llama-2-70B", "Q6_K", "H100 SXM")
+---
+recorded = results.load("tradeoff", "cpu")
+rows = pareto.with_cost(tradeoff.measured(recorded), 0.05, 475, 1.2)
+pareto.explorer(rows, recorded.device)
+---
+choosing.explorer(model="Llama-2-70B", machine="H100 SXM", users=8, tokens_per_s=10, max_loss=0.005)'''
+
+
+@pytest.mark.timeout(240)
+def test_the_planner_the_fronts_and_the_guide_answer_in_jupyterlab(tmp_path):
+    """The widgets of notebooks 09, 10 and 11: choose something else, and picture or sentence change."""
+    need_browser()
+    short = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    cells = ["import qtutor\nqtutor.setup()", *DECIDING.split("\n---\n")]
+    short.cells = [nbformat.v4.new_code_cell(source) for source in cells]
+    notebook = tmp_path / "deciding.ipynb"
+    nbformat.write(short, notebook)
+    with screenshots.Lab([notebook]) as lab, screenshots.browser_page() as page:
+        script_errors = []
+        page.on("pageerror", lambda error: script_errors.append(str(error)))
+        screenshots.open_notebook(page, lab, notebook.name)
+        assert screenshots.run_all(page, timeout=120)["errors"] == []
+        for number, (label, choice, says) in enumerate((("type", "Q8_0", "Q8_0"), ("batch", "8", None),
+                                                        ("users at once", "1", "Q8_0"))):  # fmt: skip
+            cell = page.locator(".jp-CodeCell").nth(number + 1)
+            cell.scroll_into_view_if_needed()
+            image, words = cell.locator("img.qtutor-explorer-picture"), cell.locator(".jp-OutputArea")
+            seen = picture(image.first)["sha256"] if image.count() else words.inner_text()
+            control = cell.locator(".widget-dropdown", has_text=label).locator("select").first
+            control.select_option(label=choice)
+            for _ in range(120):
+                page.wait_for_timeout(250)
+                now = picture(image.first)["sha256"] if image.count() else words.inner_text()
+                if now != seen:
+                    break
+            page.screenshot(path=artifact(f"deciding_{number}.png"))
+            assert now != seen, f"choosing {choice} as {label!r} changed nothing"
+            assert says is None or says in words.inner_text()
+            screenshots.wait_for(page, lambda state: state["kernel"] == "idle", 60, "the widget")
+        assert not script_errors
+        assert page.refused == [], "JupyterLab asked another host for something"
