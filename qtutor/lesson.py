@@ -174,6 +174,8 @@ def _quiet() -> None:
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=modules)
     warnings.filterwarnings("ignore", message=".*IProgress not found.*")
+    # said once, where a library is compiled at its first import; the "module" is then the path of its file
+    warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*[/\\]torchao[/\\]")
 
 
 def _wants_hub() -> bool:
