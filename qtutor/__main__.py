@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -292,11 +293,11 @@ def recipes(argv: list[str]) -> int:
         for before, cell in zip([None, *cells], cells, strict=False):
             if "recipe" not in cell.get("metadata", {}).get("tags", []):
                 continue
-            title = ""
-            if before and before["cell_type"] == "markdown":
-                title = "".join(before["source"]).strip().splitlines()[-1:]
-                title = re.sub(r"[#*`]", "", title[0]).strip() if title else ""
-            print(f"# ---- {path.stem[:2]} · {title or 'Recipe'}\n")
+            said = "".join(before["source"]).strip() if before and before["cell_type"] == "markdown" else ""
+            last = said.rpartition("Recipe: ")[2].rpartition("\n\n")[2]  # "Recipe: ..." may take several lines
+            title = " ".join(re.sub(r"[#*`]", "", last).split()) or "without a title"
+            print("\n".join(textwrap.wrap(f"---- {path.stem[:2]} · Recipe: {title}", 116, initial_indent="# ",
+                                          subsequent_indent="# ", break_long_words=False)) + "\n")  # fmt: skip
             print("".join(cell["source"]).rstrip() + "\n")
     return 0
 

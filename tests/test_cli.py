@@ -71,7 +71,7 @@ def test_doctor_finds_a_damaged_model(tmp_path):
 
 def test_recipes_prints_what_is_tagged(tmp_path):
     project = copy_of_package(tmp_path)
-    cells = [{"cell_type": "markdown", "metadata": {}, "source": ["Recipe: *add* two numbers."]},
+    cells = [{"cell_type": "markdown", "metadata": {}, "source": ["## Recipes\n\n", "Recipe: *add* two\n", "numbers."]},
              {"cell_type": "code", "metadata": {"tags": ["recipe"]}, "source": ["a = 1\n", "a + 2"]},
              {"cell_type": "code", "metadata": {}, "source": ["not_a_recipe = 1"]}]
     (project / "notebooks" / "07_demo.ipynb").write_text(json.dumps({"cells": cells}))
