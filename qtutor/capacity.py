@@ -317,7 +317,11 @@ def _kv_type(kv_type: str) -> tuple[int, int]:
 
 
 def _whole(value, name: str) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 1:
+    try:
+        good = not isinstance(value, bool) and int(value) == value and value >= 1
+    except (TypeError, ValueError, OverflowError):  # a word, NaN, infinity
+        good = False
+    if not good:
         raise QtutorError(f"{name}={value!r} must be a whole number of at least 1.")
     return int(value)
 
@@ -426,6 +430,7 @@ _RUNPOD, _SURVEY = "https://www.runpod.io/pricing", "https://deploybase.ai/artic
 # Memory in MiB as nvidia-smi shows it with ECC as shipped; of a Mac, the three quarters of its memory that macOS lets
 # the GPU use by default.  Bandwidth and power from the maker's page.  Prices: one provider's on-demand list for data
 # centre cards, the lowest of a survey for the others; examples, not advice.
+# The watts of a Mac are the most that the whole machine takes from the wall (https://support.apple.com/en-us/102027).
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (

@@ -590,6 +590,8 @@ def measure(path, type: str | None = None, limit_s: float = 300.0, threads: int 
         raise QtutorError(f"measure() has no setting {sorted(unknown)[0]!r}: choose from {', '.join(FULL)}.")
     weights_type = max(gguf.tensors, key=lambda t: t.nbytes).type
     job = FULL | settings | {"type": type or weights_type, "threads": threads}
+    job["kv_type"] = str(job["kv_type"]).upper()
+    capacity._kv_type(job["kv_type"])  # one clear sentence where there is no such type
     if job["depth"] + job["depth_generate"] > job["ctx"] or max(job["prompt"], job["generate"]) > job["ctx"]:
         raise QtutorError(f"The settings need more than ctx={job['ctx']} tokens of context: make ctx larger.")
     rows: list[dict] = []
@@ -597,7 +599,7 @@ def measure(path, type: str | None = None, limit_s: float = 300.0, threads: int 
     def add(row):
         read = row.get("read_bytes_per_token") or (rows[0]["read_bytes_per_token"] if rows else None)
         if device_bandwidth and row.get("generate_tokens_per_s") and read:
-            row |= _ceiling(gguf, row, read, device_bandwidth["bandwidth_gb_per_s"])
+            row |= _ceiling(gguf, row, read, device_bandwidth["bandwidth_gb_per_s"], job["kv_type"])
         rows.append(row)
         if on_row:
             on_row(row)
@@ -611,16 +613,16 @@ def measure(path, type: str | None = None, limit_s: float = 300.0, threads: int 
     return rows
 
 
-def _ceiling(gguf, row: dict, read: int, gb_per_s: float) -> dict:
+def _ceiling(gguf, row: dict, read: int, gb_per_s: float, kv_type: str) -> dict:
     """Tokens/s when memory did nothing but deliver: weights once a step, each sequence's keys and values besides.
 
     The cache grows while we write, so its mean length counts.
     """
-    width = {"F32": 4, "F16": 2, "BF16": 2, "Q8_0": 34 / 32, "Q4_0": 18 / 32}.get(row.get("kv_type", "F16"), 2)
+    block, width = capacity._kv_type(kv_type)
     batch = row.get("batch", 1)
     past = row.get("depth") or (row["prompt_tokens"] if row["kind"] == "batch" else 0)
     cached = past + row["generate_tokens"] / 2
-    step = read + batch * cached * llamacpp._kv_bytes(gguf.metadata, 1) * width
+    step = read + batch * cached * llamacpp._kv_bytes(gguf.metadata, 1) * width / block
     ceiling = batch * gb_per_s * 1e9 / step
     return {"ceiling_tokens_per_s": ceiling, "ceiling_share": row["generate_tokens_per_s"] / ceiling}
 
@@ -719,7 +721,7 @@ def record(folder, types=TYPES, config="Llama-2-70B", budget_s: float = 420.0, t
                                **settings)  # fmt: skip
             measured[0]["write_s"] = write_s
             longest = max(longest, time.perf_counter() - start)
-            before = _kept(name, types, directory, keep) + rows
+            before = _kept(name, {type, *(row.get("type") for row in rows)}, directory, keep) + rows
             saved = results.save(name, before + measured, directory=directory)
             if measured[0]["fits"] and (tools == "all" or (tools == "first" and not number)):
                 for row in run_tools(path, type, job=FULL | settings):
@@ -734,7 +736,7 @@ def record(folder, types=TYPES, config="Llama-2-70B", budget_s: float = 420.0, t
 
 
 def _kept(name: str, types, directory, keep: bool) -> list[dict]:
-    """Rows of this very device that are on file, of types that are not measured now."""
+    """Rows of this very device that are on file, but for those of ``types``, which are measured now."""
     from . import measure as machine
     from . import results
 

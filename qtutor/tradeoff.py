@@ -676,14 +676,14 @@ def rows(techniques=None, shape: str = "course", batches=None, sizes: Sizes | No
 RESUME_HOURS = 2
 
 
-def _resumable(directory) -> list[dict]:
-    """Rows of a recording on this machine that was interrupted within the last hours, at this commit."""
+def _resumable(directory, profile: str) -> list[dict]:
+    """Rows of a recording on this machine that was interrupted within the last hours, at this commit and profile."""
     where = results.machine_folder()
     if not results.exists("tradeoff", where, directory):
         return []
     old = results.load("tradeoff", where, directory)
     fresh = datetime.now(UTC) - datetime.fromisoformat(old.created) < timedelta(hours=RESUME_HOURS)
-    same = old.commit == results._commit() and old.versions == results._versions()
+    same = (old.commit, old.versions, old.profile) == (results._commit(), results._versions(), profile)
     return old.rows if fresh and same and old.device == measure.machine()["device"] else []
 
 
@@ -694,22 +694,23 @@ def record(shapes=None, techniques=None, batches=None, full: bool = True, resume
     Args:
         shapes: names of SHAPES; by default the course model, on a GPU the 7B shape as well.
         full: the large sizes; False: a minute's worth.
-        resume: keep rows that a recording at this commit saved in the last two hours (those of ``techniques`` are
-            measured again where they are named).
+        resume: keep rows that a recording at this commit and of the same sizes (``full`` or not) saved in the last two
+            hours (those of ``techniques`` are measured again where they are named).
         budget_s: seconds for each shape after which no further technique is begun.
         directory, folder: of the results; of the GGUF files for the time being.
     """
     shapes = tuple(shapes or (SHAPES if _device() == "cuda" else SHAPES[:1]))
     if unknown := set(shapes) - set(SHAPES):
         raise QtutorError(f"There is no shape {unknown.pop()!r}: choose from {', '.join(SHAPES)}.")
-    kept = _resumable(directory) if resume else []
+    profile = "full" if full else "quick"
+    kept = _resumable(directory, profile) if resume else []
     path = None
 
     def save(part):
         nonlocal path, kept
         new = {(row["shape"], row["technique"]) for row in part}
         kept = [row for row in kept if (row["shape"], row["technique"]) not in new] + part
-        path = results.save("tradeoff", kept, profile="full" if full else "quick", directory=directory)
+        path = results.save("tradeoff", kept, profile=profile, directory=directory)
 
     files = Files(folder)
     try:

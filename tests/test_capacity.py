@@ -205,6 +205,7 @@ def test_tables_have_sources():
     (lambda: capacity.kv_bytes("Llama-2-7B", 0), "context=0"),
     (lambda: capacity.kv_bytes("Llama-2-7B", 10, "Q6_K"), "no cache type"),
     (lambda: capacity.kv_bytes("Llama-2-7B", 10, users=1.5), "users=1.5"),
+    (lambda: capacity.kv_bytes("Llama-2-7B", "long"), "context='long'"),
     (lambda: capacity.fits("Llama-2-7B", "Q4_0", 512, "H900"), "no GPU 'H900'"),
     (lambda: capacity.ceiling("Llama-2-7B", "Q4_0", 0, 0), "no memory bandwidth"),
     (lambda: capacity.write_stub("/nowhere/at/all.gguf", "Llama-2-7B"), "cannot be written"),

@@ -216,6 +216,8 @@ def test_our_generation_is_the_model_s(tiny):
 def test_settings_are_checked(tiny):
     with pytest.raises(QtutorError, match="no setting 'promt'"):
         llama70b.measure(tiny, promt=3)
+    with pytest.raises(QtutorError, match="no cache type 'Q9'"):
+        llama70b.measure(tiny, kv_type="Q9")
     with pytest.raises(QtutorError, match="more than ctx=64"):
         llama70b.measure(tiny, **llama70b.QUICK | {"ctx": 64})
 
@@ -260,6 +262,9 @@ def test_record_saves_after_each_type_and_keeps_others(tmp_path, monkeypatch):
     rows = llama70b.record(folder, ["Q6_K", "Q8_0"], **common, budget_s=0.0, **settings)
     assert {row.get("type") for row in rows} == {None, "Q6_K"}
     assert any("left out" in line for line in said)
+    kept = results.load("llama70b", machine, out).rows  # what the time did not suffice for stays as it was
+    before = [row for row in second.rows if row.get("type") == "Q8_0"]
+    assert [row for row in kept if row.get("type") == "Q8_0"] == before
 
 
 def test_command_line(tmp_path):

@@ -36,7 +36,9 @@ def test_rows_have_the_schema(name, files):
         assert tuple(row) == tradeoff.COLUMNS
         assert row["technique"] == name and row["shape"] == "course" and row["not_run"] is None
         for column in ("prefill_tokens_per_s", "decode_tokens_per_s", "joules_per_decode_token"):
-            assert 0 < row[f"{column}_low"] <= row[column] <= row[f"{column}_high"] or "joules" in column
+            if "joules" in column and not row[column]:  # too short for a GPU's counter or a process's clock
+                continue
+            assert 0 < row[f"{column}_low"] <= row[column] <= row[f"{column}_high"]
         assert row["prefill_tokens"] == row["decode_context"] == 16
         assert row["ppl"] is None and row["accuracy"] is None  # nothing to compare with was given
     results.validate({"name": "tradeoff", "created": "2026-01-01T00:00:00+00:00", "commit": "", "profile": "quick",
@@ -187,6 +189,8 @@ def test_record_saves_each_technique_and_resumes(tmp_path, monkeypatch):
     assert list(tradeoff.left_out(saved)) == ["BF16 (course)"] and len(tradeoff.measured(saved)) == 4
     tradeoff.record(**how)
     assert calls[8:] == ["BF16"] and len(results.load("tradeoff", folder, tmp_path).rows) == 6
+    tradeoff.record(**how | {"full": True})  # quick rows are not part of a full recording
+    assert len(calls) == 12 and results.load("tradeoff", folder, tmp_path).profile == "full"
 
 
 # ----------------------------------------------------------------------------------------------------------- Pareto
