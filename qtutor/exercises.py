@@ -928,7 +928,7 @@ def _wrong_report(answer):
         "A": "A mixes two conventions: all tokens of a window against its second half.",
         "B": "B reads the clock while the GPU is still working: only the launches are timed.",
         "C": "C is sound: files are compared with files, embedding and scales included.",
-        "D": "D multiplies a design limit with time: a decoding GPU draws far less than its TDP.",
+        "D": "D multiplies a design limit with time: what was drawn is on the counter, and may be a third of it.",
         "E": "E is sound: the same tokens, against the original model, with an error.",
         "F": "F compares the intervals of two scores on the same questions: a paired test decides that.",
     }
