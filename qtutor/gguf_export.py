@@ -1,4 +1,4 @@
-"""From a Hugging Face Llama checkpoint to one GGUF file, in two hundred lines.
+"""From a Hugging Face Llama checkpoint to one GGUF file, step by step.
 
 GGUF is the file that llama.cpp reads: a header, a table of key-value metadata (architecture,
 hyper-parameters, the whole tokenizer), a table of tensors (name, shape, type, offset), then the tensor
@@ -58,6 +58,10 @@ _TOP_NAMES = {
     "model.norm": "output_norm",
     "lm_head": "output",
 }
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 # ------------------------------------------------------------------------------------------ names and rows
@@ -112,11 +116,14 @@ class _Source:
 def _read_json(path: Path) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            found = json.load(file)
     except FileNotFoundError:
         raise QtutorError(f"{path.parent.name}/ has no {path.name}: give a saved model.") from None
     except (ValueError, OSError) as err:
         raise QtutorError(f"{path.name} cannot be read ({err}): restore it from the original.") from None
+    if not isinstance(found, dict):
+        raise QtutorError(f"{path.name} holds no JSON object: restore it from the original.")
+    return found
 
 
 def _open_folder(folder: Path) -> _Source:
@@ -128,7 +135,10 @@ def _open_folder(folder: Path) -> _Source:
     config = _read_json(folder / "config.json")
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        where = _read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+            raise QtutorError(f"{index.name} does not say which file holds which tensor: save the model again.")
+        files = sorted(set(where.values()))
     else:
         files = ["model.safetensors"]
     where_is: dict[str, object] = {}
@@ -197,16 +207,26 @@ def _hyperparameters(config: dict) -> dict:
         }
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as err:
         raise QtutorError(f"config.json lacks a usable {err}: it does not describe a Llama model.") from None
+    for key in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "ctx", "eps"):
+        if not 0 < hyper[key] < math.inf:
+            raise QtutorError(f"config.json has {key} = {hyper[key]}: it does not describe a Llama model.")
     # transformers 5 keeps RoPE settings in rope_parameters; checkpoints saved before have two keys
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    hyper["rope"] = rope
-    hyper["theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    hyper["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    if hyper["rope_type"] not in ("default", "linear", "llama3"):
-        raise QtutorError(
-            f"RoPE scaling {hyper['rope_type']!r} is not known here: use llama.cpp's convert_hf_to_gguf.py."
-        )
-    return hyper
+    settings = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(one, dict) for one in settings):
+        raise QtutorError("The RoPE settings in config.json are no JSON object: restore it from the original.")
+    rope = settings[0] | settings[1]
+    kind = hyper["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "linear", "llama3"):
+        raise QtutorError(f"RoPE scaling {kind!r} is not known here: use llama.cpp's convert_hf_to_gguf.py.")
+    rope["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    for key in ("rope_theta", *_ROPE_NEEDS.get(kind, ())):
+        try:
+            rope[key] = float(rope[key])
+        except (KeyError, TypeError, ValueError):
+            rope[key] = math.nan
+        if not 0 < rope[key] < math.inf:
+            raise QtutorError(f"The RoPE settings in config.json have no usable {key}: restore it from the original.")
+    return hyper | {"rope": rope, "theta": rope["rope_theta"]}
 
 
 def _expected(hyper: dict, names: set[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -283,7 +303,10 @@ def _chat_template(source: _Source, tokenizer) -> str | list | None:
         jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
         found = _read_json(config).get("chat_template") if config.is_file() else None
         if found is None and jinja.is_file():
-            found = jinja.read_text(encoding="utf-8")
+            try:
+                found = jinja.read_text(encoding="utf-8")
+            except (OSError, ValueError) as err:
+                raise QtutorError(f"{jinja.name} cannot be read ({err}): restore it from the original.") from None
     else:
         found = getattr(tokenizer, "chat_template", None)
     if isinstance(found, dict):
@@ -359,12 +382,10 @@ def _add_tokenizer(writer, tok: dict, config: dict, n_vocab: int) -> None:
     writer.add_token_types(types)
     writer.add_token_merges(merges)
     bos, eos = _first_id(config.get("bos_token_id")), _first_id(config.get("eos_token_id"))
-    if bos is not None:
-        writer.add_bos_token_id(bos)
-    if eos is not None:
-        writer.add_eos_token_id(eos)
-    if (pad := _first_id(config.get("pad_token_id"))) is not None and 0 <= pad < n_vocab:
-        writer.add_pad_token_id(pad)
+    pad = _first_id(config.get("pad_token_id"))
+    for number, add in ((bos, writer.add_bos_token_id), (eos, writer.add_eos_token_id), (pad, writer.add_pad_token_id)):
+        if number is not None and 0 <= number < n_vocab:  # llama.cpp's converter, too, skips what is no token
+            add(number)
     # llama.cpp's tokenizer must add what Hugging Face's adds by default: ask it rather than guess
     ids = Tokenizer.from_str(json.dumps(tok)).encode("a").ids
     writer.add_add_bos_token(bos is not None and ids[0] == bos)
@@ -450,7 +471,13 @@ def _write(partial: Path, source: _Source, hyper: dict, dtype: str, tok: dict, c
     try:
         _add_metadata(writer, hyper, dtype, name, license)
         writer.add_size_label(size_label(total, total, 0, 0))  # e.g. "7.3M", shown by llama.cpp's tools
-        _add_tokenizer(writer, tok, source.config, hyper["vocab"])
+        try:
+            _add_tokenizer(writer, tok, source.config, hyper["vocab"])
+        except QtutorError:
+            raise
+        except Exception as err:  # a part is missing or of another kind; the Rust library has no narrower class
+            raise QtutorError(f"The tokenizer cannot be used ({type(err).__name__}: {_first_line(err)}): save it "
+                              "again.") from None  # fmt: skip
         if chat:
             writer.add_chat_template(chat)
         extra = {"rope_freqs.weight": _rope_freqs(hyper)} if hyper["rope_type"] == "llama3" else {}

@@ -7,7 +7,7 @@ with and without an importance matrix, over a whole text, and writes it to ``dat
     python -m qtutor.gguf_quality                     # the whole evaluation text
     python -m qtutor.gguf_quality --windows 32        # a part of it, spread evenly
 
-Not every type uses the importance matrix.  Those that do not (``Q8_0``, the ternary and the block float types) give
+Not every type uses the importance matrix.  Those that do not (``Q8_0``, the ternary, 1-bit and block float types) give
 the same file with and without it: they have one row, marked ``imatrix_ignored``.
 """
 
@@ -247,14 +247,14 @@ def family(name: str) -> str:
     """Which of llama.cpp's families a type belongs to, for colours and explanations."""
     if name.startswith("IQ"):
         return "IQ (codebook)"
-    if name.startswith("TQ"):
-        return "ternary"
+    if name in ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0"):  # made for models that were trained in one bit or three values
+        return "ternary, 1 bit"
     if name in ("MXFP4", "NVFP4"):
         return "block float"
     return "K (super-blocks)" if "_K" in name else "float16" if name in ("F16", "BF16") else "legacy (_0, _1)"
 
 
-FAMILIES = ("legacy (_0, _1)", "K (super-blocks)", "IQ (codebook)", "ternary", "block float", "float16")
+FAMILIES = ("legacy (_0, _1)", "K (super-blocks)", "IQ (codebook)", "ternary, 1 bit", "block float", "float16")
 
 
 def picture(rows, title: str = "Every type: quality against size", ax=None, names: bool = True):

@@ -510,8 +510,9 @@ params.n_gpu_layers = 0
 model = lib.llama_model_load_from_file(sys.argv[1].encode("utf-8", "surrogateescape"), params)
 context = lib.llama_context_default_params()
 context.n_ctx = context.n_batch = 32
-sys.exit(0 if model and lib.llama_init_from_model(model, context) else 3)
+sys.exit(0 if model and lib.llama_init_from_model(model, context) else 42)
 """
+_REFUSED = 42  # llama.cpp said no; anything else: it ended the process (abort() gives 3 on Windows)
 _probed: set = set()
 
 
@@ -527,8 +528,9 @@ def _probe(gguf: Gguf, gpu_build: bool = False) -> None:
     if key in _probed or (known and (_probed or not gpu_build)):
         return
     child = [sys.executable, "-c", _PROBE, os.fspath(gguf.path)]
-    if subprocess.run(child, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode:
-        if known and gpu_build:
+    status = subprocess.run(child, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
+    if status:
+        if known and gpu_build and status != _REFUSED:
             raise QtutorError(f"This build of llama.cpp ends the process when it loads {gguf.path.name}: see 'A GPU "
                               "machine' in README.md, or install llama-cpp-python without CUDA.")  # fmt: skip
         raise QtutorError(f"llama.cpp cannot load {gguf.path.name}: it is damaged or too large for this machine.")

@@ -179,8 +179,8 @@ def clip_curve(weight, bits: int, group: int | None, ratios) -> tuple:
     """What clipping costs and what it saves: ``(rounding, clipping)``, relative squared errors, one for each ratio.
 
     ``weight`` (rows, columns) is rounded to signed integers of ``bits`` with one scale for ``group`` neighbours (None:
-    a row); the largest code stands for ``ratio`` times the group's amax.  ``clipping`` is the error of the weights
-    beyond the last code, ``rounding`` that of all others.
+    a row); ``2 ** (bits - 1) - 1/2`` steps are ``ratio`` times the group's amax.  ``clipping`` is the error of the
+    weights beyond the last code, ``rounding`` that of all others.
     """
     import torch
 

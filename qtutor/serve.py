@@ -6,7 +6,7 @@ llama-cpp-python brings a server that speaks the protocol most programs already 
     python -m llama_cpp.server --model model-Q4_K_M.gguf --port 8000
 
 :class:`Server` starts the same program from a notebook and makes sure that it ends: with the ``with`` block, with the
-kernel, and also where the kernel is killed.
+kernel, and (but not on Windows) also where the kernel is killed.
 
     with serve.Server("model-Q4_K_M.gguf") as server:
         httpx.post(f"{server.url}/completions", json={"prompt": "The for statement", "max_tokens": 16})

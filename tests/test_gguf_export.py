@@ -348,6 +348,56 @@ def test_config_that_does_not_match_or_is_damaged(folder, tmp_path):
     refused(copy, tmp_path / "m.gguf", "config.json cannot be read")
 
 
+ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+        "original_max_position_embeddings": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize("config, match", [
+    ({"rope_parameters": {"rope_type": "linear"}}, "no usable factor"),
+    ({"rope_parameters": ROPE | {"low_freq_factor": 0}}, "no usable low_freq_factor"),
+    ({"rope_parameters": ROPE | {"high_freq_factor": "x"}}, "no usable high_freq_factor"),
+    ({"rope_parameters": {"rope_theta": "big"}}, "no usable rope_theta"),
+    ({"rope_parameters": [1]}, "RoPE"),
+    ({"num_hidden_layers": -1}, "layers = -1"),
+])  # fmt: skip
+def test_hyperparameters_that_mean_nothing(folder, tmp_path, config, match):
+    refused(changed(folder, tmp_path, **config), tmp_path / "m.gguf", match)
+
+
+@pytest.mark.parametrize("name, content, match", [
+    ("config.json", b"[]", "no JSON object"),
+    ("tokenizer.json", b"[]", "no JSON object"),
+    ("tokenizer_config.json", b"[]", "no JSON object"),
+    ("model.safetensors.index.json", b'{"weight_map": 3}', "which file holds"),
+    ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja cannot be read"),
+])  # fmt: skip
+def test_files_with_something_else_inside(folder, tmp_path, name, content, match):
+    copy = changed(folder, tmp_path)
+    (copy / "tokenizer_config.json").unlink(missing_ok=True)
+    (copy / name).write_bytes(content)
+    refused(copy, tmp_path / "m.gguf", match)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda tok: tok["model"].pop("merges"),
+    lambda tok: tok["model"].update(vocab={}, merges=[]),
+    lambda tok: tok.update(pre_tokenizer="x"),
+    lambda tok: tok.update(added_tokens=[{"id": 0}]),
+])
+def test_a_tokenizer_with_a_part_missing(folder, tmp_path, damage):
+    copy = changed(folder, tmp_path)
+    tok = json.loads((copy / "tokenizer.json").read_text())
+    damage(tok)
+    (copy / "tokenizer.json").write_text(json.dumps(tok))
+    refused(copy, tmp_path / "m.gguf", "tokenizer cannot be used")
+
+
+def test_a_special_token_beyond_the_vocabulary_is_left_out(folder, tmp_path):
+    copy = changed(folder, tmp_path, eos_token_id=10**6)
+    meta = llamacpp.check_gguf(gguf_export.export(copy, tmp_path / "m.gguf")).metadata
+    assert "tokenizer.ggml.eos_token_id" not in meta and "tokenizer.ggml.bos_token_id" in meta
+
+
 def test_missing_things(folder, tmp_path):
     refused(tmp_path / "nowhere", tmp_path / "m.gguf", "no model folder")
     refused(hf(folder), tmp_path / "m.gguf", "no tokenizer")

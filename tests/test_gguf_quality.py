@@ -90,6 +90,7 @@ def test_same_tensors(tmp_path):
 
 def test_families_and_windows():
     assert {gguf_quality.family(name) for name in llamacpp.TYPES if name != "F32"} == set(gguf_quality.FAMILIES)
+    assert gguf_quality.family("Q1_0") == gguf_quality.family("TQ2_0") != gguf_quality.family("Q8_0")
     ids = np.arange(1000)
     assert gguf_quality.spread_windows(ids, None, 100).tolist() == ids.tolist()
     assert gguf_quality.spread_windows(ids, 2, 100).tolist() == [*range(100), *range(500, 600)]

@@ -577,6 +577,9 @@ def test_the_first_model_of_a_gpu_build_is_loaded_in_a_child_first(f32, monkeypa
     llamacpp._probe(gguf)  # a build for the CPU: nothing to try
     with pytest.raises(QtutorError, match="ends the process"):
         llamacpp._probe(gguf, gpu_build=True)
+    monkeypatch.setattr(llamacpp, "_PROBE", f"import sys; sys.exit({llamacpp._REFUSED})")
+    with pytest.raises(QtutorError, match="damaged"):  # llama.cpp said no and lived: not the build's fault
+        llamacpp._probe(gguf, gpu_build=True)
     monkeypatch.setattr(llamacpp, "_PROBE", "import sys; sys.exit(0)")
     llamacpp._probe(gguf, gpu_build=True)
     monkeypatch.setattr(llamacpp, "_PROBE", "import os; os.abort()")
