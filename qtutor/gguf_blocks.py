@@ -170,9 +170,15 @@ def dismantle(kind: str, blocks) -> dict[str, np.ndarray]:
 
 
 def fields(kind: str, block) -> list[dict]:
-    """One row a field of one block (uint8, its bytes): name, bytes from and to, what it is, and the bytes in hex."""
-    block, at, rows = np.asarray(block, np.uint8).ravel(), 0, []
-    for name, nbytes, _, what in _layout(kind):
+    """One row a field of one block (uint8, its bytes): name, bytes from and to, what it is, and the bytes in hex.
+
+    Raises QtutorError for a format that is not in LAYOUT, and for another number of bytes.
+    """
+    layout, at, rows = _layout(kind), 0, []
+    block = np.asarray(block, np.uint8).ravel()
+    if len(block) != size(kind)[1]:
+        raise QtutorError(f"A {kind} block has {size(kind)[1]} bytes and this one {len(block)}: pass one block.")
+    for name, nbytes, _, what in layout:
         shown = block[at : at + nbytes].tobytes()
         text = shown[:8].hex(" ") + (" ..." if nbytes > 8 else "")
         rows.append({"field": name, "bytes": f"{at}-{at + nbytes - 1}", "what": what, "here": text})

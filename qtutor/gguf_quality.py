@@ -138,6 +138,11 @@ def same_tensors(one, other) -> bool:
     return True
 
 
+def _types(names) -> list[str]:
+    """``names`` as llama.cpp spells them; every type but F32 for None.  Raises QtutorError for one it does not have."""
+    return [n for n in llamacpp.TYPES if n != "F32"] if names is None else [llamacpp._type(n).name for n in names]
+
+
 def measure_types(f32, base, tokens, importance, folder, names=None, ctx: int = 512, *, bos=None, threads=None,
                   progress: bool = False):
     """Rows for ``names`` (default: every type but F32), first without and then with the importance matrix.
@@ -149,7 +154,7 @@ def measure_types(f32, base, tokens, importance, folder, names=None, ctx: int = 
 
     from . import evaluate
 
-    names = [n for n in llamacpp.TYPES if n != "F32"] if names is None else list(names)
+    names = _types(names)
     how = {"ctx": ctx, "bos": bos, "threads": threads}
     extra = {"imatrix_ignored": False, "imatrix_gain": None, "imatrix_gain_se": None, "imatrix_gain_se_windows": None}
     for name in tqdm(names, desc="types", leave=False, disable=not progress):
@@ -200,6 +205,7 @@ def record(windows: int | None = None, *, ctx: int = 512, calibration: int = 200
     """
     from . import corpus, course_model, evaluate, gguf_export, results
 
+    names = _types(names)  # a misspelt one is found before the work, not after it
     model, tokenizer = course_model.load(), course_model.load_tokenizer()
     tokens = spread_windows(corpus.tokens("eval", tokenizer), windows, ctx)
     text = corpus.tokens("train", tokenizer, packages=CALIBRATION, progress=False)[: calibration * ctx]

@@ -121,6 +121,8 @@ def test_pictures(f32):
     lambda: gguf_blocks.dismantle("Q4_K", np.zeros(144, np.uint8)),
     lambda: gguf_blocks.dismantle("Q4_K", np.zeros((1, 144), np.int8)),
     lambda: gguf_blocks.byte_map("Q4_K", np.zeros(10, np.uint8)),
+    lambda: gguf_blocks.fields("Q4_K", np.zeros(143, np.uint8)),
+    lambda: gguf_blocks.fields("Q9_K", np.zeros(144, np.uint8)),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(call):
     with pytest.raises(QtutorError) as error:

@@ -94,7 +94,9 @@ def test_families_and_windows():
     ids = np.arange(1000)
     assert gguf_quality.spread_windows(ids, None, 100).tolist() == ids.tolist()
     assert gguf_quality.spread_windows(ids, 2, 100).tolist() == [*range(100), *range(500, 600)]
-    for call in (lambda: gguf_quality.spread_windows(ids, 0, 100), lambda: gguf_quality.percentile_se([1.0], 99)):
+    for call in (lambda: gguf_quality.spread_windows(ids, 0, 100), lambda: gguf_quality.percentile_se([1.0], 99),
+                 lambda: gguf_quality.record(1, names=["Q9"]),
+                 lambda: next(gguf_quality.measure_types(None, None, None, None, None, ["Q9"]))):  # fmt: skip
         with pytest.raises(QtutorError):
             call()
 
