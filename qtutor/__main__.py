@@ -316,9 +316,9 @@ COMMANDS = {
     "doctor": (doctor, "check what works on this machine, and what to do about the rest"),
     "lab": (lab, "open JupyterLab on the start page (further arguments go to jupyter lab)"),
     "recipes": (recipes, "print the recipe cells: recipes 01 08"),
-    "notebooks": (_delegate("notebooks"), "check, restore or run the notebooks"),
+    "notebooks": (_delegate("notebooks"), "list, check, restore or run the notebooks"),
     "results": (_delegate("report"), "write or check the tables of results, or record them again"),
-    "model": (_delegate("course_model"), "train or evaluate the course model"),
+    "model": (_delegate("course_model"), "train, evaluate or try the course model"),
 }
 
 

@@ -104,8 +104,10 @@ def build_items(n: int = 200, seed: int = 0, text: str | None = None, choices: i
     """
     from . import corpus
 
-    if n < 2 or choices < 2:
-        raise QtutorError(f"Multiple choice needs at least two items and two choices, not {n} and {choices}.")
+    if not all(isinstance(x, (int, np.integer)) and x > 1 for x in (n, choices)):
+        raise QtutorError(f"Multiple choice needs at least two items and two choices, not {n!r} and {choices!r}.")
+    if not isinstance(text, (str, type(None))) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise QtutorError("build_items() takes a text, and a seed that is a whole number from 0 on.")
     found = _candidates(corpus.eval_text() if text is None else text)
     if len(found) < n:
         raise QtutorError(f"This text yields {len(found)} items, not {n}: ask for fewer, or use more text.")
@@ -168,6 +170,7 @@ def summarize(items: Sequence[Item], loglik) -> Accuracy:
     """Accuracy of log-likelihoods (n, choices), nats."""
     from .evaluate import _share
 
+    _check_items(items)
     loglik = np.asarray(loglik, dtype=np.float64)
     if loglik.shape != (len(items), len(items[0].choices)):
         raise QtutorError(f"Log-likelihoods of shape {loglik.shape} do not fit {len(items)} items.")
@@ -197,7 +200,8 @@ def encode(tokenizer, context: str, ending: str) -> tuple[list[int], int]:
 
 
 def _check_items(items) -> None:
-    if len(items) < 2 or len({len(item.choices) for item in items}) != 1:
+    whole = isinstance(items, (list, tuple)) and all(isinstance(item, Item) for item in items)
+    if not whole or len(items) < 2 or len({len(item.choices) for item in items}) != 1:
         raise QtutorError("Give at least two items, all with the same number of choices.")
 
 

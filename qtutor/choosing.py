@@ -48,10 +48,11 @@ class Need:
     ecosystem:    "any", "PyTorch" or "llama.cpp"
     gpu, fp8:     a CUDA GPU? with FP8 units?
     usd_per_hour, max_usd_per_million: price of the machine, and the most that a million tokens may cost
-    tokens_per_step: tokens in a training step, for "train"
+    tokens_per_step: tokens in a training step, for "train" (which weighs speed and energy; whether a run fits into
+                  memory depends on optimizer and sharding, and is not checked)
     keep_free_gib: memory to leave free, in GiB: for one more user, or a longer prompt
     prefer:       what decides among those that will do: "balanced" (the rules' points, then quality), or "quality",
-                  "speed" or "memory" alone
+                  "speed" (what was measured before what is only a ceiling) or "memory" alone
     """
 
     task: str = "serve"
@@ -85,9 +86,12 @@ class Need:
         for name in ("context", "users", "tokens_per_step"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise QtutorError(f"{name} must be a whole number from 1 on, and is {getattr(self, name)!r}.")
-        for name in ("tokens_per_s", "max_usd_per_million", "keep_free_gib", "reserve_gib"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or math.isnan(value) or value < 0:
+        for name in ("tokens_per_s", "max_usd_per_million", "keep_free_gib", "reserve_gib", "max_loss", "max_kld",
+                     "usd_per_hour", "memory_gib", "bandwidth_gb_per_s"):  # fmt: skip
+            value, limit = getattr(self, name), name.startswith("max_")  # a limit may be infinite: there is none
+            if value is None and name in ("usd_per_hour", "memory_gib", "bandwidth_gb_per_s"):
+                continue
+            if not isinstance(value, (int, float)) or not (0 <= value < math.inf or limit and value == math.inf):
                 raise QtutorError(f"{name} must be a number that is not negative, and is {value!r}.")
 
 
@@ -124,6 +128,7 @@ def machine_of(need: Need) -> Machine:
     return Machine(need.machine or "this machine", float(memory), float(bandwidth), bool(gpu), bool(fp8))
 
 
+ADA = ("L40S", "L4", "RTX 4090")  # compute capability 8.9: FP8 units, but no block scaling in Transformer Engine
 # FP8 units came with Ada, Hopper and Blackwell (compute capability 8.9, 9.0, 10.0 and 12.0)
 FP8_GPUS = ("H100", "H200", "B200", "L40S", "L4", "RTX PRO 6000", "RTX 5090", "RTX 4090")
 
@@ -279,7 +284,8 @@ def _serve(option: Option, need: Need, machine: Machine, directory) -> None:
     if need.usd_per_hour is not None:
         option.usd_per_million = need.usd_per_hour / 3600 / (need.users * option.tokens_per_s) * 1e6
         if option.usd_per_million > need.max_usd_per_million:
-            block["price"] = (f"a million tokens cost {option.usd_per_million:.2f} USD and "
+            least = "at least " if option.at_most else ""
+            block["price"] = (f"a million tokens cost {least}{option.usd_per_million:.2f} USD and "
                               f"{need.max_usd_per_million:.2f} are allowed")  # fmt: skip
 
 
@@ -290,8 +296,10 @@ def _option(technique: Technique, need: Need, machine: Machine, directory) -> Op
     option.kld = _measured(technique.kld, directory) if technique.kld else None
     if need.ecosystem not in ("any", technique.ecosystem):
         block["ecosystem"] = f"it runs in {technique.ecosystem}, not in {need.ecosystem}"
-    if technique.hardware == "fp8" and not machine.fp8:
+    if technique.hardware.startswith("fp8") and not machine.fp8:
         block["hardware"] = f"it needs FP8 units, which {machine.name} does not have"
+    elif technique.hardware == "fp8 block" and machine.name.startswith(ADA):
+        block["hardware"] = f"it needs a GPU of Hopper or Blackwell, and {machine.name} is one of Ada"
     elif technique.hardware == "gpu" and not machine.gpu:
         block["hardware"] = "it was measured on a CUDA GPU, and there is none here"
     if need.task == "serve" and TRAINING[technique.training] > TRAINING[need.training]:
@@ -341,6 +349,8 @@ class Decision:
             parts.append(f"perplexity {best.loss:+.2%} (course model)")
         second = next((o for o in self.options[1:] if o.fits), None)
         then = f" Next best: {second.technique.name}." if second else " Nothing else will do."
+        if self.need.task == "train":
+            then += " Whether the run fits into memory is not checked."
         return f"{best.technique.name}: {', '.join(parts)}.{then}"
 
     def impossible(self) -> str:
@@ -361,15 +371,15 @@ class Decision:
             cut = f", or keep all users' contexts within {tokens:,} tokens together" if tokens >= 256 else ""
             return f"find {over:.1f} GiB more{cut}"
         if name == "speed":
-            return f"accept {_number(option.tokens_per_s)} tokens/s"
+            return f"accept {'at most ' if option.at_most else ''}{_number(option.tokens_per_s)} tokens/s"
         if name == "price":
-            return f"allow {option.usd_per_million:.2f} USD"
+            return f"allow {'at least ' if option.at_most else ''}{option.usd_per_million:.2f} USD"
         if name == "loss":
             return f"allow {option.loss:.2%} more perplexity"
         if name == "KLD":
             return f"allow {option.kld:.3f} nats"
         return {"training": "plan a fine-tuning run", "ecosystem": f"use {option.technique.ecosystem}",
-                "hardware": f"use a {'GPU with FP8 units' if option.technique.hardware == 'fp8' else 'GPU'}",
+                "hardware": f"use a {'GPU with FP8 units' if option.technique.hardware.startswith('fp8') else 'GPU'}",
                 "evidence": "measure it first"}[name]  # fmt: skip
 
     def frame(self):
@@ -444,7 +454,8 @@ def decide(need: Need, rules=None, directory=None) -> Decision:
         kld = worst if kld is None else kld
         memory = worst if option.memory_gib is None else option.memory_gib
         by = {"balanced": (-option.points, kld), "quality": (kld, -option.points),
-              "speed": (-(option.tokens_per_s or 0), -option.points), "memory": (memory, kld)}  # fmt: skip
+              "speed": (option.at_most, -(option.tokens_per_s or 0), -option.points),
+              "memory": (memory, kld)}  # fmt: skip
         return _distance(option, need, machine), by[need.prefer], memory
 
     return Decision(need, machine, sorted(options, key=rank), applied, not_applied)
@@ -462,6 +473,9 @@ def monthly(tokens_per_s: float, joules_per_token: float, tokens: float, usd_per
     """
     from . import energy
 
+    for name, value in (("tokens", tokens), ("grams_per_kwh", grams_per_kwh)):
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise QtutorError(f"{name} must be a number that is not negative, and is {value!r}.")
     per_million = energy.cost_per_million_tokens(tokens_per_s, usd_per_hour)
     kwh = energy.kwh_per_million_tokens(joules_per_token, pue) * tokens / 1e6
     return {"usd_per_million": per_million, "usd": per_million * tokens / 1e6, "hours": tokens / tokens_per_s / 3600,
@@ -505,18 +519,28 @@ def decision_html(need: Need, rows: int = 6) -> str:
 def explorer(**start):
     """Requirements as controls, the decision below them; ``start`` sets fields of :class:`Need` to begin with.
 
-    Without widgets, :func:`decision_html` and ``Decision.frame()`` show one state.
+    Without widgets, :func:`decision_html` and ``Decision.frame()`` show one state.  Raises QtutorError for a field, a
+    model or a machine that is not known.
     """
     import ipywidgets as w
 
     from . import capacity
 
+    if unknown := set(start) - {f.name for f in fields(Need)}:
+        raise QtutorError(f"Need has no field {min(unknown)!r}: it has {', '.join(f.name for f in fields(Need))}.")
     need = Need(**({"machine": next(iter(capacity.GPUS)), "model": "Llama-2-70B"} | start))
+    machine_of(need), _shape(need.model)  # a name that is not known is said here, not in every redraw
     wide, narrow = {"description_width": "105px"}, w.Layout(width="320px")
     percent = [("any", math.inf), *[(f"{100 * x:g} %", x) for x in (0.001, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1)]]
 
     def choice(label, options, value):
-        return w.Dropdown(options=options, value=value, description=label, style=wide, layout=narrow)
+        pairs = [one if isinstance(one, tuple) else (str(one), one) for one in options]
+        if value not in [one for _, one in pairs]:  # where it starts is one of the choices, in its place
+            said = f"{100 * value:g} %" if options is percent else "this machine" if value is None else str(value)
+            pairs.append((said, value))
+            if isinstance(value, (int, float)):
+                pairs.sort(key=lambda pair: (pair[1] != math.inf, pair[1]))  # "any" stays in front
+        return w.Dropdown(options=pairs, value=value, description=label, style=wide, layout=narrow)
 
     controls = {
         "task": choice("task", ["serve", "train"], need.task),
@@ -524,10 +548,9 @@ def explorer(**start):
         "machine": choice("machine", list(capacity.GPUS), need.machine),
         "users": choice("users at once", [1, 2, 4, 8, 16, 32, 64], need.users),
         "context": choice("context, tokens", [512, 1024, 2048, 4096, 8192, 16384, 32768], need.context),
-        "keep_free_gib": choice("keep free, GiB", sorted({0.0, 1.0, 2.0, 4.0, 8.0, need.keep_free_gib}),
-                                need.keep_free_gib),
-        "tokens_per_s": w.BoundedFloatText(value=need.tokens_per_s, min=0, max=1000, step=1, style=wide, layout=narrow,
-                                           description="tokens/s a user"),
+        "keep_free_gib": choice("keep free, GiB", [0.0, 1.0, 2.0, 4.0, 8.0], need.keep_free_gib),
+        "tokens_per_s": w.BoundedFloatText(value=need.tokens_per_s, min=0, max=max(1000, need.tokens_per_s), step=1,
+                                           style=wide, layout=narrow, description="tokens/s a user"),
         "max_loss": choice("perplexity lost", percent, need.max_loss),
         "training": choice("can train", list(TRAINING), need.training),
         "ecosystem": choice("ecosystem", list(ECOSYSTEMS), need.ecosystem),
@@ -552,6 +575,6 @@ def explain(decision: Decision, show: Callable = print) -> None:
     """Print the reasons of a decision: the sentence, each applied rule of the best option, the rules that wait."""
     show(decision.sentence)
     for rule, sentence in decision.best.reasons if decision.best else ():
-        show(f"  {f'{rule.effect:+d}' if rule.effect else '  '}  {sentence}  [{rule.device()}]")
+        show(f"  {f'{rule.effect:+d}' if rule.effect else '  '}  {sentence}  [{rule.device() or 'no evidence'}]")
     for rule, why in decision.not_applied:
         show(f"   ·  {rule.name}: {why}")

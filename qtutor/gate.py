@@ -304,13 +304,22 @@ class Gate:
         from . import accuracy, corpus
 
         tokenizer = accuracy._tokenizer(tokenizer)
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise QtutorError("Give the prompts as a list of texts.")
+        if limits is not None and not isinstance(limits, Limits):
+            raise QtutorError("Give the limits as gate.Limits(perplexity=0.02, ...).")
+        if items:
+            accuracy._check_items(items)
         prompts = list(prompts)
         if not prompts or reference_tokens < 1 or top < 1:
             raise QtutorError("A gate needs at least one prompt, one reference token and one top token.")
-        tokens = corpus.tokens("eval", tokenizer)[:1024] if tokens is None else tokens
+        tokens = np.asarray(corpus.tokens("eval", tokenizer)[:1024] if tokens is None else tokens)
+        whole = tokens.size and np.issubdtype(tokens.dtype, np.integer)  # windows() refuses the others
+        if whole and not 0 <= tokens.min() <= tokens.max() < len(tokenizer):
+            raise QtutorError("The tokens lie outside the tokenizer's vocabulary: use the model's own tokenizer.")
         with _Watched(base) as run:
             recorded = [_record_prompt(run, tokenizer, prompt, reference_tokens) for prompt in prompts]
-            text = _record_text(run, np.asarray(tokens), ctx, top)
+            text = _record_text(run, tokens, ctx, top)
         asked = _record_items(base, items, tokenizer) if items else []
         if run.bad:
             raise QtutorError("The base model's logits hold NaN or infinity: a gate needs a sound base.")
@@ -482,6 +491,8 @@ def _record_text(run: _Watched, tokens: np.ndarray, ctx: int, top: int) -> dict:
     nll, ids, kept = [], [], []
     for logp, true in _text_windows(run, tokens, ctx):
         n_vocab = logp.shape[1]
+        if true.max() >= n_vocab:
+            raise QtutorError("The tokens lie outside the model's vocabulary: use the model's own tokenizer.")
         order = np.argsort(-logp, axis=1, kind="stable")[:, :top]
         nll.append(-logp[np.arange(len(true)), true])
         ids.append(order)
@@ -494,7 +505,6 @@ def _record_text(run: _Watched, tokens: np.ndarray, ctx: int, top: int) -> dict:
 def _record_items(base, items, tokenizer) -> list:
     from . import accuracy
 
-    accuracy._check_items(items)
     found = []
     for item in items:
         requests = [accuracy.encode(tokenizer, item.context, choice) for choice in item.choices]

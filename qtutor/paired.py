@@ -17,7 +17,8 @@ Neighbouring tokens are not independent draws.  ``block`` averages a window's wo
 they nearly are; without it the intervals come out somewhat too narrow.
 
 References: McNemar 1947 with exact binomial probabilities; Agresti and Min 2005, Statistics in Medicine 24:729 (the
-interval of a difference of paired proportions); Schuirmann 1987 (two one-sided tests); scipy.stats does the arithmetic.
+interval of a difference of paired proportions); Tango 1998, Statistics in Medicine 17:891 (the score test of a margin);
+Schuirmann 1987 (two one-sided tests); scipy.stats does the arithmetic.
 """
 
 from __future__ import annotations
@@ -55,9 +56,6 @@ class Paired:
     df: float = math.inf
     lost: int | None = None
     gained: int | None = None
-    # where the interval is not centred on the difference: its centre and the standard error behind it
-    centre: float | None = None
-    spread: float | None = None
 
     def row(self) -> dict:
         """Flat dict for a table or a results file."""
@@ -94,7 +92,7 @@ class Verdict:
 
 
 def _level(name: str, value: float) -> None:
-    if not 0 < value < 1:
+    if not isinstance(value, (int, float)) or not 0 < value < 1:
         raise QtutorError(f"{name} lies between 0 and 1, and is {value!r}.")
 
 
@@ -132,14 +130,19 @@ def paired_nll(base, model=None, block: int | None = None, confidence: float = 0
     _level("confidence", confidence)
     if method not in ("t", "bootstrap"):
         raise QtutorError(f"There is no method {method!r}: use 't' or 'bootstrap'.")
-    values = _differences(base, model)
+    try:
+        values = _differences(base, model)
+    except (TypeError, ValueError):
+        raise QtutorError("paired_nll() takes log-likelihoods: numbers, one for each token.") from None
+    if block is not None and not isinstance(block, (int, np.integer)):
+        raise QtutorError(f"block is a whole number of tokens, not {block!r}.")
     if block is not None and (block < 1 or len(values) < 2 * block):
         raise QtutorError(f"{len(values)} tokens do not fill two blocks of {block}: use more text or a smaller block.")
     if len(values) < 2 or not np.isfinite(values).all():
         raise QtutorError("A paired test needs at least two tokens, with finite log-likelihoods.")
     means = values[: len(values) // block * block].reshape(-1, block).mean(1) if block else values
     n, mean, se = len(means) * (block or 1), float(means.mean()), float(stats.sem(means))
-    if se == 0:  # the same model twice
+    if se <= 1e-12 * abs(mean):  # the same model twice, or a constant beside it: no spread but rounding
         low = high = mean
         p = 1.0 if mean == 0 else 0.0
     elif method == "t":
@@ -183,17 +186,47 @@ def mcnemar(base_hits, hits, confidence: float = 0.95) -> Paired:
     z = float(stats.norm.ppf(0.5 + confidence / 2))
     se = spread(lost, gained, n)
     return Paired((gained - lost) / n, se, max(-1.0, centre - z * width), min(1.0, centre + z * width), p, n,
-                  "of all items", -1, confidence, sd=se * math.sqrt(n), lost=lost, gained=gained, centre=centre,
-                  spread=width)  # fmt: skip
+                  "of all items", -1, confidence, sd=se * math.sqrt(n), lost=lost, gained=gained)  # fmt: skip
+
+
+def _score_p(lost: int, gained: int, n: int, margin: float) -> float:
+    """p-value of "the share lost minus the share gained is ``margin`` or more" (Tango's score test, -1 < margin < 1).
+
+    The variance is that of the likeliest shares *at the margin*, not of those seen.  It makes the difference where
+    little was lost: no loss in 100 items, say, has no spread to go by, and does not show that 2 % are impossible.
+    """
+    from scipy import stats
+
+    # the likeliest share gained, given that lost - gained = margin: the larger root of a q^2 + b q + c
+    a, b = -2 * n, (lost + gained) * (1 - margin) - 2 * gained * margin - 2 * (n - lost - gained) * margin
+    c = gained * margin * (1 - margin)
+    q = (b + math.sqrt(max(0.0, b * b - 4 * a * c))) / (-2 * a)
+    variance = n * (2 * q + margin - margin**2)
+    if variance <= 0:  # a margin that only one outcome fits
+        return 1.0 if lost - gained >= n * margin else 0.0
+    return float(stats.norm.cdf((lost - gained - n * margin) / math.sqrt(variance)))
+
+
+def _score_bound(lost: int, gained: int, n: int, alpha: float) -> float:
+    """The largest margin that the score test at ``alpha`` does not reject."""
+    from scipy import optimize
+
+    low, high = -1 + 1e-9, 1 - 1e-9
+    if _score_p(lost, gained, n, high) > alpha:
+        return 1.0
+    if _score_p(lost, gained, n, low) < alpha:
+        return -1.0
+    return float(optimize.brentq(lambda margin: _score_p(lost, gained, n, margin) - alpha, low, high))
 
 
 def _one_sided(paired: Paired, margin: float, alpha: float, sign: int) -> tuple[float, float]:
     """p-value and upper bound of ``sign * difference`` against ``margin``."""
     from scipy import stats
 
-    centre = paired.difference if paired.centre is None else paired.centre
-    spread = paired.se if paired.spread is None else paired.spread
-    value = sign * centre
+    if paired.lost is not None:
+        lost, gained = (paired.lost, paired.gained)[:: -1 if sign > 0 else 1]
+        return _score_p(lost, gained, paired.n, margin), _score_bound(lost, gained, paired.n, alpha)
+    value, spread = sign * paired.difference, paired.se
     if spread == 0:
         return (0.0 if value < margin else 1.0), value
     law = stats.t(paired.df) if math.isfinite(paired.df) else stats.norm()
@@ -204,16 +237,20 @@ def _check_margin(paired: Paired, margin: float, alpha: float) -> None:
     if not isinstance(paired, Paired):
         raise QtutorError("Give the result of paired_nll() or mcnemar().")
     _level("alpha", alpha)
-    if not (math.isfinite(margin) and margin > 0):
+    if not isinstance(margin, (int, float)) or not (math.isfinite(margin) and margin > 0):
         raise QtutorError(f"The margin is the loss you are prepared to accept: a positive number, not {margin!r}.")
+    if paired.lost is not None and margin >= 1:
+        raise QtutorError("The margin of an accuracy is a share of all items, such as 0.02 for two in a hundred, and "
+                          f"not {margin!r}.")  # fmt: skip
 
 
 def non_inferior(paired: Paired, margin: float, alpha: float = 0.05) -> Verdict:
     """Is the loss smaller than ``margin``?  In the unit of ``paired``: nats per token, or a share of all items.
 
     A perplexity that grows by less than 1 % is ``margin=math.log(1.01)``; two answers in a hundred are 0.02.  One-sided
-    test at the level ``alpha``; too little data fails it, as it should.  A bootstrap result is tested with its standard
-    error and Student's t.
+    test at the level ``alpha``; too little data fails it, as it should.  Answers are tested by
+    Tango's score test, which keeps its level where few or none were lost; tokens by Student's t, a bootstrap result
+    with its standard error.
     """
     _check_margin(paired, margin, alpha)
     p, bound = _one_sided(paired, margin, alpha, paired.worse)

@@ -33,7 +33,7 @@ _ALLOWED = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, a
 @functools.lru_cache(maxsize=1024)
 def _compiled(expression: str):
     try:
-        tree = ast.parse(expression.strip(), mode="eval")
+        tree = ast.parse(str(expression).strip(), mode="eval")
     except SyntaxError:
         raise QtutorError(f"{expression!r} is not an expression: write something like 'users >= 8 and gpu'.") from None
     for node in ast.walk(tree):
@@ -46,19 +46,25 @@ def _compiled(expression: str):
 def evaluate(expression: str, names: dict):
     """The value of an expression of names, numbers, strings, comparisons and arithmetic: ``"bf16 / fp8 > 1.2"``.
 
-    Raises QtutorError for anything else (calls, attributes, ...), and for a name that is not in ``names``.
+    Raises QtutorError for anything else (calls, attributes, ...), for a name that is not in ``names``, and for values
+    that cannot be computed with or compared.
     """
     try:
         return eval(_compiled(expression), {"__builtins__": {}}, names)
     except NameError as error:
         raise QtutorError(f"{expression!r}: {error}; there are {', '.join(sorted(names))}.") from None
+    except (ArithmeticError, TypeError) as error:
+        raise QtutorError(f"{expression!r} cannot be computed: {error}.") from None
 
 
 def fill(template: str, names: dict) -> str:
     """A sentence with its numbers: ``{expression:format}`` is replaced by the formatted value of the expression."""
 
     def one(match):
-        return format(evaluate(match[1], names), match[2] or "")
+        try:
+            return format(evaluate(match[1], names), match[2] or "")
+        except (ValueError, TypeError):
+            raise QtutorError(f"{match[0]} has no format that fits its number: write {{a / b:.2f}}.") from None
 
     return re.sub(r"\{([^{}:]+)(?::([^{}]*))?\}", one, template)
 
@@ -122,6 +128,8 @@ def find(cells, directory=None) -> Found | None:
         machine, data = found
         rows = [row for row in data.rows if all(row.get(key) == value for key, value in one.where)]
         values = [row[one.column] for row in rows if row.get(one.column) is not None]
+        if any(isinstance(value, str) for value in values):
+            raise QtutorError(f"The column {one.column} of {one.result} holds words: a rule rests on numbers.")
         if values:
             return Found(statistics.fmean(values), len(values), machine, data.device)
     return None
@@ -147,7 +155,8 @@ class Technique:
     """One way to store and run, or to train, a model.
 
     ``store``: ("gguf", type) or ("pytorch", the name of its row in fp8_inference), for its size and speed.
-    ``loss`` and ``kld``: (expression, {name: cell, or alternatives}).  ``hardware``: "any", "gpu" or "fp8".
+    ``loss`` and ``kld``: (expression, {name: cell, or alternatives}).  ``hardware``: "any", "gpu", "fp8", or
+    "fp8 block" (FP8 units of Hopper or Blackwell: Transformer Engine has no block scaling on Ada).
     """
 
     name: str
@@ -186,7 +195,8 @@ def _recipe(name: str, how: str, recipe: str | None) -> Technique:
     loss = {"its": cell("fp8_loss", "held_out_nats", recipe=recipe or "BF16", step=3000),
             "bf16": cell("fp8_loss", "held_out_nats", recipe="BF16", step=3000)}  # fmt: skip
     # a difference of d nats multiplies perplexity by exp(d), which is 1 + d for differences as small as these
-    return Technique(name, "train", "PyTorch", "fine-tune", "fp8" if recipe else "gpu", how, "02",
+    needs = {None: "gpu", "FP8 block": "fp8 block"}.get(recipe, "fp8")
+    return Technique(name, "train", "PyTorch", "fine-tune", needs, how, "02",
                      loss=("its - bf16", loss))  # fmt: skip
 
 
@@ -232,6 +242,14 @@ class Rule:
     evidence: dict = field(hash=False)
     claim: str
 
+    def __post_init__(self):
+        unknown = [self.techniques] if isinstance(self.techniques, str) else set(self.techniques) - set(TECHNIQUES)
+        if unknown:
+            raise QtutorError(f"Rule {self.name}: techniques is a tuple of names of rules.TECHNIQUES, and "
+                              f"{min(unknown)!r} is none.")  # fmt: skip
+        if not isinstance(self.effect, int):
+            raise QtutorError(f"Rule {self.name}: the effect is a whole number of points, not {self.effect!r}.")
+
     def status(self, directory=None) -> str:
         """``"holds"``, ``"not recorded"``, or ``"contradicted"`` by what was measured."""
         names = find_all(self.evidence, directory)
@@ -276,22 +294,26 @@ ALL_FP8 = tuple(FP8_RECIPES)
 PLAIN_4_BITS = ("INT4 weights (torchao)", "GGUF Q4_0", "GGUF Q4_K_M")
 BOTH_INT4 = ("INT4 weights (torchao)", "INT4 weights, after QAT")
 TE, INT8 = "FP8 (Transformer Engine)", "INT8 weights (torchao)"
+# Where FP8 was measured to pay (fp8_breakeven): the narrower the layers, the more tokens a step must have, 512 at width
+# 8,192, 1,024 at 4,096, 2,048 at 2,048.  Their product is 2 ** 22 each time.
+ENOUGH = f"width * tokens_per_step >= {2**22}"
+WIDE = f"task == 'train' and width >= 4096 and {ENOUGH}"
 
 RULES = [
     # -- training
-    *[Rule(f"{name.split(', ')[1].split()[0]}_is_faster", (name,), "task == 'train' and width >= 4096", 2,
+    *[Rule(f"{name.split(', ')[1].split()[0]}_is_faster", (name,), WIDE, 2,
            "a training step of two Llama-2-70B layers is {bf16 / fp8:.2f} times as fast as in BF16",
            _layers("ms_per_step", bf16="TE BF16", fp8=rung), "bf16 / fp8 > 1.2") for name, rung in FP8_RECIPES.items()],
-    *[Rule(f"{name.split(', ')[1].split()[0]}_saves_energy", (name,), "task == 'train' and width >= 4096", 1,
+    *[Rule(f"{name.split(', ')[1].split()[0]}_saves_energy", (name,), WIDE, 1,
            "and takes {1 - fp8 / bf16:.0%} less energy",
            _layers("joules_per_step", bf16="TE BF16", fp8=rung), "fp8 / bf16 < 0.9")
       for name, rung in FP8_RECIPES.items()],
-    Rule("delayed_is_the_fastest", ALL_FP8[:1], "task == 'train' and width >= 4096", 1,
+    Rule("delayed_is_the_fastest", ALL_FP8[:1], WIDE, 1,
          "the fastest recipe: {current / delayed - 1:.0%} ahead of current scaling, {block / delayed - 1:.0%} of block",
          _layers("ms_per_step", delayed="TE FP8 delayed", current="TE FP8 current", block="TE FP8 block"),
          "delayed < current < block"),
-    *[Rule(f"narrow_{width}", ALL_FP8, f"task == 'train' and {low} <= width < {high}", points, said
-           + " at width {width:.0f}: {speedup:.2f} times BF16's speed (8,192 tokens, CUDA graphs)",
+    *[Rule(f"narrow_{width}", ALL_FP8, f"task == 'train' and {low} <= width < {high} and {ENOUGH}",
+           points, said + " at width {width:.0f}: {speedup:.2f} times BF16's speed (8,192 tokens, CUDA graphs)",
            {"speedup": cell("fp8_breakeven", "speedup", hidden=width, tokens=8192, graph=True),
             "width": cell("fp8_breakeven", "hidden", hidden=width, tokens=8192, graph=True)}, claim)
       for width, low, high, points, said, claim in (
@@ -301,6 +323,12 @@ RULES = [
     Rule("few_tokens", ALL_FP8, "task == 'train' and tokens_per_step <= 256", -4,
          "with 256 tokens in a step FP8 is slower even at width 8192: {speedup:.2f} times BF16's speed",
          {"speedup": cell("fp8_breakeven", "speedup", hidden=8192, tokens=256, graph=True)}, "speedup < 1"),
+    Rule("not_enough_tokens", ALL_FP8, f"task == 'train' and tokens_per_step > 256 and not {ENOUGH}", 0,
+         "a step has too few tokens for this width: 512 at width 4096 give {wide:.2f} times BF16's speed, 1,024 at "
+         "width 2048 {narrow:.2f} times (CUDA graphs)",
+         {"wide": cell("fp8_breakeven", "speedup", hidden=4096, tokens=512, graph=True),
+          "narrow": cell("fp8_breakeven", "speedup", hidden=2048, tokens=1024, graph=True)},
+         "wide < 1.1 and narrow < 1.1"),
     *[Rule(f"{name.split(', ')[1].split()[0]}_trains_as_well", (name,), "task == 'train'", 0,
            "the course model's held-out loss ends {fp8 - bf16:+.3f} nats from BF16's (mean over seeds)",
            _two("fp8_loss", "held_out_nats", bf16={"recipe": "BF16", "step": 3000},
@@ -318,7 +346,7 @@ RULES = [
          "the weights take {1 - fp8 / bf16:.0%} less memory than BF16's",
          _inference("weights_gib", bf16="BF16", fp8="FP8 Transformer Engine"), "fp8 / bf16 < 0.6"),
     Rule("fp8_writes_no_faster", (TE,), "task == 'serve' and not prompt_heavy and users < 16", 0,
-         "writing is no faster than BF16 at batch 1 ({bf16 / fp8:.2f} times, 7B shape): too few bytes are the limit",
+         "writing is no faster than BF16 at batch 1 ({bf16 / fp8:.2f} times, 7B shape), though it reads half the bytes",
          _inference("decode_ms_batch1", bf16="BF16", fp8="FP8 Transformer Engine"), "0.9 < bf16 / fp8 < 1.15"),
     Rule("fp8_saves_energy", (TE,), "task == 'serve'", 1, "a written token takes {1 - fp8 / bf16:.0%} less energy than "
          "BF16's (7B shape, batch 1)",

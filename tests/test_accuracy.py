@@ -74,7 +74,8 @@ def test_the_same_seed_gives_the_same_items():
 
 
 def test_build_items_bad_input():
-    for bad in (dict(n=1), dict(choices=1), dict(n=10**6), dict(text="Too short."), dict(n=5, text="A b.\n\n" * 50)):
+    for bad in (dict(n=1), dict(choices=1), dict(n=10**6), dict(text="Too short."), dict(n=5, text="A b.\n\n" * 50),
+                dict(n="x"), dict(n=2.5), dict(text=5), dict(seed=-1)):  # fmt: skip
         with pytest.raises(QtutorError):
             accuracy.build_items(**bad)
 
@@ -187,7 +188,8 @@ def test_scoring_bad_input(items, tokenizer):
     ragged = [items[0], accuracy.Item("a b", ("c", "d"), 0)]
     small = lambda ids: torch.zeros(len(ids), 7)  # noqa: E731 - a vocabulary of seven
     broken = lambda ids: torch.full((len(ids), len(tokenizer)), math.nan)  # noqa: E731
-    for source, given in ((small, items[:2]), (broken, items[:2]), (small, items[:1]), (small, ragged), (7, items[:2])):
+    for source, given in ((small, items[:2]), (broken, items[:2]), (small, items[:1]), (small, ragged), (7, items[:2]),
+                          (small, 5), (small, [1, 2])):  # fmt: skip
         with pytest.raises(QtutorError) as error:
             accuracy.score_items(source, given, tokenizer)
         assert str(error.value).endswith(".")

@@ -158,6 +158,19 @@ def test_expressions_and_sentences():
     assert rules.fill("{a / b:.1f} times, {1 - b / a:.0%}", {"a": 3.0, "b": 2.0}) == "1.5 times, 33%"
     with pytest.raises(QtutorError, match="there are a, b"):
         rules.evaluate("a + c", {"a": 1, "b": 2})
+    for expression in ("1 / a", "a < 'x'"):
+        with pytest.raises(QtutorError, match="cannot be computed"):
+            rules.evaluate(expression, {"a": 0})
+    with pytest.raises(QtutorError, match="format"):
+        rules.fill("{a:xx}", {"a": 1.0})
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"techniques": ("GGUF Q9",)}, "GGUF Q9"), ({"techniques": "GGUF Q4_0"}, "tuple"), ({"effect": "much"}, "points"),
+])  # fmt: skip
+def test_a_rule_with_a_slip_is_refused(wrong, said):
+    with pytest.raises(QtutorError, match=said):
+        replace(rules.RULES[-1], **wrong)
 
 
 # ------------------------------------------------------------------------------------------------------- decisions
@@ -202,9 +215,28 @@ def test_the_speed_at_the_measured_shape_is_the_measured_one():
 def test_training_takes_fp8_where_it_pays_and_not_where_it_does_not():
     assert decide(TRAIN).best.technique.name == "FP8 training, delayed scaling"
     assert decide(replace(TRAIN, tokens_per_step=256, model="TinyLlama-1.1B")).best.technique.name == "BF16 training"
+    assert "not checked" in decide(TRAIN).sentence  # memory: no rule and no arithmetic of it here
     old = decide(replace(TRAIN, machine="A100 80 GB SXM"))
     assert old.best.technique.name == "BF16 training"
     assert all("hardware" in o.blockers for o in old.options if "FP8" in o.technique.name)
+
+
+@pytest.mark.parametrize("model, width", [("Llama-2-70B", 8192), ("Llama-2-7B", 4096), ("TinyLlama-1.1B", 2048)])
+@pytest.mark.parametrize("tokens", [256, 512, 1024, 2048, 4096, 8192, 16384])
+def test_fp8_training_is_recommended_where_it_was_measured_to_pay(model, width, tokens):
+    """The recommendation against notebook 04's map of widths and tokens in a step, point by point."""
+    map_ = results.load("fp8_breakeven", "h200").frame().query("graph").set_index(["hidden", "tokens"]).speedup
+    chosen = decide(replace(TRAIN, model=model, tokens_per_step=tokens)).best.technique.name
+    if map_[width, tokens] < 1.1:
+        assert chosen == "BF16 training"
+    elif map_[width, tokens] > 1.2:
+        assert chosen == "FP8 training, delayed scaling"
+
+
+def test_block_scaling_is_not_for_ada():
+    out = {o.technique.name: o.blockers for o in decide(replace(TRAIN, model="TinyLlama-1.1B", machine="L4")).options}
+    assert "Ada" in out["FP8 training, block scaling"]["hardware"] and not out["FP8 training, delayed scaling"]
+    assert choosing.device("NVIDIA H200").name not in choosing.ADA and set(choosing.ADA) <= set(choosing.FP8_GPUS)
 
 
 def test_a_training_budget_brings_qat_in():
@@ -220,7 +252,8 @@ def test_preferences_order_what_will_do():
     small, fast, good = (decide(replace(need, prefer=p)).options for p in ("memory", "speed", "quality"))
     fitting = [o for o in small if o.fits]
     assert fitting[0].memory_gib == min(o.memory_gib for o in fitting)
-    assert fast[0].tokens_per_s == max(o.tokens_per_s for o in fast if o.fits)
+    assert fast[0].tokens_per_s == max(o.tokens_per_s for o in fast if o.fits and not o.at_most)
+    assert any(o.fits and o.at_most and o.tokens_per_s > fast[0].tokens_per_s for o in fast), "a ceiling is no speed"
     assert good[0].kld == min(o.kld for o in good if o.fits and o.kld is not None)
 
 
@@ -250,7 +283,9 @@ def test_relaxing_as_told_makes_it_possible():
 
 @pytest.mark.parametrize("change, said", [
     ({"task": "guess"}, "choose one of serve, train"), ({"users": 0}, "users"), ({"context": 1.5}, "context"),
-    ({"tokens_per_s": -1}, "negative"), ({"prefer": "luck"}, "prefer"), ({"ecosystem": "vim"}, "ecosystem"),
+    ({"tokens_per_s": -1}, "negative"), ({"max_loss": "1%"}, "max_loss"), ({"max_loss": math.nan}, "max_loss"),
+    ({"usd_per_hour": -1}, "usd_per_hour"), ({"memory_gib": "8"}, "memory_gib"), ({"max_kld": None}, "max_kld"),
+    ({"keep_free_gib": math.inf}, "keep_free_gib"), ({"prefer": "luck"}, "prefer"), ({"ecosystem": "vim"}, "ecosystem"),
 ])  # fmt: skip
 def test_bad_needs_are_one_sentence(change, said):
     with pytest.raises(QtutorError, match=said):
@@ -304,6 +339,24 @@ def test_every_control_of_the_widget_redraws():
             assert shown.value != before, control.description
         control.value = start
         assert shown.value == before
+
+
+@pytest.mark.parametrize("start", [
+    {"users": 5}, {"max_loss": 0.007}, {"context": 3000}, {"machine": "NVIDIA H200"}, {"tokens_per_s": 2000},
+    {"users": 64, "tokens_per_s": 0}, {"machine": None, "memory_gib": 8, "bandwidth_gb_per_s": 60},
+])  # fmt: skip
+def test_the_widget_starts_from_any_need(start):
+    box = choosing.explorer(**start)
+    need = Need(**({"machine": "H100 SXM", "model": "Llama-2-70B"} | start))
+    assert box.children[1].value == choosing.decision_html(need)
+    percent = next(c for c in box.children[0].children if c.description == "perplexity lost").options
+    assert percent[0][0] == "any" and [x for _, x in percent[1:]] == sorted(x for _, x in percent[1:])
+
+
+@pytest.mark.parametrize("start", [{"bogus": 1}, {"machine": "Abacus"}, {"model": "Nobody"}, {"users": 0}])
+def test_a_widget_that_cannot_start_says_why(start):
+    with pytest.raises(QtutorError):
+        choosing.explorer(**start)
 
 
 def test_memory_to_keep_free_counts_as_missing():

@@ -194,6 +194,12 @@ def test_bad_input(built, base, tokenizer):
         lambda: gate.Limits(same_top="most"),
         lambda: built.check(lambda ids: torch.zeros(len(ids), 9)),  # another tokenizer's vocabulary
         lambda: built.check("model.gguf"),
+        lambda: gate.Gate.build(base, "a prompt", tokens=tokens),
+        lambda: gate.Gate.build(base, None, tokens=tokens),
+        lambda: gate.Gate.build(base, ["a"], tokens=tokens.astype("int64") - 1000),
+        lambda: gate.Gate.build(lambda ids: torch.zeros(len(ids), 9), ["a"], tokens=tokens),
+        lambda: gate.Gate.build(base, ["a"], tokens=tokens, limits={"perplexity": 0.1}),
+        lambda: gate.Gate.build(base, ["a"], tokens=tokens, items=[1, 2]),
     ):
         with pytest.raises(QtutorError) as error:
             call()
