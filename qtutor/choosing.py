@@ -11,7 +11,8 @@ was measured.  Then the rules give points, each with the measured rows it rests 
 
 Two things to know.  Losses were measured on the course model, which is small: larger models lose less at the same type
 (compare notebook 08's table of llama.cpp's published figures), so a limit that holds here is on the safe side there.
-And the share of the bandwidth was measured on one machine at one shape; a slower memory is easier to keep busy.
+And the share of the bandwidth was measured on one machine, at the shapes of Llama-2-7B and Llama-2-70B (GGUF) or of
+Llama-2-7B alone (PyTorch); a slower memory is easier to keep busy.
 """
 
 from __future__ import annotations
@@ -220,9 +221,32 @@ def weight_bytes(technique: Technique, model: str, directory=None) -> tuple[floa
     return total, total - 2 * shape["embedding"]
 
 
-def _share(technique: Technique, users: int, directory=None) -> float | None:
-    """The share of the memory bandwidth that this technique's kernels reached where they were measured, or None."""
+def _share_at_7b(technique: Technique, users: int, directory=None) -> float | None:
+    """The same of a GGUF type from notebook 10's rows at Llama-2-7B's shape; None where they are not recorded."""
+    found = recorded("tradeoff", directory, "gpu")
+    rows = [row for row in (found[1].rows if found else ()) if row["shape"] == "llama2_7b" and row["batch"] <= users
+            and row["technique"] == technique.name and row.get("decode_tokens_per_s")]  # fmt: skip
+    if not rows:
+        return None
+    row = max(rows, key=lambda row: row["batch"])
+    read = weight_bytes(technique, "Llama-2-7B", directory)[1]
+    cache = row["batch"] * row["decode_context"] * _shape("Llama-2-7B")["kv_bytes"]
+    try:
+        bandwidth = device(found[1].device).bandwidth_gb_per_s * 1e9
+    except QtutorError:
+        return None
+    return row["decode_tokens_per_s"] / row["batch"] * (read + cache) / bandwidth
+
+
+def _share(technique: Technique, users: int, directory=None, weights: float = 70e9) -> float | None:
+    """The share of the memory bandwidth that this technique's kernels reached where they were measured, or None.
+
+    A small model keeps a fast memory less busy than a large one: of GGUF types the shape nearer to the model's
+    ``weights`` counts, Llama-2-7B's (notebook 10) or Llama-2-70B's (notebook 09).
+    """
     kind, name = technique.store
+    if kind == "gguf" and weights < math.sqrt(7e9 * 70e9):
+        return _share_at_7b(technique, users, directory)
     if kind == "gguf":
         found = recorded("llama70b", directory, "gpu")
         if found is None:
@@ -275,7 +299,7 @@ def _serve(option: Option, need: Need, machine: Machine, directory) -> None:
     if option.memory_gib > machine.memory_gib - need.keep_free_gib:
         free = f", of which {need.keep_free_gib:g} are to stay free" if need.keep_free_gib else ""
         block["memory"] = f"it needs {option.memory_gib:.1f} GiB and there are {machine.memory_gib:.1f}{free}"
-    share = _share(technique, need.users, directory) if machine.gpu else None
+    share = _share(technique, need.users, directory, shape["weights"]) if machine.gpu else None
     ceiling = machine.bandwidth_gb_per_s * 1e9 / (read + cache)
     option.tokens_per_s, option.at_most = ceiling * (share or 1), share is None
     if option.tokens_per_s < need.tokens_per_s:

@@ -212,6 +212,23 @@ def test_the_speed_at_the_measured_shape_is_the_measured_one():
             assert option.tokens_per_s == pytest.approx(1000 / row.decode_ms_batch1, rel=0.01), option.technique.name
 
 
+@pytest.mark.parametrize("users", [1, 8, 32])
+def test_the_speed_of_gguf_at_7b_is_the_measured_one(users):
+    """What the guide says of an H100 and Llama-2-7B is what notebook 10 measured there, not a share taken from 70B."""
+    run = results.on_gpu("tradeoff")
+    rows = [r for r in run.rows if (r["shape"], r["batch"]) == ("llama2_7b", users) and r.get("decode_tokens_per_s")]
+    measured = {r["technique"]: r for r in rows}
+    need = Need(model="Llama-2-7B", machine=choosing.device(run.device).name, context=512, users=users)
+    checked = 0
+    for option in decide(need).options:
+        row = measured.get(option.technique.name)
+        if option.technique.store[0] == "gguf" and row:
+            assert row["decode_context"] == 512 and not option.at_most
+            assert option.tokens_per_s * users == pytest.approx(row["decode_tokens_per_s"], rel=1e-3)
+            checked += 1
+    assert checked >= 3
+
+
 def test_training_takes_fp8_where_it_pays_and_not_where_it_does_not():
     assert decide(TRAIN).best.technique.name == "FP8 training, delayed scaling"
     assert decide(replace(TRAIN, tokens_per_step=256, model="TinyLlama-1.1B")).best.technique.name == "BF16 training"
