@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from . import QtutorError, llamacpp
+from . import QtutorError, energy, llamacpp
 
 GB, GIB, MIB = 10**9, 2**30, 2**20
 
@@ -427,23 +427,30 @@ _NV, _GEFORCE = "https://www.nvidia.com/en-us/data-center/", "https://www.nvidia
 _MAC = "https://www.apple.com/mac-studio/specs/"
 _RUNPOD, _SURVEY = "https://www.runpod.io/pricing", "https://deploybase.ai/articles/runpod-gpu-pricing"
 
+
+def _price(name: str) -> tuple[float, str, str]:
+    """USD an hour, source and date of a machine that :data:`energy.PRICES` lists: one price a machine in the course."""
+    price = energy.price(name)
+    return price.usd_per_hour, price.source, price.date
+
+
 # Memory in MiB as nvidia-smi shows it with ECC as shipped; of a Mac, the three quarters of its memory that macOS lets
-# the GPU use by default.  Bandwidth and power from the maker's page.  Prices: one provider's on-demand list for data
-# centre cards, the lowest of a survey for the others; examples, not advice.
+# the GPU use by default.  Bandwidth and power from the maker's page.  Prices: those of energy.PRICES where it has the
+# machine; else one provider's on-demand list, and for consumer cards the lowest of a survey; examples, not advice.
 # The watts of a Mac are the most that the whole machine takes from the wall (https://support.apple.com/en-us/102027).
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("H100 SXM", 81559, 3350, 700, _NV + "h100/", 3.99, _RUNPOD, "2026-11-09"),
-        Gpu("H100 PCIe", 81559, 2000, 350, _NV + "h100/", 2.89, _RUNPOD, "2026-11-09"),
+        Gpu("H100 SXM", 81559, 3350, 700, _NV + "h100/", *_price("H100")),
+        Gpu("H100 PCIe", 81559, 2000, 350, _NV + "h100/", *_price("H100 PCIe")),
         Gpu("H100 NVL", 95830, 3900, 400, _NV + "h100/", 3.19, _RUNPOD, "2026-11-09"),
-        Gpu("H200", 143771, 4800, 700, _NV + "h200/", 4.59, _RUNPOD, "2026-10-07"),
+        Gpu("H200", 143771, 4800, 700, _NV + "h200/", *_price("H200")),
         Gpu("B200", 183359, 8000, 1000, _NV + "hgx/", 6.79, _RUNPOD, "2026-10-07"),
-        Gpu("A100 80 GB SXM", 81920, 2039, 400, _NV + "a100/", 1.79, _RUNPOD, "2026-11-09"),
+        Gpu("A100 80 GB SXM", 81920, 2039, 400, _NV + "a100/", *_price("A100")),
         Gpu("A100 80 GB PCIe", 81920, 1935, 300, _NV + "a100/", 1.79, _RUNPOD, "2026-11-09"),
         Gpu("A100 40 GB", 40960, 1555, 400, _NV + "a100/"),
-        Gpu("L40S", 46068, 864, 350, _NV + "l40s/", 0.79, _SURVEY, "2026-03-10"),
-        Gpu("L4", 23034, 300, 72, _NV + "l4/", 0.44, _SURVEY, "2026-03-10"),
+        Gpu("L40S", 46068, 864, 350, _NV + "l40s/", *_price("L40S")),
+        Gpu("L4", 23034, 300, 72, _NV + "l4/", *_price("L4")),
         Gpu("A10", 23028, 600, 150, _NV + "products/a10-gpu/"),
         Gpu("RTX PRO 6000", 97887, 1792, 600, "https://www.nvidia.com/en-us/products/workstations/"
             "professional-desktop-gpus/rtx-pro-6000/", 0.89, _SURVEY, "2026-03-10"),

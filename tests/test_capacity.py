@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from qtutor import QtutorError, capacity, gguf_export, llamacpp
+from qtutor import QtutorError, capacity, energy, gguf_export, llamacpp
 from qtutor.capacity import GIB
 from qtutor.results import ROOT
 
@@ -195,6 +195,8 @@ def test_tables_have_sources():
     for gpu in capacity.GPUS.values():
         assert gpu.source.startswith("https://") and gpu.memory_mib > 0 and gpu.gb_per_s > 0 and gpu.watts > 0
         assert (gpu.usd_per_hour is None) == (not gpu.price_source) == (not gpu.price_date)
+    for name in set(capacity.GPUS) & set(energy.PRICES):  # a machine has one price in the course
+        assert capacity.GPUS[name].usd_per_hour == energy.PRICES[name].usd_per_hour, name
 
 
 @pytest.mark.parametrize("call, words", [
