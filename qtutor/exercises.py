@@ -9,6 +9,14 @@ from __future__ import annotations
 
 from .lesson import exercise
 
+
+def _letters(answer) -> set:
+    """The letters of an answer such as "AC", "a, c" or ["A", "C"], from A to F."""
+    assert isinstance(answer, (str, list, tuple, set)), 'Give the letters as text, such as "AC".'
+    letters = {letter for part in answer for letter in str(part).upper() if letter.isalpha()}
+    assert letters and letters <= set("ABCDEF"), 'Give letters from A to F, such as "AC".'
+    return letters
+
 # ------------------------------------------------------------- notebook 05: fake quantization
 
 
@@ -921,9 +929,7 @@ def _two_errors(answer):
 
 @exercise("10.wrong_report", solution="ABDF", wrong=["ABCDEF", "ABDEF", "ABD", "CE", "A", "ABCD", ""])
 def _wrong_report(answer):
-    assert isinstance(answer, (str, list, tuple, set)), 'Give the letters as text, such as "AC".'
-    letters = {letter for part in answer for letter in str(part).upper() if letter.isalpha()}
-    assert letters and letters <= set("ABCDEF"), 'Give letters from A to F, such as "AC".'
+    letters = _letters(answer)
     why = {
         "A": "A mixes two conventions: all tokens of a window against its second half.",
         "B": "B reads the clock while the GPU is still working: only the launches are timed.",
@@ -1143,9 +1149,7 @@ def _break_even(answer):
 
 @exercise("11.evidence", solution="BEF", wrong=["ABCDEF", "B", "E", "F", "BE", "EF", "BF", "BCEF", "ABEF", "CD", ""])
 def _evidence(answer):
-    assert isinstance(answer, (str, list, tuple, set)), 'Give the letters as text, such as "AC".'
-    letters = {letter for part in answer for letter in str(part).upper() if letter.isalpha()}
-    assert letters and letters <= set("ABCDEF"), 'Give letters from A to F, such as "AC".'
+    letters = _letters(answer)
     hints = {
         "A": "Does A bring Q5_K_M below the limit, or only make its error smaller?",
         "B": "Q5_K_M is smaller than Q6_K: what did it lack, and does B give it that?",
