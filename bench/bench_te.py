@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from qtutor import course_model, lesson
-from qtutor import te as switch
+from qtutor import te_switch as switch
 
 
 def candidates():

@@ -1,8 +1,16 @@
 """qtutor: the helper package of the LLM quantization course.
 
-Flat, one idea a module, each to be read by itself.  ``import qtutor`` is cheap: a
-module is loaded when it is first used, so that ``qtutor.formats`` does not pull in transformers
-and ``python -m qtutor doctor`` works when half of the installation is broken.
+What lies directly in this folder is what a reader of the notebooks reads, one idea a module.  Five folders hold the
+rest (see tests/test_structure.py for who may import whom):
+
+    emulation/    Transformer Engine's names and semantics on any device
+    decide/       from requirements to a decision: memory, cost, accuracy, fronts
+    rigs/         what a notebook measures with, and a recorder of data/results records with
+    figures/      pictures and widgets, one module a topic
+    exercises/    one module a topic, in the order of the course
+
+``import qtutor`` is cheap: a module is loaded when it is first used, so that ``qtutor.formats`` does not pull in
+transformers and ``python -m qtutor doctor`` works when half of the installation is broken.
 
     import qtutor
     qtutor.setup()                      # the first cell of every notebook
@@ -18,10 +26,8 @@ import os
 __version__ = "0.1.0"
 
 _MODULES = (
-    "accuracy capacity choosing corpus course_model energy evaluate fake_quant formats fp8_bench fp8_models gate "
-    "gguf_blocks gguf_export gguf_quality lesson llama70b llamacpp low_bit measure notebooks observers paired "
-    "pareto planner plots ptq qat report results rules serve ste te te_blocks te_emulated te_modules te_mx "
-    "te_quantizers te_transformer tradeoff widgets"
+    "corpus course_model decide emulation energy evaluate exercises fake_quant figures files formats gguf_blocks "
+    "gguf_export lesson llamacpp measure observers packed paired plots ptq qat results rigs serve ste te_switch"
 ).split()
 
 

@@ -106,9 +106,9 @@ def check_torch() -> list[Check]:
 
 def check_fp8() -> list[Check]:
     """Real Transformer Engine or the emulation; which recipes run on this GPU."""
-    from . import te
+    from . import te_switch
 
-    status = te.activate()
+    status = te_switch.activate()
     if status.real:
         checks = [Check("ok", "FP8 training", f"Transformer Engine {status.version}")]
     else:

@@ -5,10 +5,10 @@ scikit-learn, pandas, ..., and the standard library): tens of megabytes of techn
 read from the source files with ``ast``; no package is imported.
 
 Evaluation text is the Python language reference, which ships inside CPython as ``pydoc_data.topics``
-and which ``help("for")`` prints.  Two things keep it honest.  The topics repeat whole sections, which a
-model (or ``xz``) could score by copying, so every paragraph is kept once.  And a training document that
-shares thirteen consecutive words with the evaluation text is left out (the overlap rule of GPT-3,
-arXiv 2005.14165, appendix C).
+and which ``help("for")`` prints.  Three things keep it honest.  It is pinned by content, so that every Python scores
+the same tokens.  The topics repeat whole sections, which a model (or ``xz``) could score by copying, so every
+paragraph is kept once.  And a training document that shares thirteen consecutive words with the evaluation text is
+left out (the overlap rule of GPT-3, arXiv 2005.14165, appendix C).
 
     text = corpus.eval_text()
     ids = corpus.tokens("eval", tokenizer)          # uint16
@@ -21,15 +21,17 @@ import ast
 import hashlib
 import json
 import os
+import platform
 import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from . import QtutorError
+from . import QtutorError, files
 
 OVERLAP_WORDS = 13
 MIN_CHARACTERS = 80
@@ -55,8 +57,7 @@ def cache_dir() -> Path:
     Raises:
         QtutorError: the folder cannot be created or written.
     """
-    project = Path(__file__).resolve().parent.parent
-    default = project / ".cache" if (project / "pyproject.toml").exists() else Path.home() / ".cache" / "qtutor"
+    default = files.ROOT / ".cache" if (files.ROOT / "pyproject.toml").exists() else Path.home() / ".cache" / "qtutor"
     folder = Path(os.environ.get("QTUTOR_CACHE") or default)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,21 +74,28 @@ def fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
 
+@cache
 def eval_text() -> str:
-    """Return the evaluation text: the language reference in CPython's ``pydoc_data.topics``.
+    """Return the evaluation text, the same on every machine: paragraphs of the language reference, pinned by hash.
 
-    Topics come in alphabetical order, separated by blank lines, each paragraph once.  The text differs a
-    little between Python versions, so results carry its :func:`fingerprint`.
+    ``pydoc_data.topics`` differs a little from one Python to the next.  ``data/eval_paragraphs.txt`` lists the
+    paragraphs (SHA-256, in order) that CPython 3.11.2, 3.11.7, 3.12.1, 3.13.0 and 3.14.7 have in common; the text is
+    these, joined by blank lines.  Where this Python lacks one, a warning says that scores are not comparable, and the
+    :func:`fingerprint` that results carry tells the two texts apart.
     """
     from pydoc_data.topics import topics
 
-    seen, kept = set(), []
+    have = {}
     for name in sorted(topics):
         for paragraph in re.split(r"\n\s*\n", topics[name].replace("\r\n", "\n")):
-            key = " ".join(paragraph.split())
-            if key and key not in seen:
-                seen.add(key)
-                kept.append(paragraph.rstrip())
+            paragraph = paragraph.rstrip()
+            have.setdefault(fingerprint(paragraph), paragraph)
+    pinned = (files.DATA / "eval_paragraphs.txt").read_text("ascii").split()
+    kept = [have[key] for key in pinned if key in have]
+    if len(kept) < len(pinned):
+        warnings.warn(f"Python {platform.python_version()} lacks {len(pinned) - len(kept)} of the {len(pinned)} "
+                      "paragraphs of the evaluation text: do not compare its scores with recorded ones.",
+                      stacklevel=2)  # fmt: skip
     return "\n\n".join(kept) + "\n"
 
 
@@ -114,12 +122,12 @@ def _source_files(packages: tuple[str, ...] | None) -> list[Path]:
                         roots.append(root)
         if not roots:
             raise QtutorError(f"None of the packages {', '.join(packages)} is installed: name installed packages.")
-    files = []
+    found = []
     for root in roots:
-        found = [root] if root.is_file() else sorted(root.rglob("*.py"))
+        inside = [root] if root.is_file() else sorted(root.rglob("*.py"))
         base = root.parent if root.is_file() else root
-        files += [f for f in found if not _SKIP_FOLDERS & set(f.relative_to(base).parts[:-1])]
-    return files
+        found += [f for f in inside if not _SKIP_FOLDERS & set(f.relative_to(base).parts[:-1])]
+    return found
 
 
 def docstrings(source: bytes | str) -> list[str]:
@@ -143,8 +151,8 @@ def _text_of_packages(packages, progress) -> list[str]:
 
     known = _shingles(eval_text())
     documents, seen = [], set()
-    files = _source_files(packages)
-    for path in tqdm(files, desc="reading docstrings", unit="file", disable=not progress, leave=False):
+    paths = _source_files(packages)
+    for path in tqdm(paths, desc="reading docstrings", unit="file", disable=not progress, leave=False):
         source = path.read_bytes()
         if b'"""' not in source and b"'''" not in source:
             continue
@@ -182,16 +190,7 @@ def train_documents(packages: tuple[str, ...] | list[str] | None = None, progres
             cached.unlink()
     documents = _text_of_packages(packages, progress)
     documents = [d.encode("utf-8", "replace").decode("utf-8") for d in documents]  # lone surrogates
-    partial = cached.with_suffix(".partial")
-    try:
-        partial.write_text(json.dumps(documents), encoding="utf-8")
-        os.replace(partial, cached)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise QtutorError(
-            f"The cache file {cached.name} cannot be written ({error.strerror}): "
-            "free some disk space or set QTUTOR_CACHE to another folder."
-        ) from None
+    files.write_text(cached, json.dumps(documents), "free some disk space or set QTUTOR_CACHE to another folder")
     return documents
 
 

@@ -300,7 +300,7 @@ def train(out: Path, ids, valid_ids=None, precision: str = "auto", steps: int = 
     from . import corpus
 
     if precision != "bf16":
-        from . import te as te_switch
+        from . import te_switch
 
         status = te_switch.activate()
         precision = "fp8" if precision == "fp8" or status.real else "bf16"
@@ -527,7 +527,7 @@ def _train_command(args) -> int:
         about = dict(train=corpus.fingerprint("\n".join(kept)), train_bytes=sum(len(d.encode()) for d in kept))
     precision, real, te_version = args.precision, False, None
     if precision != "bf16":
-        from . import te as te_switch
+        from . import te_switch
 
         status = te_switch.activate()
         precision, real, te_version = (

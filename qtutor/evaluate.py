@@ -288,10 +288,10 @@ def bits_per_byte(result: Perplexity, n_tokens: int, n_bytes: int) -> Estimate:
 class Comparison:
     """A model against the model that it came from, on the same ``n`` tokens.  ``*_se`` are standard errors.
 
-    - ``ppl``, ``base_ppl``: the two perplexities; ``ppl_ratio``: their ratio, ``ppl_diff``: their difference, with
-      the error of paired values (what both share cancels); ``ppl_correlation`` of the two ln perplexities
+    - ``perplexity``, ``base_perplexity``: the two perplexities; ``perplexity_ratio``: their ratio, ``perplexity_diff``: their difference, with
+      the error of paired values (what both share cancels); ``perplexity_correlation`` of the two ln perplexities
     - ``kld_mean`` ... ``kld_max``: KL(base || model) per token, in nats; ``p99`` and ``p999`` are percentiles
-    - ``dp_mean``: mean change of the true token's probability (negative: worse), ``rms_dp``: its root mean square,
+    - ``delta_p_mean``: mean change of the true token's probability (negative: worse), ``delta_p_rms``: its root mean square,
       both as shares of one (llama.cpp prints percent)
     - ``same_top``: share of tokens where both put the same token first
     - ``token_kld``, ``token_dp``, ``token_dnll`` (nll of the model minus nll of the base): the single values, float64
@@ -299,24 +299,24 @@ class Comparison:
     """
 
     kld_mean: float
-    kld_se: float
+    kld_mean_se: float
     kld_median: float
     kld_p99: float
     kld_p999: float
     kld_max: float
-    ppl: float
-    ppl_se: float
-    base_ppl: float
-    base_ppl_se: float
-    ppl_ratio: float
-    ppl_ratio_se: float
-    ppl_diff: float
-    ppl_diff_se: float
-    ppl_correlation: float
-    dp_mean: float
-    dp_se: float
-    rms_dp: float
-    rms_dp_se: float
+    perplexity: float
+    perplexity_se: float
+    base_perplexity: float
+    base_perplexity_se: float
+    perplexity_ratio: float
+    perplexity_ratio_se: float
+    perplexity_diff: float
+    perplexity_diff_se: float
+    perplexity_correlation: float
+    delta_p_mean: float
+    delta_p_mean_se: float
+    delta_p_rms: float
+    delta_p_rms_se: float
     same_top: float
     same_top_se: float
     n: int
@@ -389,22 +389,22 @@ def summarize(nll, base_nll, kld, same_top) -> Comparison:
     """The statistics of per-token values, each (n,): negative log-likelihoods, KLD (nats) and whether tops agree."""
     nll, base_nll, kld = (np.asarray(x, dtype=np.float64) for x in (nll, base_nll, kld))
     log_ratio, log_ratio_se = float((nll - base_nll).mean()), standard_error(nll - base_nll)
-    ppl, base_ppl = math.exp(nll.mean()), math.exp(base_nll.mean())
+    perplexity, base_perplexity = math.exp(nll.mean()), math.exp(base_nll.mean())
     ratio = math.exp(log_ratio)
     dp = np.exp(-nll) - np.exp(-base_nll)
     rms = math.sqrt(float((dp**2).mean()))
     top = _share(np.asarray(same_top, dtype=bool))
-    # d(ppl - base) = ppl d(nll) - base d(base_nll): the error of paired values again
-    diff_se = standard_error(ppl * nll - base_ppl * base_nll)
+    # d(perplexity - base) = perplexity d(nll) - base d(base_nll): the error of paired values again
+    diff_se = standard_error(perplexity * nll - base_perplexity * base_nll)
     spread = nll.std() * base_nll.std()
     correlation = float(((nll - nll.mean()) * (base_nll - base_nll.mean())).mean() / spread) if spread else 1.0
     return Comparison(
-        kld_mean=float(kld.mean()), kld_se=standard_error(kld), kld_median=float(np.median(kld)),
+        kld_mean=float(kld.mean()), kld_mean_se=standard_error(kld), kld_median=float(np.median(kld)),
         kld_p99=float(np.percentile(kld, 99)), kld_p999=float(np.percentile(kld, 99.9)), kld_max=float(kld.max()),
-        ppl=ppl, ppl_se=ppl * standard_error(nll), base_ppl=base_ppl, base_ppl_se=base_ppl * standard_error(base_nll),
-        ppl_ratio=ratio, ppl_ratio_se=ratio * log_ratio_se, ppl_diff=ppl - base_ppl, ppl_diff_se=diff_se,
-        ppl_correlation=correlation, dp_mean=float(dp.mean()), dp_se=standard_error(dp), rms_dp=rms,
-        rms_dp_se=0.5 / rms * standard_error(dp**2) if rms else 0.0, same_top=top.value, same_top_se=top.se, n=len(nll),
+        perplexity=perplexity, perplexity_se=perplexity * standard_error(nll), base_perplexity=base_perplexity, base_perplexity_se=base_perplexity * standard_error(base_nll),
+        perplexity_ratio=ratio, perplexity_ratio_se=ratio * log_ratio_se, perplexity_diff=perplexity - base_perplexity, perplexity_diff_se=diff_se,
+        perplexity_correlation=correlation, delta_p_mean=float(dp.mean()), delta_p_mean_se=standard_error(dp), delta_p_rms=rms,
+        delta_p_rms_se=0.5 / rms * standard_error(dp**2) if rms else 0.0, same_top=top.value, same_top_se=top.se, n=len(nll),
         token_kld=kld, token_dp=dp, token_dnll=nll - base_nll,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ one tips a weight over to the next grid point.
     convert, bake         swap in real low-bit storage; or floats that lie on the grid (for a GGUF export)
 
 The range of a static quantizer comes from an observer (:mod:`qtutor.observers`), its storage is in
-:mod:`qtutor.low_bit`; everything is at hand from here: ``fake_quant.fake_quantize``, ``fake_quant.MSEObserver`` ...
+:mod:`qtutor.packed`; everything is at hand from here: ``fake_quant.fake_quantize``, ``fake_quant.MSEObserver`` ...
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in _LOW_BIT:  # low_bit builds on this module
-        from . import low_bit
+        from . import packed
 
-        return getattr(low_bit, name)
+        return getattr(packed, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -216,14 +216,14 @@ def setup(title: str | None = None) -> None:
     import numpy as np
     import torch
 
-    from . import plots, te
+    from . import plots, te_switch
 
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(threads())
     plots.theme()
-    status = te.activate()
+    status = te_switch.activate()
     _quiet()  # some libraries put filters and levels of their own in front when they load
     if "transformers" in sys.modules and not _wants_hub():
         sys.modules["transformers"].utils.logging.disable_progress_bar()

@@ -988,7 +988,7 @@ def bench(path, prompt: int = 512, generate: int = 64, repeats: int = 3, threads
     """Tokens per second as people run llama.cpp (F16 cache, flash attention): median of ``repeats``, after one
     run to warm up.
 
-    ``prompt_tokens_per_s``: one batch of ``prompt`` tokens (limited by arithmetic).  ``generate_tokens_per_s``:
+    ``prefill_tokens_per_s``: one batch of ``prompt`` tokens (limited by arithmetic).  ``decode_tokens_per_s``:
     one token at a time (limited by reading the weights from memory).  The same test as llama-bench's.
     """
     if prompt < 1 or generate < 1 or repeats < 1:
@@ -1008,8 +1008,8 @@ def bench(path, prompt: int = 512, generate: int = 64, repeats: int = 3, threads
                 model._decode(ids[i : i + 1], i, -1)
             times["generate"].append(time.perf_counter() - start)
     return {
-        "prompt_tokens_per_s": prompt / float(np.median(times["prompt"][1:])),
-        "generate_tokens_per_s": generate / float(np.median(times["generate"][1:])),
+        "prefill_tokens_per_s": prompt / float(np.median(times["prompt"][1:])),
+        "decode_tokens_per_s": generate / float(np.median(times["generate"][1:])),
         "prompt_tokens": prompt,
         "generate_tokens": generate,
         "repeats": repeats,

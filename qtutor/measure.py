@@ -182,8 +182,8 @@ class _GraphRuns(_HuggingFaceRuns):
     def __init__(self, model, prompt: int, new: int, batch: int):
         import torch
 
-        from .fp8_bench import _captured
-        from .fp8_models import FixedCache, llama_logits
+        from .rigs.fp8_bench import _captured
+        from .rigs.fp8_models import FixedCache, llama_logits
 
         super().__init__(model, prompt, new, batch)
         if self.device.type != "cuda" or not hasattr(getattr(model, "model", None), "rotary_emb"):

@@ -235,7 +235,7 @@ def clip_explorer(weight):
     """Bits, group and clip ratio against the error of a weight (rows, columns): a widget (notebook 07)."""
     import ipywidgets
 
-    from .widgets import _live_picture
+    from .figures.widgets import _live_picture
 
     groups = {"row": None} | {f"group of {g}": g for g in (128, 32) if weight.shape[1] % g == 0}
     return _live_picture(
@@ -331,7 +331,7 @@ def optimum_picture(rtn, gptq):
 def methods_picture(table):
     """Figure: KLD of each method with two standard errors, one panel for each number of bits.
 
-    ``table`` has the columns bits, method, kld_mean and kld_se.
+    ``table`` has the columns bits, method, kld_mean and kld_mean_se.
     """
     from . import plots
 
@@ -340,9 +340,9 @@ def methods_picture(table):
     for ax, b in zip(axes[0], bits, strict=True):
         rows = table[table["bits"] == b].iloc[::-1]
         places = range(len(rows))
-        ax.errorbar(rows["kld_mean"], places, xerr=2 * rows["kld_se"], fmt="o", ms=6, capsize=3, color=plots.PALETTE[0])
+        ax.errorbar(rows["kld_mean"], places, xerr=2 * rows["kld_mean_se"], fmt="o", ms=6, capsize=3, color=plots.PALETTE[0])
         ax.set_yticks(places, rows["method"])
-        most = (rows["kld_mean"] + 2 * rows["kld_se"]).max()
+        most = (rows["kld_mean"] + 2 * rows["kld_mean_se"]).max()
         ax.set(title=f"{b} bits", xlabel="mean KL divergence (nats; bars: two standard errors)",
                xlim=(0, 1.15 * most), ylim=(-0.6, len(rows) - 0.4))  # fmt: skip
         ax.xaxis.label.set_size(9)
@@ -353,7 +353,7 @@ def methods_picture(table):
 def backends_picture(table):
     """Figure: KLD against the bits per weight that are really stored, one named point for each back end.
 
-    ``table`` has the columns bits_per_weight, kld_mean and kld_se, and the back ends' names as its index.
+    ``table`` has the columns bits_per_weight, kld_mean and kld_mean_se, and the back ends' names as its index.
     """
     from . import plots
 
@@ -363,7 +363,7 @@ def backends_picture(table):
     looks = {"bfloat16": (7, "D"), "torchao": (0, "o"), "bitsandbytes": (1, "s")}
     for name, row in table.iterrows():
         color, marker = looks.get(name.split()[0], (2, "^"))
-        plots.quality_vs_bits(ax, [row["bits_per_weight"]], [row["kld_mean"]], [2 * row["kld_se"]],
+        plots.quality_vs_bits(ax, [row["bits_per_weight"]], [row["kld_mean"]], [2 * row["kld_mean_se"]],
                               color=plots.PALETTE[color], marker=marker)  # fmt: skip
     ax.set_xlim(3, max(17.5, table["bits_per_weight"].max() + 1))
     ax.set(title="What is stored, and what it costs", xlabel="bits per weight of the linear layers, counted in memory",

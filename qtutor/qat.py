@@ -66,7 +66,7 @@ def recovered(ptq: float, qat: float, original: float) -> float:
 def _logits(model, ids):
     """Logits of a model; on a GPU layer by layer, so that a CUDA graph can hold the call."""
     if ids.is_cuda:
-        from .fp8_models import llama_logits
+        from .rigs.fp8_models import llama_logits
 
         return llama_logits(model, ids)
     return model(input_ids=ids, use_cache=False).logits
@@ -143,7 +143,7 @@ def _graph_step(model, batch, teacher):
     """A function that replays forward and backward pass of whatever is in ``batch`` and returns the loss."""
     import torch
 
-    from .fp8_bench import _captured
+    from .rigs.fp8_bench import _captured
 
     def passes():
         for p in model.parameters():  # a replay writes into the gradients that it was recorded with
@@ -185,9 +185,9 @@ def evaluated(base, model, tokens, context: int = 512) -> dict:
         found = evaluate.compare(base, parts, targets)
     else:
         found = evaluate.compare_models(base, model, tokens, ctx=context)
-    return {"perplexity": found.ppl, "perplexity_se": found.ppl_se, "float_perplexity": found.base_ppl,
-            "ratio": found.ppl_ratio, "ratio_se": found.ppl_ratio_se, "kld_mean": found.kld_mean,
-            "kld_se": found.kld_se, "same_top": found.same_top, "scored_tokens": found.n}  # fmt: skip
+    return {"perplexity": found.perplexity, "perplexity_se": found.perplexity_se, "base_perplexity": found.base_perplexity,
+            "ratio": found.perplexity_ratio, "ratio_se": found.perplexity_ratio_se, "kld_mean": found.kld_mean,
+            "kld_mean_se": found.kld_mean_se, "same_top": found.same_top, "scored_tokens": found.n}  # fmt: skip
 
 
 def experiment(schemes, ids, tokens, steps: int, seeds, arms=ARMS, batch_size: int = 8, context: int = 256,
@@ -324,9 +324,9 @@ def gguf_rows(name: str, model, types, tokens, kept, folder, tensor_types=None, 
         with llamacpp.Model(file) as quantized:
             found = evaluate.compare_models(kept, quantized, tokens, 512)
         row = {"model": name, "type": kind, "seed": seed, "file_mb": file.stat().st_size / 1e6,
-               "bits_per_weight": llamacpp.bits_per_weight(file), "perplexity": found.ppl,
-               "perplexity_se": found.ppl_se, "float_perplexity": found.base_ppl, "ratio": found.ppl_ratio,
-               "ratio_se": found.ppl_ratio_se, "kld_mean": found.kld_mean, "kld_se": found.kld_se,
+               "bits_per_weight": llamacpp.bits_per_weight(file), "perplexity": found.perplexity,
+               "perplexity_se": found.perplexity_se, "base_perplexity": found.base_perplexity, "ratio": found.perplexity_ratio,
+               "ratio_se": found.perplexity_ratio_se, "kld_mean": found.kld_mean, "kld_mean_se": found.kld_mean_se,
                "same_top": found.same_top, "scored_tokens": found.n}  # fmt: skip
         yield {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from scipy import stats
 
-from qtutor import QtutorError, accuracy, corpus, course_model
+from qtutor import QtutorError, corpus, course_model
+from qtutor.decide import accuracy
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from qtutor import QtutorError, capacity, energy, gguf_export, llamacpp
-from qtutor.capacity import GIB
+from qtutor import QtutorError, energy, gguf_export, llamacpp
+from qtutor.decide import capacity
+from qtutor.decide.capacity import GIB
 from qtutor.results import ROOT
 
 MODEL_DIR = ROOT / "data" / "model"
@@ -137,7 +138,7 @@ def _allocated(path, ctx, kv_type, users):
 @pytest.mark.parametrize("kv_type, users, ctx", [("F16", 1, 512), ("F16", 4, 1024), ("Q8_0", 2, 512), ("Q4_0", 1, 768),
                                                  ("F32", 1, 256)])  # fmt: skip
 def test_cache_and_buffers_equal_llamacpp(kv_type, users, ctx, tmp_path):
-    from qtutor import llama70b
+    from qtutor.rigs import llama70b
 
     path = llama70b.write(tmp_path / "m.gguf", llama70b.TINY, "Q6_K")
     kv, compute = _allocated(path, ctx, kv_type, users)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from qtutor import QtutorError, capacity, choosing, energy, results, rules
-from qtutor.choosing import Need, decide
+from qtutor import QtutorError, energy, results
+from qtutor.decide import capacity, choosing, rules
+from qtutor.decide.choosing import Need, decide
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = Need(model="Llama-2-70B", machine="H100 SXM", users=8, tokens_per_s=10, max_loss=0.005, keep_free_gib=2)
@@ -31,7 +32,7 @@ def cells_of(rule):
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.name)
 def test_every_rule_rests_on_rows_that_bear_it_out(rule):
     """Each result that a rule names is one of the course's; where it was recorded, its rows are there and agree."""
-    from qtutor import report
+    from tools import report
 
     assert {one.result for one in cells_of(rule)} <= set(report.RESULTS)
     status = rule.status()
@@ -112,8 +113,8 @@ def test_llama70b_is_picked_up_when_it_is_recorded(tmp_path):
         (directory / folder / "llama70b.json").unlink(missing_ok=True)
     before = decide(CHAT, directory=directory)
     assert before.best.at_most and "at most" in before.sentence
-    rows = [{"kind": "model", "type": kind, "fits": True, "gpu_used_gib": gib, "generate_tokens_per_s": speed,
-             "joules_per_generated_token": joules, "ceiling_share": share}
+    rows = [{"kind": "model", "type": kind, "fits": True, "gpu_used_gib": gib, "decode_tokens_per_s": speed,
+             "joules_per_decode_token": joules, "ceiling_share": share}
             for kind, gib, speed, joules, share in (("Q6_K", 54.5, 30.0, 20.0, 0.5), ("Q4_K_M", 41.0, 40.0, 15.0, 0.5))]
     rows.append({"kind": "batch", "type": "Q6_K", "batch": 8, "fits": True, "ceiling_share": 0.4})
     data = {"name": "llama70b", "created": "2030-01-01T00:00:00+00:00", "commit": "abc", "profile": "full",

@@ -48,19 +48,19 @@ def test_comparison_by_hand():
     c = evaluate.compare(logits_for(base), logits_for(model), [0, 1])
     kld = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert c.kld_mean == pytest.approx(kld / 2) and c.kld_max == pytest.approx(kld)
-    assert c.kld_se == pytest.approx(kld / 2) and c.kld_median == pytest.approx(kld / 2)
-    assert c.dp_mean == pytest.approx(-0.125) and c.rms_dp == pytest.approx(0.25 / math.sqrt(2))
-    assert c.rms_dp_se == pytest.approx(0.5 / c.rms_dp * 0.0625 / 2)
-    assert c.ppl_ratio == pytest.approx(math.sqrt(2))
-    assert c.ppl_ratio_se == pytest.approx(math.sqrt(2) * math.log(2) / 2)
+    assert c.kld_mean_se == pytest.approx(kld / 2) and c.kld_median == pytest.approx(kld / 2)
+    assert c.delta_p_mean == pytest.approx(-0.125) and c.delta_p_rms == pytest.approx(0.25 / math.sqrt(2))
+    assert c.delta_p_rms_se == pytest.approx(0.5 / c.delta_p_rms * 0.0625 / 2)
+    assert c.perplexity_ratio == pytest.approx(math.sqrt(2))
+    assert c.perplexity_ratio_se == pytest.approx(math.sqrt(2) * math.log(2) / 2)
     assert c.n == 2
 
 
 def test_same_model_is_zero_everywhere(pair):
     base, _, targets = pair
     c = evaluate.compare(base, base, targets)
-    assert c.kld_mean == c.kld_se == c.rms_dp == c.rms_dp_se == c.ppl_ratio_se == c.same_top_se == 0
-    assert c.same_top == c.ppl_ratio == 1 and c.ppl_correlation == pytest.approx(1)
+    assert c.kld_mean == c.kld_mean_se == c.delta_p_rms == c.delta_p_rms_se == c.perplexity_ratio_se == c.same_top_se == 0
+    assert c.same_top == c.perplexity_ratio == 1 and c.perplexity_correlation == pytest.approx(1)
 
 
 def test_a_token_that_the_base_excludes_costs_nothing():
@@ -86,12 +86,12 @@ def test_against_torch_and_scipy(pair):
     nll, nll_base = (torch.nn.functional.nll_loss(x, t, reduction="none").numpy() for x in (q, b))
     kld = torch.nn.functional.kl_div(q, b, reduction="none", log_target=True).sum(1).numpy()
     dp = np.exp(-nll) - np.exp(-nll_base)
-    assert c.kld_mean == pytest.approx(kld.mean()) and c.kld_se == pytest.approx(stats.sem(kld))
+    assert c.kld_mean == pytest.approx(kld.mean()) and c.kld_mean_se == pytest.approx(stats.sem(kld))
     assert c.kld_p99 == pytest.approx(np.quantile(kld, 0.99)) and c.kld_p999 == pytest.approx(np.quantile(kld, 0.999))
-    assert c.ppl == pytest.approx(math.exp(nll.mean())) and c.ppl_se == pytest.approx(c.ppl * stats.sem(nll))
-    assert c.dp_mean == pytest.approx(dp.mean()) and c.dp_se == pytest.approx(stats.sem(dp))
-    assert c.rms_dp_se == pytest.approx(stats.sem(dp**2) / (2 * c.rms_dp))
-    assert c.ppl_correlation == pytest.approx(stats.pearsonr(nll, nll_base).statistic)
+    assert c.perplexity == pytest.approx(math.exp(nll.mean())) and c.perplexity_se == pytest.approx(c.perplexity * stats.sem(nll))
+    assert c.delta_p_mean == pytest.approx(dp.mean()) and c.delta_p_mean_se == pytest.approx(stats.sem(dp))
+    assert c.delta_p_rms_se == pytest.approx(stats.sem(dp**2) / (2 * c.delta_p_rms))
+    assert c.perplexity_correlation == pytest.approx(stats.pearsonr(nll, nll_base).statistic)
     same = (b.argmax(1) == q.argmax(1)).numpy()
     assert c.same_top == same.mean() and c.same_top_se == pytest.approx(stats.sem(same))
 
@@ -103,10 +103,10 @@ def test_correlated_error_is_llama_cpps_formula(pair):
     nll, nll_base = evaluate.score(noisy, targets).token_nll, evaluate.score(base, targets).token_nll
     cov = np.cov(nll, nll_base) / len(nll)
     expected = math.sqrt(cov[0, 0] + cov[1, 1] - 2 * cov[0, 1])
-    assert c.ppl_ratio_se == pytest.approx(c.ppl_ratio * expected)
-    expected = math.sqrt(c.ppl_se**2 + c.base_ppl_se**2 - 2 * c.ppl * c.base_ppl * cov[0, 1])
-    assert c.ppl_diff_se == pytest.approx(expected)
-    assert c.ppl_diff == pytest.approx(c.ppl - c.base_ppl)
+    assert c.perplexity_ratio_se == pytest.approx(c.perplexity_ratio * expected)
+    expected = math.sqrt(c.perplexity_se**2 + c.base_perplexity_se**2 - 2 * c.perplexity * c.base_perplexity * cov[0, 1])
+    assert c.perplexity_diff_se == pytest.approx(expected)
+    assert c.perplexity_diff == pytest.approx(c.perplexity - c.base_perplexity)
 
 
 def test_standard_errors_cover():
@@ -115,8 +115,8 @@ def test_standard_errors_cover():
     for _ in range(150):
         base = rng.standard_normal((100, 8))
         c = evaluate.compare(base, base + 0.5 * rng.standard_normal(base.shape), rng.integers(0, 8, 100))
-        values.append((c.kld_mean, c.rms_dp, c.same_top, c.ppl_ratio, c.ppl_diff))
-        errors.append((c.kld_se, c.rms_dp_se, c.same_top_se, c.ppl_ratio_se, c.ppl_diff_se))
+        values.append((c.kld_mean, c.delta_p_rms, c.same_top, c.perplexity_ratio, c.perplexity_diff))
+        errors.append((c.kld_mean_se, c.delta_p_rms_se, c.same_top_se, c.perplexity_ratio_se, c.perplexity_diff_se))
     assert np.std(values, axis=0) == pytest.approx(np.mean(errors, axis=0), rel=0.2)
 
 
@@ -256,7 +256,7 @@ def test_same_numbers_as_llama_perplexity(ggufs):
     ctx, logits = 128, folder / "logits.kld"
     common = ("-f", text, "-c", ctx, "-b", ctx, "-t", 2, "-ngl", 0, "-ctk", "f32", "-ctv", "f32", "-fa", "off")
     said = _run(r"PPL = .+\n", program, "-m", base, *common, "--kl-divergence-base", logits)
-    ppl, se = map(float, re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", said).groups())
+    perplexity, se = map(float, re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", said).groups())
     said = _run(r"\nSame top p: .+\n", program, "-m", quantized, *common, "--kl-divergence-base", logits,
                 "--kl-divergence")  # fmt: skip
 
@@ -269,12 +269,12 @@ def test_same_numbers_as_llama_perplexity(ggufs):
         tokens, bos = one.tokenize(text.read_text(encoding="utf-8")), evaluate.bos_of(one)
         mine = evaluate.perplexity(one, tokens, ctx, second_half_only=True, bos=bos)
         c = evaluate.compare_models(one, two, tokens, ctx, second_half_only=True, bos=bos)
-    assert (mine.value, mine.se) == (pytest.approx(ppl, rel=1e-3), pytest.approx(se, rel=1e-3))
+    assert (mine.value, mine.se) == (pytest.approx(perplexity, rel=1e-3), pytest.approx(se, rel=1e-3))
     for key, value, error, digits in (
-        ("Mean PPL(Q)", c.ppl, c.ppl_se, 6),
-        ("Mean PPL(Q)/PPL(base)", c.ppl_ratio, c.ppl_ratio_se, 6),
-        ("Mean    KLD", c.kld_mean, c.kld_se, 6),
-        ("RMS Δp", 100 * c.rms_dp, 100 * c.rms_dp_se, 3),
+        ("Mean PPL(Q)", c.perplexity, c.perplexity_se, 6),
+        ("Mean PPL(Q)/PPL(base)", c.perplexity_ratio, c.perplexity_ratio_se, 6),
+        ("Mean    KLD", c.kld_mean, c.kld_mean_se, 6),
+        ("RMS Δp", 100 * c.delta_p_rms, 100 * c.delta_p_rms_se, 3),
         ("Same top p", 100 * c.same_top, 100 * c.same_top_se, 3),
     ):
         printed_digits = 0.6 * 10**-digits
@@ -282,7 +282,7 @@ def test_same_numbers_as_llama_perplexity(ggufs):
         assert error == pytest.approx(printed(key)[1], rel=5e-3, abs=printed_digits), key
     assert c.kld_p999 == pytest.approx(printed("99.9%   KLD")[0], rel=2e-3)
     assert c.kld_median == pytest.approx(printed("Median  KLD")[0], rel=2e-3)
-    assert 100 * c.ppl_correlation == pytest.approx(printed("Cor(ln(PPL(Q)), ln(PPL(base)))")[0], abs=0.02)
+    assert 100 * c.perplexity_correlation == pytest.approx(printed("Cor(ln(PPL(Q)), ln(PPL(base)))")[0], abs=0.02)
 
 
 @pytest.mark.skipif(not llamacpp.available()[0], reason="llama-cpp-python does not load")
@@ -304,20 +304,20 @@ def test_same_numbers_as_llama_perplexity_as_people_run_it(tmp_path):
     common = ("-f", text, "-c", 512, "-b", 512, "-t", 1, "-tb", 1, "-ngl", 0, "-fa", "on")
     keep = ("--kl-divergence-base", tmp_path / "logits.kld")
     said = _run(r"PPL = .+\n", program, "-m", base, *common, *keep)
-    ppl, se = map(float, re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", said).groups())
+    perplexity, se = map(float, re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", said).groups())
     how = dict(ctx=512, second_half_only=True)
     with llamacpp.Model(base, ctx=512, threads=1, exact=False) as one:
         tokens, bos = one.tokenize(text.read_text(encoding="utf-8")), evaluate.bos_of(one)
         kept = evaluate.logits_of(one, tokens, bos=bos, **how)
         mine = evaluate.perplexity(one, tokens, bos=bos, **how)
     assert mine.n == len(tokens) // 512 * 255 and mine.n > 1000
-    assert (mine.value, mine.se) == (pytest.approx(ppl, rel=1e-3), pytest.approx(se, rel=1e-3))
+    assert (mine.value, mine.se) == (pytest.approx(perplexity, rel=1e-3), pytest.approx(se, rel=1e-3))
     for name in ("Q4_0", "Q3_K_M"):
         quantized = llamacpp.quantize(base, tmp_path / f"{name}.gguf", name)
         said = _run(r"\nSame top p: .+\n", program, "-m", quantized, *common, *keep, "--kl-divergence")
-        kld, kld_se = map(float, re.search(r"Mean +KLD: +([\d.]+) ± +([\d.]+)", said).groups())
+        kld, kld_mean_se = map(float, re.search(r"Mean +KLD: +([\d.]+) ± +([\d.]+)", said).groups())
         top = float(re.search(r"Same top p: +([\d.]+)", said)[1])
         with llamacpp.Model(quantized, ctx=512, threads=1, exact=False) as two:
             c = evaluate.compare_models(kept, two, tokens, bos=bos, **how)
-        assert (c.kld_mean, c.kld_se) == (pytest.approx(kld, rel=1e-3), pytest.approx(kld_se, rel=5e-3)), name
+        assert (c.kld_mean, c.kld_mean_se) == (pytest.approx(kld, rel=1e-3), pytest.approx(kld_mean_se, rel=5e-3)), name
         assert 100 * c.same_top == pytest.approx(top, abs=0.3)

@@ -11,7 +11,8 @@ import torch
 
 import qtutor
 import qtutor.exercises  # noqa: F401  (fills the registry)
-from qtutor import lesson, notebooks
+from qtutor import lesson
+from tools import notebooks
 
 REGISTRY = lesson.REGISTRY
 WRONG = [(name, number) for name, exercise in REGISTRY.items() for number in range(len(exercise.wrong))]

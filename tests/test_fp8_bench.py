@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from qtutor import QtutorError, course_model, fp8_bench, fp8_models, results
+from qtutor import QtutorError, course_model, results
+from qtutor.rigs import fp8_bench, fp8_models
 
 REAL = torch.cuda.is_available()
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from qtutor import QtutorError, accuracy, corpus, course_model, evaluate, gate, gguf_export, llamacpp
+from qtutor import QtutorError, corpus, course_model, evaluate, gguf_export, llamacpp
+from qtutor.decide import accuracy, gate
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_kld_of_the_top_tokens_never_exceeds_the_full_one(built, base):
     full = evaluate.compare_models(base, noisy, tokens, ctx=built.ctx)
     report = {row.check: row.value for row in built.check(noisy).rows}
     assert 0.5 * full.kld_mean < report["KLD, mean"] <= full.kld_mean
-    assert report["perplexity"] == pytest.approx(full.ppl, rel=1e-4)
+    assert report["perplexity"] == pytest.approx(full.perplexity, rel=1e-4)
     assert report["same top token"] == pytest.approx(full.same_top)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tiny_llama
 
-from qtutor import QtutorError, gguf_export, gguf_quality, llamacpp, results
+from qtutor import QtutorError, gguf_export, llamacpp, results
+from qtutor.rigs import gguf_quality
 
 needs_llamacpp = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
 
@@ -18,11 +19,11 @@ def test_published_table():
     # llama-quantize --help gives the increase of perplexity over FP16 of the same table
     base = 6.233160 - 0.001524
     for name, increase in {"Q4_0": 0.4685, "Q5_K_M": 0.0569, "Q6_K": 0.0217, "Q3_K_S": 1.6321, "Q2_K": 3.5199}.items():
-        assert table.loc[(name, False), "ppl"] - base == pytest.approx(increase, abs=1e-4)
+        assert table.loc[(name, False), "perplexity"] - base == pytest.approx(increase, abs=1e-4)
     assert table.loc[("Q4_K_M", False), "same_top"] == pytest.approx(0.91901)
     assert np.isnan(table.loc[("Q4_K_M", True), "same_top"])
     assert 4.8 < table.loc[("Q4_K_M", False), "bits_per_weight"] < 5.0
-    assert (table["kld_se"] > 0).all() and (table["rms_dp"] < 1).all()
+    assert (table["kld_mean_se"] > 0).all() and (table["delta_p_rms"] < 1).all()
 
 
 def test_error_of_a_percentile_is_of_the_right_size():
@@ -58,8 +59,8 @@ def test_recording(recorded):
     assert rows["IQ2_XS", True]["imatrix_gain"] is None and rows["Q8_0", False]["kld_mean"] < gain + 1
     for row in rows.values():
         assert row["windows"] == 2 and row["calibration_tokens"] == 256 and len(row["text"]) == 12
-        for key in ("ppl", "kld_mean", "kld_p999", "rms_dp", "same_top"):
-            assert row[key + "_se" if key != "kld_mean" else "kld_se"] >= 0
+        for key in ("perplexity", "kld_mean", "kld_p999", "delta_p_rms", "same_top"):
+            assert row[key + "_se" if key != "kld_mean" else "kld_mean_se"] >= 0
     assert results.validate(data)["profile"] == "quick" and data["name"] == "gguf_quality"
 
 

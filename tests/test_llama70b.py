@@ -11,7 +11,9 @@ import gguf
 import numpy as np
 import pytest
 
-from qtutor import QtutorError, capacity, llama70b, llamacpp, results
+from qtutor import QtutorError, llamacpp, results
+from qtutor.decide import capacity
+from qtutor.rigs import llama70b
 
 pytestmark = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,8 +173,8 @@ def test_measure_and_tools(tiny):
     ctx = capacity.kv_bytes(llama70b.TINY, model["ctx"]) / 2**20
     assert abs(model["host_kv_mib"] + model["device_kv_mib"] - ctx) < 0.006
     for row in rows:
-        assert row["prompt_tokens_per_s"] > 0 and row["generate_tokens_per_s"] > 0
-        assert row["ceiling_share"] == pytest.approx(row["generate_tokens_per_s"] / row["ceiling_tokens_per_s"])
+        assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0
+        assert row["ceiling_share"] == pytest.approx(row["decode_tokens_per_s"] / row["ceiling_tokens_per_s"])
     halfway = 24 / 2  # the mean length of the cache while 24 tokens are written into an empty one
     wanted = capacity.ceiling(llama70b.TINY, "Q4_K_M", halfway, 50.0)
     assert model["ceiling_tokens_per_s"] == pytest.approx(wanted)
@@ -268,12 +270,12 @@ def test_record_saves_after_each_type_and_keeps_others(tmp_path, monkeypatch):
 
 
 def test_command_line(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "qtutor.llama70b", "--tiny", "--types", "Q4_0", "--tools", "none",
+    done = subprocess.run([sys.executable, "-m", "qtutor.rigs.llama70b", "--tiny", "--types", "Q4_0", "--tools", "none",
                            "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     (found,) = tmp_path.glob("*/llama70b.json")
     results.validate(json.loads(found.read_text()))
-    wrong = subprocess.run([sys.executable, "-m", "qtutor.llama70b", "--tiny", "--types", "Q9"], cwd=ROOT,
+    wrong = subprocess.run([sys.executable, "-m", "qtutor.rigs.llama70b", "--tiny", "--types", "Q9"], cwd=ROOT,
                            capture_output=True, text=True, check=False)  # fmt: skip
     assert wrong.returncode == 1 and wrong.stderr.strip().startswith("There is no quantization type 'Q9'")
 

@@ -8,7 +8,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from qtutor import QtutorError, notebooks
+from qtutor import QtutorError
+from tools import notebooks
 
 PATHS = [notebooks.NOTEBOOKS / f"{name}.ipynb" for name in notebooks.names()]
 

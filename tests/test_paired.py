@@ -49,7 +49,7 @@ def test_a_comparison_alone_is_enough():
     two = paired.paired_nll(evaluate.score(base, targets), evaluate.score(model, targets))
     one = evaluate.paired_nll(evaluate.compare(base, model, targets))
     assert one.difference == pytest.approx(two.difference) and one.se == pytest.approx(two.se)
-    assert math.exp(one.difference) == pytest.approx(evaluate.compare(base, model, targets).ppl_ratio)
+    assert math.exp(one.difference) == pytest.approx(evaluate.compare(base, model, targets).perplexity_ratio)
 
 
 def test_mcnemar_by_hand():

@@ -3,7 +3,9 @@
 import matplotlib.pyplot as plt
 import pytest
 
-from qtutor import QtutorError, capacity, llamacpp, planner
+from qtutor import QtutorError, llamacpp
+from qtutor.decide import capacity
+from qtutor.figures import planner
 
 pytestmark = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
 
@@ -90,15 +92,15 @@ def test_widget_follows_its_controls():
 
 ROWS = [
     {"kind": "bandwidth", "copy_gb_per_s": 1.0},
-    {"kind": "model", "type": "Q8_0", "fits": True, "weights_gib": 7.0, "generate_tokens_per_s": 30.0,
-     "generate_se": 0.1, "ceiling_tokens_per_s": 40.0, "prompt_tokens_per_s": 900.0, "prompt_se": None,
-     "prompt_tokens": 512, "joules_per_generated_token": 12.0},
-    {"kind": "model", "type": "Q4_0", "fits": True, "weights_gib": 4.0, "generate_tokens_per_s": 45.0,
-     "generate_se": 0.1, "ceiling_tokens_per_s": 70.0, "prompt_tokens_per_s": 800.0, "prompt_se": 2.0,
-     "prompt_tokens": 512, "joules_per_generated_token": 8.0},
+    {"kind": "model", "type": "Q8_0", "fits": True, "weights_gib": 7.0, "decode_tokens_per_s": 30.0,
+     "decode_tokens_per_s_se": 0.1, "ceiling_tokens_per_s": 40.0, "prefill_tokens_per_s": 900.0, "prefill_tokens_per_s_se": None,
+     "prompt_tokens": 512, "joules_per_decode_token": 12.0},
+    {"kind": "model", "type": "Q4_0", "fits": True, "weights_gib": 4.0, "decode_tokens_per_s": 45.0,
+     "decode_tokens_per_s_se": 0.1, "ceiling_tokens_per_s": 70.0, "prefill_tokens_per_s": 800.0, "prefill_tokens_per_s_se": 2.0,
+     "prompt_tokens": 512, "joules_per_decode_token": 8.0},
     {"kind": "model", "type": "F16", "fits": False, "note": "too large"},
-    {"kind": "batch", "type": "Q4_0", "batch": 1, "generate_tokens_per_s": 45.0, "joules_per_generated_token": 8.0},
-    {"kind": "batch", "type": "Q4_0", "batch": 8, "generate_tokens_per_s": 200.0, "joules_per_generated_token": 2.0},
+    {"kind": "batch", "type": "Q4_0", "batch": 1, "decode_tokens_per_s": 45.0, "joules_per_decode_token": 8.0},
+    {"kind": "batch", "type": "Q4_0", "batch": 8, "decode_tokens_per_s": 200.0, "joules_per_decode_token": 2.0},
     {"kind": "batch", "type": "Q4_0", "batch": 32, "fits": False},
 ]  # fmt: skip
 

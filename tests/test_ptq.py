@@ -22,7 +22,8 @@ import tiny_llama
 import torch
 from torch import nn
 
-from qtutor import QtutorError, fake_quant, notebooks, ptq
+from qtutor import QtutorError, fake_quant, ptq
+from tools import notebooks
 
 for noisy in ("torchao", "torch.utils._pytree"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -374,8 +375,8 @@ def test_pictures(problem):
     amax = {f"model.layers.{i}.{n}": seen.amax * (i + 1) for i in range(3)
             for n in ("self_attn.q_proj", "mlp.down_proj")}  # fmt: skip
     table = pd.DataFrame({"bits": [4, 4, 3, 3], "method": ["a", "b"] * 2, "kld_mean": [0.2, 0.1, 0.5, 0.4],
-                          "kld_se": 0.01})  # fmt: skip
-    stored = pd.DataFrame({"bits_per_weight": [16.0, 8.1, 4.5], "kld_mean": [1e-4, 1e-3, 0.1], "kld_se": [1e-6] * 3},
+                          "kld_mean_se": 0.01})  # fmt: skip
+    stored = pd.DataFrame({"bits_per_weight": [16.0, 8.1, 4.5], "kld_mean": [1e-4, 1e-3, 0.1], "kld_mean_se": [1e-6] * 3},
                           index=["bfloat16", "torchao int8", "quanto int8"])  # fmt: skip
     figures = [ptq.clip_picture(w, 3, 32, 0.8),
                ptq.outlier_picture(amax, "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"),

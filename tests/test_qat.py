@@ -51,7 +51,7 @@ def test_experiment_has_every_arm_and_training_helps(base, text):
     assert [(r["scheme"], r["arm"]) for r in rows] == [
         ("W2", "PTQ"), ("float", "fine-tuned"), ("W2", "control"), ("W2", "QAT"), ("W2", "QAT, distilled")]  # fmt: skip
     by_arm = {r["arm"]: r["perplexity"] for r in rows}
-    float_ppl = rows[0]["float_perplexity"]
+    float_ppl = rows[0]["base_perplexity"]
     assert by_arm["QAT"] < by_arm["control"] and by_arm["QAT, distilled"] < by_arm["PTQ"]
     assert qat.recovered(by_arm["PTQ"], by_arm["QAT, distilled"], float_ppl) > 0.5
     again = list(qat.experiment(["W2"], ids, tokens, **{**how, "arms": ("QAT",)}))
@@ -167,8 +167,8 @@ def test_the_gguf_file_holds_exactly_what_training_saw(base, trained, text, tmp_
     for path in (source, file):
         with llamacpp.Model(path) as model:
             found[path] = evaluate.compare(expected, evaluate.logits_of(model, tokens, 512), targets)
-    assert found[source].ppl_ratio == pytest.approx(1, abs=1e-5) and found[source].kld_mean < 1e-8
-    assert found[file].ppl_ratio == pytest.approx(1, abs=5e-3) and found[file].kld_mean < 2e-3
+    assert found[source].perplexity_ratio == pytest.approx(1, abs=1e-5) and found[source].kld_mean < 1e-8
+    assert found[file].perplexity_ratio == pytest.approx(1, abs=5e-3) and found[file].kld_mean < 2e-3
 
 
 @pytest.mark.skipif(not llamacpp.available()[0], reason="llama.cpp is not here")

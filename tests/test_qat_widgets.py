@@ -4,14 +4,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from qtutor import widgets
+from qtutor.figures import widgets
 
 
 @pytest.fixture
 def rows():
     def row(scheme, arm, seed, ratio, kld):
-        return dict(scheme=scheme, arm=arm, seed=seed, perplexity=20 * ratio, perplexity_se=0.2, float_perplexity=20.0,
-                    ratio=ratio, ratio_se=0.002, kld_mean=kld, kld_se=0.001)  # fmt: skip
+        return dict(scheme=scheme, arm=arm, seed=seed, perplexity=20 * ratio, perplexity_se=0.2, base_perplexity=20.0,
+                    ratio=ratio, ratio_se=0.002, kld_mean=kld, kld_mean_se=0.001)  # fmt: skip
 
     found = []
     for scheme, lost in (("W8A8", 0.001), ("W3", 0.4)):
@@ -60,7 +60,7 @@ def test_recovery_picture(rows, measure, against):
 def test_other_pictures(rows):
     ptq = rows[rows["arm"] == "PTQ"].assign(bits_per_weight=[8.1, 4.0])
     files = pd.DataFrame([dict(model=model, type=kind, seed=0, file_mb=size, ratio=1.02, ratio_se=0.002, kld_mean=0.02,
-                               kld_se=0.001) for model, kind, size in (("PTQ", "Q4_0", 4.0), ("QAT", "Q4_0", 4.1))])
+                               kld_mean_se=0.001) for model, kind, size in (("PTQ", "Q4_0", 4.0), ("QAT", "Q4_0", 4.1))])
     losses = {"control": [3.0] * 9, "QAT": [4.0] * 9, "QAT, distilled": [1.0] * 9}
     for fig in (widgets.ptq_picture(ptq), widgets.gguf_picture(files), widgets.losses_picture(losses, "9 steps")):
         fig.canvas.draw()

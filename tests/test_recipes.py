@@ -12,7 +12,7 @@ import sys
 import nbformat
 import pytest
 
-from qtutor import notebooks
+from tools import notebooks
 
 ALONE = "import sys; sys.modules['qtutor'] = None  # whoever imports it gets an ImportError\n"
 EMULATION = "from qtutor import te; te.activate()\n"

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from qtutor import QtutorError, notebooks, report, results
+from qtutor import QtutorError, results
+from tools import notebooks, report
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(results.RESULTS.glob("*/*.json"))
@@ -166,9 +167,9 @@ def save_for(directory: Path, machine: str, name: str, rows: list, device: str) 
 
 def test_headlines_of_what_a_gpu_records_later(tmp_path):
     """The rows that llama70b.record and tradeoff.record will save: made up here, answered without an edit."""
-    run = {"kind": "model", "fits": True, "type": "Q6_K", "gpu_used_gib": 54.5, "generate_tokens_per_s": 30.0,
-           "joules_per_generated_token": 20.0}  # fmt: skip
-    batch = {"kind": "batch", "type": "Q6_K", "batch": 32, "fits": True, "generate_tokens_per_s": 301.0}
+    run = {"kind": "model", "fits": True, "type": "Q6_K", "gpu_used_gib": 54.5, "decode_tokens_per_s": 30.0,
+           "joules_per_decode_token": 20.0}  # fmt: skip
+    batch = {"kind": "batch", "type": "Q6_K", "batch": 32, "fits": True, "decode_tokens_per_s": 301.0}
     rows = [run, batch, {"kind": "model", "type": "Q8_0", "fits": False, "note": "too large"},
             batch | {"batch": 64, "fits": False}, {"kind": "tool", "type": "Q6_K"}]  # fmt: skip
     save_for(tmp_path, "h100", "llama70b", rows, "NVIDIA H100 80GB HBM3")

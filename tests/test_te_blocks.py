@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qtutor import te_emulated as te
-from qtutor.te_emulated import DType, Float8BlockScaling, Format, MXFP8BlockScaling, NVFP4BlockScaling
+from qtutor import emulation as te
+from qtutor.emulation import DType, Float8BlockScaling, Format, MXFP8BlockScaling, NVFP4BlockScaling
 
 REFERENCE = Path(__file__).resolve().parent.parent / "data" / "reference"
 
@@ -58,7 +58,7 @@ def test_each_block_has_the_scale_of_its_largest_value(dim, pow2, dtype):
 
 @pytest.mark.parametrize("dtype", list(DType))
 def test_decoding_is_torchs_cast(dtype):
-    from qtutor.te_quantizers import _decode
+    from qtutor.emulation.quantizers import _decode
 
     codes = torch.arange(256, dtype=torch.uint8).reshape(16, 16).view(dtype.torch)
     for x in (codes, codes.t(), codes[:0], codes[:, ::2]):

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from qtutor import te as switch
-from qtutor import te_emulated as te
-from qtutor.te_emulated import DelayedScaling, DType, Float8CurrentScaling, Format
+from qtutor import emulation as te
+from qtutor import te_switch as switch
+from qtutor.emulation import DelayedScaling, DType, Float8CurrentScaling, Format
 
 REFERENCE = Path(__file__).resolve().parent.parent / "data" / "reference"
 NUMPY = {DType.kFloat8E4M3: ml_dtypes.float8_e4m3fn, DType.kFloat8E5M2: ml_dtypes.float8_e5m2}
@@ -352,7 +352,7 @@ def test_activate_survives_an_installation_without_its_gpu_library(tmp_path):
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env={**os.environ, "PYTHONPATH": paths},
                             capture_output=True, text=True, check=True)  # fmt: skip
     if not torch.cuda.is_available():
-        assert result.stdout.split() == ["False", "qtutor.te_modules"]
+        assert result.stdout.split() == ["False", "qtutor.emulation.modules"]
 
 
 def test_swap_linears_keeps_function_names_and_weights():

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from qtutor import te_mx
-from qtutor.te_emulated import DType
-from qtutor.te_mx import MXFP8Quantizer, NVFP4Quantizer
+from qtutor.emulation import DType, mx
+from qtutor.emulation.mx import MXFP8Quantizer, NVFP4Quantizer
 
 
 def sample(rows=64, columns=96, seed=0):
@@ -32,10 +31,10 @@ def test_mxfp8_equals_torchao_with_exponents_rounded_up(name):
 
 def test_exponents_are_the_least_that_hold():
     x = torch.rand(4096, generator=torch.Generator().manual_seed(1)) * torch.exp2(torch.arange(4096) / 20 - 100)
-    exponent = te_mx._e8m0_round_up(x).double() - 127
+    exponent = mx._e8m0_round_up(x).double() - 127
     assert (torch.exp2(exponent) >= x.double()).all() and (torch.exp2(exponent - 1) < x.double()).all()
     special = torch.tensor([0.0, 1.0, 2.0**-127, 2.0**-149, float("inf"), float("nan")])
-    assert te_mx._e8m0_round_up(special).tolist() == [0, 127, 0, 0, 254, 255]
+    assert mx._e8m0_round_up(special).tolist() == [0, 127, 0, 0, 254, 255]
 
 
 def test_mxfp8_saturates_nothing():
@@ -49,15 +48,15 @@ def test_rounding_to_nearest_equals_ml_dtypes():
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -5.0, 0.0])
     x = torch.cat([torch.linspace(-7, 7, 2801), ties])
     expected = x.clamp(-6, 6).numpy().astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
-    assert np.array_equal(te_mx._round_e2m1(x, False).numpy(), expected)
+    assert np.array_equal(mx._round_e2m1(x, False).numpy(), expected)
 
 
 def test_codes_round_trip_and_equal_ml_dtypes():
     half = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = torch.cat([half, -half]).repeat(2, 2)
-    packed = te_mx._pack_e2m1(values)
-    assert packed.shape == (2, 16) and torch.equal(te_mx._unpack_e2m1(packed), values)
-    assert torch.equal(torch.signbit(te_mx._unpack_e2m1(packed)), torch.signbit(values))
+    packed = mx._pack_e2m1(values)
+    assert packed.shape == (2, 16) and torch.equal(mx._unpack_e2m1(packed), values)
+    assert torch.equal(torch.signbit(mx._unpack_e2m1(packed)), torch.signbit(values))
     expected = values[0].numpy().astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
     assert np.array_equal(torch.stack([packed[0] & 15, packed[0] >> 4], -1).flatten().numpy(), expected)
 
@@ -95,15 +94,15 @@ def test_squares_make_rows_and_columns_agree():
 def test_stochastic_rounding_is_right_on_average_and_stays_beside_the_value():
     x = torch.tensor([0.1, 0.6, 1.3, 2.2, 3.9, 5.0, -0.3, -4.4])
     torch.manual_seed(0)
-    drawn = torch.stack([te_mx._round_e2m1(x, True) for _ in range(20_000)])
+    drawn = torch.stack([mx._round_e2m1(x, True) for _ in range(20_000)])
     step = torch.where(x.abs() < 2, 0.5, torch.where(x.abs() < 4, 1.0, 2.0))
     assert ((drawn - x).abs() < step + 1e-6).all()
     assert torch.allclose(drawn.mean(0), x, atol=0.04)
-    assert (te_mx._round_e2m1(x, False) - x).abs().max() > 0.2  # to nearest is not
+    assert (mx._round_e2m1(x, False) - x).abs().max() > 0.2  # to nearest is not
 
 
 def test_the_transform_is_orthogonal_and_cancels_in_a_product():
-    h = te_mx.hadamard()
+    h = mx.hadamard()
     assert torch.allclose(h @ h.t(), torch.eye(16), atol=1e-6) and set(h.abs().unique().tolist()) == {0.25}
     a, b = torch.randn(16, 8), torch.randn(16, 12)
     assert torch.allclose((h.t() @ a).t() @ (h.t() @ b), a.t() @ b, atol=1e-5)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from qtutor import formats, te_quantizers
-from qtutor import te_emulated as te
-from qtutor.te_emulated import (
+from qtutor import emulation as te
+from qtutor import formats
+from qtutor.emulation import (
     DelayedScaling,
     DType,
     Float8BlockScaling,
@@ -24,6 +24,7 @@ from qtutor.te_emulated import (
     MXFP8BlockScaling,
     NVFP4BlockScaling,
     QParams,
+    quantizers,
 )
 
 ALL = [DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling, NVFP4BlockScaling]
@@ -156,7 +157,7 @@ def test_decoding_is_exact_for_every_code_whatever_the_strides(dtype):
         lambda c: c.unsqueeze(1),
         lambda c: c[7:8, 15:],
     ):  # the last one holds NaN and nothing else
-        got = te_quantizers._decode(change(codes).view(dtype.torch)).numpy()
+        got = quantizers._decode(change(codes).view(dtype.torch)).numpy()
         np.testing.assert_array_equal(got, change(torch.from_numpy(want)).numpy())
         finite = ~np.isnan(got)
         np.testing.assert_array_equal(

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qtutor import te_emulated as te
-from qtutor.te_emulated import DelayedScaling, Float8CurrentScaling
+from qtutor import emulation as te
+from qtutor.emulation import DelayedScaling, Float8CurrentScaling
 
 REFERENCE = Path(__file__).resolve().parent.parent / "data" / "reference"
 HIDDEN, FFN, HEADS, GROUPS, TOKENS = 64, 96, 4, 2, 32

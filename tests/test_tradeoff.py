@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from qtutor import QtutorError, course_model, energy, llamacpp, pareto, results, tradeoff
-from qtutor.tradeoff import Sizes
+from qtutor import QtutorError, course_model, energy, llamacpp, results
+from qtutor.decide import pareto
+from qtutor.rigs import tradeoff
+from qtutor.rigs.tradeoff import Sizes
 
 TINY = Sizes(tokens=16, seconds=0.02, windows=0, questions=0)
 llama_cpp = pytest.mark.skipif(not llamacpp.available()[0], reason="llama-cpp-python does not load")
@@ -40,7 +42,7 @@ def test_rows_have_the_schema(name, files):
                 continue
             assert 0 < row[f"{column}_low"] <= row[column] <= row[f"{column}_high"]
         assert row["prefill_tokens"] == row["decode_context"] == 16
-        assert row["ppl"] is None and row["accuracy"] is None  # nothing to compare with was given
+        assert row["perplexity"] is None and row["accuracy"] is None  # nothing to compare with was given
     results.validate({"name": "tradeoff", "created": "2026-01-01T00:00:00+00:00", "commit": "", "profile": "quick",
                       "machine": {"device": "CPU"}, "versions": {"torch": "2"}, "rows": rows})  # fmt: skip
 
@@ -74,7 +76,7 @@ def test_size_of_a_gguf_is_its_tensors(files):
     (row,) = tradeoff.measure_one("GGUF Q4_K_M", batches=(1,), sizes=TINY, files=files)
     tensors = gguf.GGUFReader(path).tensors
     size, weights = sum(int(t.n_bytes) for t in tensors), sum(int(t.n_elements) for t in tensors)
-    assert row["size_mb"] == pytest.approx(size / 1e6)
+    assert row["weights_mb"] == pytest.approx(size / 1e6)
     assert row["bits_per_weight"] == pytest.approx(8 * size / weights)
 
 
@@ -167,7 +169,7 @@ def test_record_saves_each_technique_and_resumes(tmp_path, monkeypatch):
         calls.append(technique)
         if technique == "BF16" and len(calls) < 3:
             raise KeyboardInterrupt
-        return [tradeoff._head(tradeoff.TECHNIQUES[technique], shape, b) | {"size_mb": 1.0} for b in batches]
+        return [tradeoff._head(tradeoff.TECHNIQUES[technique], shape, b) | {"weights_mb": 1.0} for b in batches]
 
     monkeypatch.setattr(tradeoff, "measure_one", fake)
     monkeypatch.setattr(tradeoff, "TECHNIQUES", {n: tradeoff.TECHNIQUES[n] for n in ("FP32", "BF16", "GGUF F16")})
@@ -242,7 +244,7 @@ def test_front_refuses(points, better):
 
 def row(technique, family, size, kld, speed, batch=1, **more):
     return dict.fromkeys(tradeoff.COLUMNS) | dict(
-        technique=technique, family=family, size_mb=size, kld_mean=kld, kld_se=kld / 20, decode_tokens_per_s=speed,
+        technique=technique, family=family, weights_mb=size, kld_mean=kld, kld_mean_se=kld / 20, decode_tokens_per_s=speed,
         decode_tokens_per_s_low=0.9 * speed, decode_tokens_per_s_high=1.1 * speed, joules_per_decode_token=1.0,
         joules_per_decode_token_low=0.9, joules_per_decode_token_high=1.1, shape="course", batch=batch) | more
 
@@ -284,7 +286,7 @@ def test_with_cost_and_limits(rows):
 
 @pytest.mark.parametrize("x", pareto.AXES)
 def test_pictures(rows, x):
-    rows = pareto.with_cost([r | {"ppl": 20.0, "ppl_se": 0.1, "same_top": 0.9, "same_top_se": 0.01, "accuracy": 0.5,
+    rows = pareto.with_cost([r | {"perplexity": 20.0, "perplexity_se": 0.1, "same_top": 0.9, "same_top_se": 0.01, "accuracy": 0.5,
                                   "accuracy_se": 0.02, "peak_gib": 1.0, "bits_per_weight": 4.0,
                                   "prefill_tokens_per_s": 9.0, "joules_per_prefill_token": 2.0} for r in rows], 1, 400)
     fig = pareto.picture(rows, x, "decode speed" if x != "decode speed" else "kld", "title")

@@ -8,7 +8,8 @@ import torch
 
 matplotlib.use("agg")
 
-from qtutor import te_emulated, widgets  # noqa: E402
+from qtutor import emulation  # noqa: E402
+from qtutor.figures import widgets  # noqa: E402
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -25,10 +26,10 @@ def close_figures():
 @pytest.mark.parametrize("history_len, margin, algorithm", [(8, 0, "max"), (4, 2, "max"), (4, 1, "most_recent")])
 def test_the_explorer_scales_as_the_library_does(history_len, margin, algorithm, scenario):
     run = widgets.delayed_scaling(history_len, margin, algorithm, scenario)
-    recipe = te_emulated.DelayedScaling(amax_history_len=history_len, margin=margin, amax_compute_algo=algorithm)
-    layer = te_emulated.Linear(16, 16, bias=False)
+    recipe = emulation.DelayedScaling(amax_history_len=history_len, margin=margin, amax_compute_algo=algorithm)
+    layer = emulation.Linear(16, 16, bias=False)
     for now, after in zip(run, run[1:], strict=False):
-        with te_emulated.autocast(enabled=True, recipe=recipe):
+        with emulation.autocast(enabled=True, recipe=recipe):
             layer(torch.full((16, 16), now["amax"]))
         assert after["scale"] == pytest.approx(layer.fp8_meta["scaling_fwd"].scale[0].item(), rel=1e-6)
 

@@ -1,7 +1,7 @@
-"""From requirements to a decision: :mod:`qtutor.rules` applied to what somebody needs.
+"""From requirements to a decision: :mod:`qtutor.decide.rules` applied to what somebody needs.
 
 What decides before any rule does is arithmetic: does it fit, is it accurate enough, fast enough, cheap enough?  Sizes
-come from :mod:`qtutor.capacity`, losses from measured rows, speeds from the memory bandwidth times the share of it that
+come from :mod:`qtutor.decide.capacity`, losses from measured rows, speeds from the memory bandwidth times the share of it that
 was measured.  Then the rules give points, each with the measured rows it rests on.
 
     need = choosing.Need(model="Llama-2-70B", machine="H100 SXM", users=8, tokens_per_s=10, max_loss=0.005)
@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
-from . import QtutorError
+from .. import QtutorError
 from .rules import LLAMA7B, RULES, TECHNIQUES, Technique, cell, evaluate, find, find_all, recorded, rules_frame
 
 __all__ = ["Decision", "Machine", "Need", "Option", "decide", "decision_html", "explain", "explorer", "monthly",
@@ -495,7 +495,7 @@ def monthly(tokens_per_s: float, joules_per_token: float, tokens: float, usd_per
     ``tokens_per_s``: of the whole machine, all users together, busy all the time.  ``joules_per_token``: of the device;
     ``pue`` adds the data centre's share.  Raises QtutorError for numbers that are negative or no numbers.
     """
-    from . import energy
+    from .. import energy
 
     for name, value in (("tokens", tokens), ("grams_per_kwh", grams_per_kwh)):
         if not isinstance(value, (int, float)) or not 0 <= value < math.inf:

@@ -9,7 +9,7 @@ weights, prompt lengths and text, and each number means the same for all of them
     decode    one step, one token for each sequence, with ``decode_context`` tokens in the cache
     energy    of the GPU, from its own counter; on a CPU without a counter an estimate that says so
 
-Both phases are called layer by layer with a cache of fixed length (:func:`qtutor.fp8_models.llama_logits`), on a GPU
+Both phases are called layer by layer with a cache of fixed length (:func:`qtutor.rigs.fp8_models.llama_logits`), on a GPU
 from a CUDA graph, so that Python's time is not what is compared; llama.cpp runs as people run it (F16 cache, flash
 attention).  The course model has real weights.  The Llama-2-7B shape has random ones: bytes, speed and energy do not
 depend on their values, quality does, and is left out.
@@ -17,7 +17,7 @@ depend on their values, quality does, and is left out.
     rows = tradeoff.rows(["FP32", "GGUF Q4_K_M"], batches=(1,))
     tradeoff.record()                            # everything -> data/results/<machine>/tradeoff.json
 
-    python -m qtutor.tradeoff                    # the same from a shell; minutes on a CPU
+    python -m qtutor.rigs.tradeoff                    # the same from a shell; minutes on a CPU
 
 A technique that cannot run here gives one row with the reason in ``not_run``.
 """
@@ -38,16 +38,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from . import QtutorError, measure, pick, results
+from .. import QtutorError, measure, pick, results
 
-QUALITY = ("ppl", "ppl_se", "ppl_ratio", "ppl_ratio_se", "kld_mean", "kld_se", "same_top", "same_top_se",
+QUALITY = ("perplexity", "perplexity_se", "perplexity_ratio", "perplexity_ratio_se", "kld_mean", "kld_mean_se", "same_top", "same_top_se",
            "scored_tokens", "accuracy", "accuracy_se", "accuracy_diff", "accuracy_diff_se", "accuracy_n")  # fmt: skip
 SPEED = ("prefill_tokens", "decode_context", "prefill_tokens_per_s", "prefill_tokens_per_s_low",
          "prefill_tokens_per_s_high", "decode_tokens_per_s", "decode_tokens_per_s_low", "decode_tokens_per_s_high",
          "peak_gib", "joules_per_prefill_token", "joules_per_prefill_token_low", "joules_per_prefill_token_high",
          "joules_per_decode_token", "joules_per_decode_token_low", "joules_per_decode_token_high", "energy_source",
          "threads")  # fmt: skip
-COLUMNS = ("shape", "technique", "family", "runtime", "trained", "batch", "bits_per_weight", "size_mb", *QUALITY,
+COLUMNS = ("shape", "technique", "family", "runtime", "trained", "batch", "bits_per_weight", "weights_mb", *QUALITY,
            *SPEED, "not_run")  # fmt: skip
 COUNTER_STEP_S = 0.1  # NVML's energy counter is brought up to date every 20 to 100 ms, by model
 LEAST_FOR_ENERGY_S = 0.6  # a shorter window says too little: no joules then
@@ -81,9 +81,9 @@ def _torchao(cpu: tuple, gpu: tuple | None = None) -> Callable:
     """``apply`` for a torchao configuration: its name and options, on a GPU perhaps another one."""
 
     def apply(model):
-        from . import low_bit
+        from .. import packed
 
-        low_bit._import_torchao()
+        packed._import_torchao()
         import torchao.quantization as ao
 
         on_gpu = next(model.parameters()).is_cuda
@@ -125,7 +125,7 @@ def _te_fp8(model):
 
 def _te_emulated(model):
     """FP8 products in every layer (current scaling), computed by the emulation: the numbers, not the speed."""
-    from . import te as switch
+    from .. import te_switch as switch
 
     switch.activate()
     import transformer_engine.pytorch as te
@@ -208,7 +208,7 @@ def _float_model(shape: str, technique: Technique, device: str):
     """The float model that a technique starts from: float32 for FP32, bfloat16 for all others."""
     import torch
 
-    from . import course_model
+    from .. import course_model
 
     dtype = torch.float32 if technique.name == "FP32" else torch.bfloat16
     if shape == "course":
@@ -313,7 +313,7 @@ def _phase(name: str, call, tokens: int, seconds: float, device: str, clock: str
     ``one``: seconds a call takes, where that is known and the call is warm.  ``_low`` and ``_high`` are tokens a second
     at the 90th and the 10th percentile of the times.
     """
-    from . import energy
+    from .. import energy
 
     clock = clock or device
     one = _seconds(call, clock) if one is None else one
@@ -408,7 +408,7 @@ def llama_speed(path, batch: int, sizes: Sizes, threads: int | None = None) -> d
 
 
 def _threads(threads: int | None) -> int:
-    from . import llamacpp
+    from .. import llamacpp
 
     return threads or llamacpp.n_threads()
 
@@ -433,7 +433,7 @@ def _print_peaks(name: str, batches: str, sizes: str, path: str) -> None:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    from . import course_model, llamacpp
+    from .. import course_model, llamacpp
 
     technique, sizes, peaks = TECHNIQUES[name], Sizes(int(sizes), seconds=0), {}
     if path:
@@ -457,7 +457,8 @@ class Reference:
     """What all techniques are compared with: the FP32 model's logits on some text, and its answers to the questions."""
 
     def __init__(self, sizes: Sizes, device: str | None = None):
-        from . import accuracy, corpus, course_model, evaluate
+        from .. import corpus, course_model, evaluate
+        from ..decide import accuracy
 
         self.device = device or _device()
         model = course_model.load(device=self.device)
@@ -469,7 +470,8 @@ class Reference:
 
     def quality(self, source) -> dict:
         """The quality columns of a Hugging Face model or an open llamacpp.Model."""
-        from . import accuracy, evaluate, paired
+        from .. import evaluate, paired
+        from ..decide import accuracy
 
         found = evaluate.compare_models(self.logits, source, self.tokens, 512)
         answers = accuracy.score_items(source, self.items)
@@ -491,7 +493,7 @@ class Files:
 
     def source(self, trained: bool = False) -> Path:
         """The course model as an F32 file, before or after QAT."""
-        from . import course_model, gguf_export, qat
+        from .. import course_model, gguf_export, qat
 
         if trained not in self._sources:
             model = qat.load_q4_0() if trained else course_model.load()
@@ -505,7 +507,7 @@ class Files:
     def path(self, technique: Technique | str, shape: str = "course") -> Path:
         """The file of a technique (or of its name), made now where it is not there yet."""
         technique = TECHNIQUES[technique] if isinstance(technique, str) else technique
-        from . import llamacpp, qat
+        from .. import llamacpp, qat
 
         target = self._target(technique, shape)
         if target.exists():
@@ -579,10 +581,10 @@ def measure_one(technique: str, shape: str = "course", batches=None, sizes: Size
 
 
 def _gguf_rows(what, shape, batches, sizes, reference, path, memory) -> list[dict]:
-    from . import llamacpp
+    from .. import llamacpp
 
     weights = sum(row["bytes"] for row in llamacpp.tensor_table(path))
-    common = {"bits_per_weight": llamacpp.bits_per_weight(path), "size_mb": weights / 1e6}
+    common = {"bits_per_weight": llamacpp.bits_per_weight(path), "weights_mb": weights / 1e6}
     if reference is not None:
         with llamacpp.Model(path, ctx=512, exact=False) as model:
             common |= reference.quality(model)
@@ -602,7 +604,7 @@ def _pytorch_rows(what, shape, batches, sizes, reference, device, memory) -> lis
     before = torch.cuda.memory_allocated() / measure.GIB if device == "cuda" else 0.0
     model = build(what, shape, device)
     size, weights = stored_size(model)
-    common = {"bits_per_weight": 8 * size / weights, "size_mb": size / 1e6}
+    common = {"bits_per_weight": 8 * size / weights, "weights_mb": size / 1e6}
     if not what.speed:  # an emulation stores floats
         common = dict.fromkeys(common)
     if reference is not None:
@@ -683,7 +685,7 @@ def _resumable(directory, profile: str) -> list[dict]:
         return []
     old = results.load("tradeoff", where, directory)
     fresh = datetime.now(UTC) - datetime.fromisoformat(old.created) < timedelta(hours=RESUME_HOURS)
-    same = (old.commit, old.versions, old.profile) == (results._commit(), results._versions(), profile)
+    same = (old.commit, old.versions, old.profile) == (results.commit(), results.versions(), profile)
     return old.rows if fresh and same and old.device == measure.machine()["device"] else []
 
 
@@ -726,8 +728,8 @@ def record(shapes=None, techniques=None, batches=None, full: bool = True, resume
 
 
 def main(argv=None) -> int:
-    """``python -m qtutor.tradeoff``: record on this machine and say what came out."""
-    parser = argparse.ArgumentParser(prog="python -m qtutor.tradeoff", description="measure every technique here")
+    """``python -m qtutor.rigs.tradeoff``: record on this machine and say what came out."""
+    parser = argparse.ArgumentParser(prog="python -m qtutor.rigs.tradeoff", description="measure every technique here")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="by default all that this machine can run")
     parser.add_argument("--techniques", nargs="+", metavar="NAME", help="by default all: " + ", ".join(TECHNIQUES))
     parser.add_argument("--quick", action="store_true", help="small sizes: a minute's worth")

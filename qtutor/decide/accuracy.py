@@ -37,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import QtutorError
+from .. import QtutorError
 
 TASK = "pydoc_continuation"
 CONTEXT_WORDS = 40  # the end of a longer passage is kept
@@ -102,7 +102,7 @@ def build_items(n: int = 200, seed: int = 0, text: str | None = None, choices: i
 
     Raises QtutorError for fewer than two items or choices, and for a text that does not yield ``n``.
     """
-    from . import corpus
+    from .. import corpus
 
     if not all(isinstance(x, (int, np.integer)) and x > 1 for x in (n, choices)):
         raise QtutorError(f"Multiple choice needs at least two items and two choices, not {n!r} and {choices!r}.")
@@ -168,7 +168,7 @@ class Accuracy:
 
 def summarize(items: Sequence[Item], loglik) -> Accuracy:
     """Accuracy of log-likelihoods (n, choices), nats."""
-    from .evaluate import _share
+    from ..evaluate import _share
 
     _check_items(items)
     loglik = np.asarray(loglik, dtype=np.float64)
@@ -214,7 +214,7 @@ def loglikelihoods(source, requests, batch_size: int = 32, progress: bool = Fals
     import torch
     from tqdm.auto import tqdm
 
-    from .evaluate import _logits_function
+    from ..evaluate import _logits_function
 
     def total(logits, ids, first):  # logits that predict the ending
         logp = logits.double().log_softmax(-1)
@@ -253,7 +253,7 @@ def loglikelihoods(source, requests, batch_size: int = 32, progress: bool = Fals
 
 
 def _tokenizer(tokenizer):
-    from . import course_model
+    from .. import course_model
 
     return course_model.load_tokenizer() if tokenizer is None else tokenizer
 

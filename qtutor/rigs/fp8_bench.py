@@ -21,7 +21,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from . import QtutorError, measure, results
+from .. import QtutorError, measure, results
 
 LAYERS = 2  # more than one, so that a layer's end overlaps with the next one's beginning as in a model
 
@@ -74,7 +74,7 @@ SHAPES = {
 
 def _require_fp8():
     """Return transformer_engine.pytorch, the real one."""
-    from . import te as switch
+    from .. import te_switch as switch
 
     status = switch.activate()
     if not status.real:
@@ -506,7 +506,7 @@ def breakeven(hiddens=(512, 1024, 2048, 4096, 8192), tokens=(256, 512, 1024, 204
 # ---------------------------------------------------------------------------------------------------- recording
 def record(names=("fp8_gemm", "fp8_layers", "fp8_profile", "fp8_breakeven", "fp8_inference")) -> list:
     """Measure and save the results that notebook 04 shows; about six minutes on an H200.  Returns the paths."""
-    from . import fp8_models  # which stands on this module
+    from . import fp8_models
 
     _require_fp8()
     profiled = ("TE BF16", "TE FP8 delayed", "TE FP8 delayed + FP8 weights")

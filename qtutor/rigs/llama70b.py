@@ -19,8 +19,8 @@ What is measured, in one process that loads the file once:
 - copy and read bandwidth of the device, and with it the ceiling: bandwidth / bytes read for a token
 - llama-bench and llama-batched-bench on the same file, to check our figures against the field's tools
 
-    python -m qtutor.llama70b --folder /dev/shm --types Q6_K,Q4_K_M      # writes data/results/<machine>/llama70b.json
-    python -m qtutor.llama70b --tiny                                     # the same code in seconds on any CPU
+    python -m qtutor.rigs.llama70b --folder /dev/shm --types Q6_K,Q4_K_M      # writes data/results/<machine>/llama70b.json
+    python -m qtutor.rigs.llama70b --tiny                                     # the same code in seconds on any CPU
 
 The measuring runs in a child process: where native code dies (a GPU out of memory can end a process), the notebook
 goes on and a row says ``"fits": false``.
@@ -44,7 +44,8 @@ from pathlib import Path
 
 import numpy as np
 
-from . import QtutorError, capacity, llamacpp
+from .. import QtutorError, llamacpp
+from ..decide import capacity
 
 GIB = 2**30
 TYPES = ("Q6_K", "Q4_K_M", "Q8_0", "Q5_K_M")  # the seed case first: an interrupted recording has it
@@ -541,7 +542,7 @@ def _batch(lib, model, gpu, job: dict, batch: int, used) -> dict:
 
 def _child(argv, limit_s: float, on_row) -> str | None:
     """Run this module in a fresh process; hand over its rows as they come; return why it stopped early, or None."""
-    command = [sys.executable, "-m", "qtutor.llama70b", *argv]
+    command = [sys.executable, "-m", "qtutor.rigs.llama70b", *argv]
     root = str(Path(__file__).resolve().parent.parent)
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     error = None
@@ -598,7 +599,7 @@ def measure(path, type: str | None = None, limit_s: float = 300.0, threads: int 
 
     def add(row):
         read = row.get("read_bytes_per_token") or (rows[0]["read_bytes_per_token"] if rows else None)
-        if device_bandwidth and row.get("generate_tokens_per_s") and read:
+        if device_bandwidth and row.get("decode_tokens_per_s") and read:
             row |= _ceiling(gguf, row, read, device_bandwidth["bandwidth_gb_per_s"], job["kv_type"])
         rows.append(row)
         if on_row:
@@ -624,7 +625,7 @@ def _ceiling(gguf, row: dict, read: int, gb_per_s: float, kv_type: str) -> dict:
     cached = past + row["generate_tokens"] / 2
     step = read + batch * cached * llamacpp._kv_bytes(gguf.metadata, 1) * width / block
     ceiling = batch * gb_per_s * 1e9 / step
-    return {"ceiling_tokens_per_s": ceiling, "ceiling_share": row["generate_tokens_per_s"] / ceiling}
+    return {"ceiling_tokens_per_s": ceiling, "ceiling_share": row["decode_tokens_per_s"] / ceiling}
 
 
 def run_tools(path, type: str, threads=None, limit_s: float = 120.0, job: dict = FULL) -> list[dict]:
@@ -661,8 +662,8 @@ def _tool_row(name: str, type: str, found: dict) -> dict:
         what = "generate" if found["n_gen"] else "prompt"
         return row | {f"tool_{what}_tokens_per_s": found["avg_ts"], f"tool_{what}_stdev": found["stddev_ts"],
                       "build": found.get("build_commit"), "backends": found.get("backends")}  # fmt: skip
-    return row | {"batch": found["pl"], "tool_prompt_tokens_per_s": found["speed_pp"],
-                  "tool_generate_tokens_per_s": found["speed_tg"]}  # fmt: skip
+    return row | {"batch": found["pl"], "tool_prefill_tokens_per_s": found["speed_pp"],
+                  "tool_decode_tokens_per_s": found["speed_tg"]}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- recording
@@ -694,7 +695,7 @@ def record(folder, types=TYPES, config="Llama-2-70B", budget_s: float = 420.0, t
     end within it.  ``keep``: rows that this machine recorded before, of types not measured now, stay.  ``directory``:
     where results go instead of the course's data/results.  Raises QtutorError for an unknown type and a full folder.
     """
-    from . import results
+    from .. import results
 
     folder, began = Path(folder), time.perf_counter()
     types = [llamacpp._type(t).name for t in types]
@@ -737,8 +738,8 @@ def record(folder, types=TYPES, config="Llama-2-70B", budget_s: float = 420.0, t
 
 def _kept(name: str, types, directory, keep: bool) -> list[dict]:
     """Rows of this very device that are on file, but for those of ``types``, which are measured now."""
-    from . import measure as machine
-    from . import results
+    from .. import measure as machine
+    from .. import results
 
     about = machine.machine()
     where = results.machine_folder(about)
@@ -752,9 +753,9 @@ def _kept(name: str, types, directory, keep: bool) -> list[dict]:
 
 def _short(row: dict) -> str:
     parts = [str(row.get(key)) for key in ("kind", "tool") if row.get(key)]
-    for key, unit in (("batch", ""), ("depth", ""), ("prompt_tokens_per_s", ""), ("generate_tokens_per_s", ""),
-                      ("tool_prompt_tokens_per_s", ""), ("tool_generate_tokens_per_s", ""), ("gpu_used_gib", ""),
-                      ("joules_per_generated_token", ""), ("ceiling_share", ""), ("load_s", ""), ("note", "")):
+    for key, unit in (("batch", ""), ("depth", ""), ("prefill_tokens_per_s", ""), ("decode_tokens_per_s", ""),
+                      ("tool_prefill_tokens_per_s", ""), ("tool_decode_tokens_per_s", ""), ("gpu_used_gib", ""),
+                      ("joules_per_decode_token", ""), ("ceiling_share", ""), ("load_s", ""), ("note", "")):
         value = row.get(key)
         if value is not None:
             parts.append(f"{key}={value:.4g}{unit}" if isinstance(value, float) else f"{key}={value}")
@@ -762,8 +763,8 @@ def _short(row: dict) -> str:
 
 
 def main(argv=None) -> int:
-    """The command line: ``python -m qtutor.llama70b --help``.  Returns 0, or 1 after one sentence of what is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m qtutor.llama70b", description="Measure a 70B-shaped model.")
+    """The command line: ``python -m qtutor.rigs.llama70b --help``.  Returns 0, or 1 after one sentence of what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m qtutor.rigs.llama70b", description="Measure a 70B-shaped model.")
     parser.add_argument("--folder", help="where the files go, one at a time: memory-backed, e.g. /dev/shm")
     parser.add_argument("--types", default=",".join(TYPES), help="llama.cpp types, by commas")
     parser.add_argument("--budget", type=float, default=420.0, help="seconds after which no further type is begun")

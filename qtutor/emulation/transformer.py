@@ -34,8 +34,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .te_modules import Linear, _default_init, _linear, _Region, _TEModule
-from .te_quantizers import Recipe, get_default_recipe
+from .modules import Linear, _default_init, _linear, _Region, _TEModule
+from .quantizers import Recipe, get_default_recipe
 
 __all__ = [
     "DotProductAttention", "LayerNorm", "LayerNormLinear", "LayerNormMLP", "MultiheadAttention", "RMSNorm",

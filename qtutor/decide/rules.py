@@ -10,7 +10,7 @@ A guide written as prose goes out of date without anybody noticing.  Here a rule
 
 A rule is applied where its condition is met *and* its claim is true of what was measured.  Where nothing was measured
 it says so and counts for nothing; where a new measurement contradicts it, it is not applied, and a test fails.
-:mod:`qtutor.choosing` decides with them.
+:mod:`qtutor.decide.choosing` decides with them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import re
 import statistics
 from dataclasses import dataclass, field
 
-from . import QtutorError, results
+from .. import QtutorError, results
 
 # ------------------------------------------------------------------------------------------------------ expressions
 
@@ -187,7 +187,7 @@ def _gguf(kind: str) -> Technique:
         return (cell("gguf_quality", name, type=kind, imatrix=False), cell("qat_gguf", other, model="PTQ", type=kind))
 
     return Technique(f"GGUF {kind}", "serve", "llama.cpp", "none", "any", f"llama-quantize model.gguf {kind}", "08",
-                     ("gguf", kind), ("its - 1", {"its": column("ppl_ratio", "ratio")}),
+                     ("gguf", kind), ("its - 1", {"its": column("perplexity_ratio", "ratio")}),
                      ("its", {"its": column("kld_mean", "kld_mean")}))  # fmt: skip
 
 
@@ -367,9 +367,9 @@ RULES = [
          {"kld": cell("fp8_inference", "kld_mean", model=COURSE, format="INT8 weights")}, "kld < 0.005"),
     # -- GGUF types
     Rule("q8_0_is_the_original", ("GGUF Q8_0",), "task == 'serve'", 0, "perplexity {ratio - 1:+.2%}: the original, in "
-         "half of BF16's memory", {"ratio": _quality("Q8_0", "ppl_ratio", "ratio")}, "0.995 < ratio < 1.002"),
+         "half of BF16's memory", {"ratio": _quality("Q8_0", "perplexity_ratio", "ratio")}, "0.995 < ratio < 1.002"),
     Rule("q6_k_loses_little", ("GGUF Q6_K",), "task == 'serve'", 1, "perplexity {ratio - 1:+.2%}, a KL divergence of "
-         "{kld:.4f} nats, at 6.6 bits a weight", {"ratio": _quality("Q6_K", "ppl_ratio", "ratio"),
+         "{kld:.4f} nats, at 6.6 bits a weight", {"ratio": _quality("Q6_K", "perplexity_ratio", "ratio"),
          "kld": _quality("Q6_K", "kld_mean", "kld_mean")}, "0.995 < ratio < 1.01 and kld < 0.02"),
     Rule("q4_k_m_beats_q4_0", ("GGUF Q4_0",), "task == 'serve'", -1,
          "Q4_K_M is hardly larger and closer to the original: KLD {km:.3f} against {q40:.3f}",
@@ -410,21 +410,21 @@ RULES = [
     *[Rule(f"{kind.lower()}_70b_runs_on_80_gb", (f"GGUF {kind}",), "task == 'serve' and weights > 60e9", 2,
            "measured at Llama-2-70B's shape: {memory:.1f} GiB of GPU memory with 4,096 tokens of context, {speed:.1f} "
            "tokens/s", {"memory": cell("llama70b", "gpu_used_gib", kind="model", type=kind),
-                        "speed": cell("llama70b", "generate_tokens_per_s", kind="model", type=kind)},
+                        "speed": cell("llama70b", "decode_tokens_per_s", kind="model", type=kind)},
            "memory < 74 and speed > 5") for kind in ("Q6_K", "Q8_0")],
     Rule("q8_0_70b_is_faster", ("GGUF Q8_0",), "task == 'serve' and weights > 60e9", 1,
          "measured at Llama-2-70B's shape: {q8 / q6:.2f} times the speed of Q6_K, whose weights take longer to unpack "
-         "than they save in reading", {"q8": cell("llama70b", "generate_tokens_per_s", kind="model", type="Q8_0"),
-                                       "q6": cell("llama70b", "generate_tokens_per_s", kind="model", type="Q6_K")},
+         "than they save in reading", {"q8": cell("llama70b", "decode_tokens_per_s", kind="model", type="Q8_0"),
+                                       "q6": cell("llama70b", "decode_tokens_per_s", kind="model", type="Q6_K")},
          "q8 / q6 > 1.02"),
     Rule("q4_k_m_70b_is_faster", ("GGUF Q4_K_M",), "task == 'serve' and weights > 60e9", 1,
          "measured at Llama-2-70B's shape: {q4 / q6:.2f} times the speed of Q6_K",
-         {"q4": cell("llama70b", "generate_tokens_per_s", kind="model", type="Q4_K_M"),
-          "q6": cell("llama70b", "generate_tokens_per_s", kind="model", type="Q6_K")}, "q4 / q6 > 1.02"),
+         {"q4": cell("llama70b", "decode_tokens_per_s", kind="model", type="Q4_K_M"),
+          "q6": cell("llama70b", "decode_tokens_per_s", kind="model", type="Q6_K")}, "q4 / q6 > 1.02"),
     Rule("q4_k_m_70b_saves_energy", ("GGUF Q4_K_M",), "task == 'serve' and weights > 60e9", 0,
          "and {1 - q4 / q6:.0%} less energy a token",
-         {"q4": cell("llama70b", "joules_per_generated_token", kind="model", type="Q4_K_M"),
-          "q6": cell("llama70b", "joules_per_generated_token", kind="model", type="Q6_K")}, "q4 / q6 < 0.99"),
+         {"q4": cell("llama70b", "joules_per_decode_token", kind="model", type="Q4_K_M"),
+          "q6": cell("llama70b", "joules_per_decode_token", kind="model", type="Q6_K")}, "q4 / q6 < 0.99"),
 ]  # fmt: skip
 
 

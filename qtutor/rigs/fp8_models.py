@@ -2,7 +2,7 @@
 
 Both replay CUDA graphs.  The course model is so small that launching its kernels takes several times longer than
 running them, and a decoding step is short at any size; a graph leaves the GPU's own time.  See
-:mod:`qtutor.fp8_bench` for the instruments.
+:mod:`qtutor.rigs.fp8_bench` for the instruments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import sys
 import traceback
 
-from . import measure, results
+from .. import measure, results
 from .fp8_bench import _captured, _free, _recipe, _require_fp8, timed
 
 
@@ -103,8 +103,8 @@ def loss_run(precision: str, seed: int, ids, held_out, steps: int = 3000, batch_
     from torch.nn import functional as F
     from tqdm.auto import tqdm
 
-    from . import corpus, course_model
-    from . import te as switch
+    from .. import corpus, course_model
+    from .. import te_switch as switch
 
     _require_fp8()
     torch.manual_seed(seed)
@@ -157,7 +157,7 @@ def record_loss(ids=None, held_out=None, steps: int = 3000, seeds=(0, 1, 2, 3, 4
     last 2 % are held out.  Returns the path.
     """
     if ids is None:
-        from . import corpus, course_model
+        from .. import corpus, course_model
 
         ids = corpus.tokens("train", course_model.load_tokenizer())
         ids, held_out = ids[: -len(ids) // 50], ids[-len(ids) // 50 :]
@@ -255,14 +255,14 @@ def inference(prefill_tokens: int = 2048, length: int = 1024, formats=None, prog
     import torch
     from tqdm.auto import tqdm
 
-    from . import corpus, course_model, evaluate
+    from .. import corpus, course_model, evaluate
 
     _require_fp8()
     all_formats = inference_formats()
     formats, rows = list(formats or all_formats), []
     text = corpus.tokens("eval", course_model.load_tokenizer())[:32769]
     reference = course_model.load(dtype=torch.bfloat16, device="cuda")
-    kept = {"ppl": "perplexity", "ppl_se": "perplexity_se", "kld_mean": "kld_mean", "kld_se": "kld_se",
+    kept = {"perplexity": "perplexity", "perplexity_se": "perplexity_se", "kld_mean": "kld_mean", "kld_mean_se": "kld_mean_se",
             "same_top": "same_top", "same_top_se": "same_top_se", "n": "scored_tokens"}  # fmt: skip
 
     def quality(name, convert):

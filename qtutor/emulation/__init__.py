@@ -44,10 +44,10 @@ become numbers again by shifting their bits, not one by one.  ``bench/bench_te.p
 
 from __future__ import annotations
 
-from .te_blocks import Float8BlockQuantizer, Float8BlockwiseQTensor
-from .te_modules import _UNSAFE_STATE, Linear, _Region, autocast, fp8_autocast  # noqa: F401
-from .te_mx import MXFP8Quantizer, NVFP4Quantizer
-from .te_quantizers import (  # noqa: F401
+from .blocks import Float8BlockQuantizer, Float8BlockwiseQTensor
+from .modules import _UNSAFE_STATE, Linear, _Region, autocast, fp8_autocast  # noqa: F401
+from .mx import MXFP8Quantizer, NVFP4Quantizer
+from .quantizers import (  # noqa: F401
     DelayedScaling,
     DType,
     Float8BlockScaling,
@@ -69,7 +69,7 @@ from .te_quantizers import (  # noqa: F401
     is_mxfp8_available,
     is_nvfp4_available,
 )
-from .te_transformer import (
+from .transformer import (
     DotProductAttention,
     LayerNorm,
     LayerNormLinear,

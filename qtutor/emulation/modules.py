@@ -1,6 +1,6 @@
 """``autocast``, the base of all modules with FP8 state, the FP8 product they share, and ``Linear``.
 
-See :mod:`qtutor.te_emulated` for the idea and :mod:`qtutor.te_quantizers` for the numbers.
+See :mod:`qtutor.emulation` for the idea and :mod:`qtutor.emulation.quantizers` for the numbers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import fields
 import torch
 from torch import nn
 
-from .te_blocks import Float8BlockQuantizer
-from .te_mx import MXFP8Quantizer, NVFP4Quantizer
-from .te_quantizers import (
+from .blocks import Float8BlockQuantizer
+from .mx import MXFP8Quantizer, NVFP4Quantizer
+from .quantizers import (
     DelayedScaling,
     Float8CurrentScaling,
     Float8Quantizer,

@@ -25,7 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import QtutorError, notebooks, results
+from qtutor import QtutorError, results
+
+from . import notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = "data/results/README.md"
@@ -122,7 +124,7 @@ def can_record(name: str) -> bool:
     if needs == "any":
         return True
     if needs == "llama.cpp":
-        from . import llamacpp
+        from qtutor import llamacpp
 
         return llamacpp.available()[0]
     import torch
@@ -130,9 +132,9 @@ def can_record(name: str) -> bool:
     if not torch.cuda.is_available():
         return False
     if needs == "fp8":
-        from . import te
+        from qtutor import te_switch
 
-        return te.activate().real
+        return te_switch.activate().real
     return True  # that llama.cpp uses the GPU, and that there is room, is for the recording function to say
 
 
@@ -260,9 +262,9 @@ def _types(data) -> str:
     for kind in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q2_K"):
         if kind in rows:
             row = rows[kind]
-            ratio = row.get("ratio", row.get("ppl_ratio"))
+            ratio = row.get("ratio", row.get("perplexity_ratio"))
             bold = "**" if kind == "Q6_K" else ""
-            error = row.get("ratio_se", row.get("ppl_ratio_se"))
+            error = row.get("ratio_se", row.get("perplexity_ratio_se"))
             said.append(f"{bold}{kind} {percent(ratio - 1, 2).removesuffix(' %')} ± {100 * error:.2f} %{bold} "
                         f"({row['bits_per_weight']:.1f} bits)")  # fmt: skip
     return "perplexity of the course model: " + ", ".join(said)
@@ -300,13 +302,13 @@ def _llama70b(data) -> str:
             said.append(f"{kind} does not fit")
             continue
         bold = "**" if kind == "Q6_K" else ""
-        line = f"{bold}{kind}: {row['gpu_used_gib']:.1f} GiB, {row['generate_tokens_per_s']:.1f} tokens/s{bold}"
-        if row.get("joules_per_generated_token"):
-            line += f", {row['joules_per_generated_token']:.1f} J a token"
+        line = f"{bold}{kind}: {row['gpu_used_gib']:.1f} GiB, {row['decode_tokens_per_s']:.1f} tokens/s{bold}"
+        if row.get("joules_per_decode_token"):
+            line += f", {row['joules_per_decode_token']:.1f} J a token"
         many = [r for r in data.rows if r["kind"] == "batch" and r["type"] == kind and r["fits"]]
         if many:
             most = max(many, key=lambda r: r["batch"])
-            line += f" ({most['generate_tokens_per_s']:.0f} tokens/s at batch {most['batch']})"
+            line += f" ({most['decode_tokens_per_s']:.0f} tokens/s at batch {most['batch']})"
         said.append(line)
     return "; ".join(said) + " (its shape, random weights, llama.cpp)" if said else ""
 

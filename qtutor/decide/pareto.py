@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import QtutorError
+from .. import QtutorError
 
 FAMILIES = {  # family -> (name, index in the palette, marker)
     "float": ("float", 7, "s"), "fp8": ("FP8", 1, "D"), "torchao": ("torchao", 2, "^"), "qat": ("QAT", 3, "*"),
@@ -61,11 +61,11 @@ class Axis:
 
 
 AXES = {
-    "size": Axis("size_mb", "stored weights (MB)", "lower"),
+    "size": Axis("weights_mb", "stored weights (MB)", "lower"),
     "bits": Axis("bits_per_weight", "bits per weight", "lower", log=False),
     "memory": Axis("peak_gib", "peak memory (GiB)", "lower"),
     "kld": Axis("kld_mean", "mean KL divergence (nats per token)", "lower", "se"),
-    "perplexity": Axis("ppl", "perplexity", "lower", "se", log=False),
+    "perplexity": Axis("perplexity", "perplexity", "lower", "se", log=False),
     "same top": Axis("same_top", "share of tokens with the same top candidate", "higher", "se", log=False),
     "accuracy": Axis("accuracy", "multiple-choice accuracy", "higher", "se", log=False),
     "prefill speed": Axis("prefill_tokens_per_s", "prefill (tokens per second, whole batch)", "higher", "range"),
@@ -149,7 +149,7 @@ def with_cost(rows, usd_per_hour: float, grams_per_kwh: float, pue: float = 1.0)
     with ``_low`` and ``_high`` from those of speed and energy.  The machine is paid for by the hour, so money follows
     time; CO2e follows the joules in the row, those of the device alone, times ``pue`` (power usage effectiveness).
     """
-    from . import energy
+    from .. import energy
 
     def ratio(function, value, *how):
         return None if value is None else function(value, *how)
@@ -226,9 +226,9 @@ def table(rows):
         kld = row.get("kld_mean")
         digits = 3 if kld is None or kld > 0.1 else 5 if kld < 0.01 else 4
         shown = {"technique": row["technique"], "batch": row["batch"], "bits/weight": number(row["bits_per_weight"]),
-                 "MB": number(row["size_mb"]),
-                 "KLD (nats)": with_error(kld, row.get("kld_se"), digits),
-                 "perplexity": with_error(row.get("ppl"), row.get("ppl_se"), 2),
+                 "MB": number(row["weights_mb"]),
+                 "KLD (nats)": with_error(kld, row.get("kld_mean_se"), digits),
+                 "perplexity": with_error(row.get("perplexity"), row.get("perplexity_se"), 2),
                  "accuracy": with_error(row.get("accuracy"), row.get("accuracy_se"), 3),
                  "prefill (tok/s)": number(row["prefill_tokens_per_s"]),
                  "decode (tok/s)": number(row["decode_tokens_per_s"]),
@@ -261,7 +261,7 @@ def draw(ax, rows, x: str, y: str, labels: bool = True) -> list[dict]:
     """
     from matplotlib.patheffects import withStroke
 
-    from . import plots
+    from .. import plots
 
     found = judge(rows, x, y)
     across, up = axis(x), axis(y)
@@ -300,7 +300,7 @@ def _arrow(a: Axis, lower: str, higher: str) -> str:
 
 
 def _point(ax, row, x, x_low, x_high, y, y_low, y_high) -> None:
-    from . import plots
+    from .. import plots
 
     _, index, marker = FAMILIES.get(row.get("family"), ("other", 5, "P"))
     color = plots.PALETTE[index]
@@ -314,7 +314,7 @@ def legend(fig, rows) -> None:
     """One legend below the figure: families by marker and colour, verdicts by filling."""
     from matplotlib.lines import Line2D
 
-    from . import plots
+    from .. import plots
 
     families = [f for f in FAMILIES if any(row.get("family") == f for row in rows)]
     entries = []
@@ -330,7 +330,7 @@ def legend(fig, rows) -> None:
 
 def picture(rows, x: str = "size", y: str = "kld", title: str | None = None, width: float = 8.5, height: float = 4.8):
     """Figure of one pair of axes, with names, intervals, front and legend."""
-    from . import plots
+    from .. import plots
 
     fig, ax = plots.figure(width, height)
     if title:
@@ -346,7 +346,7 @@ def relative_picture(series: dict[str, list[dict]], label: str, title: str | Non
     """
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    from . import plots
+    from .. import plots
 
     names = list(dict.fromkeys(row["technique"] for part in series.values() for row in part
                                if row["technique"] != row["against"]))  # fmt: skip
@@ -381,7 +381,8 @@ def explorer(rows, device: str = ""):
     """
     import ipywidgets
 
-    from . import plots, widgets
+    from .. import plots
+    from ..figures import widgets
 
     usable = [name for name in AXES if not np.isnan(AXES[name].values(rows)[0]).all()]
     if len(usable) < 2:
@@ -397,7 +398,7 @@ def explorer(rows, device: str = ""):
     y = dropdown("up", usable, "kld" if "kld" in usable else usable[1])
     batch = dropdown("batch", batches, batches[0])
     limits = {
-        "max_size_mb": dropdown("size at most", _steps(rows, "size_mb", "MB"), 0),
+        "max_size_mb": dropdown("size at most", _steps(rows, "weights_mb", "MB"), 0),
         "max_kld_mean": dropdown("KLD at most", _steps(rows, "kld_mean", "nats"), 0),
         "min_decode_tokens_per_s": dropdown("decode at least", _steps(rows, "decode_tokens_per_s", "tok/s"), 0),
     }

@@ -7,7 +7,7 @@ answers are registered with it: the tests try them all.
 
 from __future__ import annotations
 
-from .lesson import exercise
+from ..lesson import exercise
 
 
 def _letters(answer) -> set:
@@ -722,7 +722,7 @@ def _still_float(answer):
     from torch import nn
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    from . import fake_quant
+    from .. import fake_quant
 
     assert callable(answer), "Give the function itself: still_float, without brackets."
 
@@ -774,7 +774,7 @@ def _kv_cache(answer):
 
 
 def _largest_types():
-    from . import capacity
+    from ..decide import capacity
 
     found = []
     for cache in ("F16", "Q8_0"):

@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import QtutorError
+from qtutor import QtutorError
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 CONTENTS = "00_start_here"

@@ -2,7 +2,7 @@
 
 Transformer Engine needs an NVIDIA GPU of compute capability 8.9 or more for FP8 (Ada, Hopper, Blackwell)
 and a CUDA build to import at all.  :func:`activate` looks at this machine.  Where the real library can run,
-it does nothing; elsewhere it registers :mod:`qtutor.te_emulated` under Transformer Engine's names, so that
+it does nothing; elsewhere it registers :mod:`qtutor.emulation` under Transformer Engine's names, so that
 the notebooks' imports, which are those of any real project, mean the emulation:
 
     status = te.activate()
@@ -87,9 +87,9 @@ def _recipes() -> dict:
 
 
 def _install_emulation() -> None:
-    from . import te_emulated
+    from . import emulation
 
-    modules = {name: types.ModuleType(name, doc=te_emulated.__doc__) for name in _NAMES}
+    modules = {name: types.ModuleType(name, doc=emulation.__doc__) for name in _NAMES}
     for name, module in modules.items():
         module.__version__ = "emulated"
         module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)  # find_spec() asks for it
@@ -97,10 +97,10 @@ def _install_emulation() -> None:
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(modules[parent], child, module)
-    for name in te_emulated.__all__:
-        setattr(modules["transformer_engine.pytorch"], name, getattr(te_emulated, name))
-    for name in te_emulated.RECIPES:
-        setattr(modules["transformer_engine.common.recipe"], name, getattr(te_emulated, name))
+    for name in emulation.__all__:
+        setattr(modules["transformer_engine.pytorch"], name, getattr(emulation, name))
+    for name in emulation.RECIPES:
+        setattr(modules["transformer_engine.common.recipe"], name, getattr(emulation, name))
     for name in list(sys.modules):  # what a failed import of the real one left behind
         if name == "transformer_engine" or name.startswith("transformer_engine."):
             del sys.modules[name]

@@ -1,6 +1,6 @@
 """Pictures and a widget for planning hardware, and pictures of what was measured (notebook 09).
 
-Every picture here draws numbers that :mod:`qtutor.capacity` computes or :mod:`qtutor.llama70b` measures; there are none
+Every picture here draws numbers that :mod:`qtutor.decide.capacity` computes or :mod:`qtutor.rigs.llama70b` measures; there are none
 of its own.  :func:`planner` is the widget, :func:`plan_picture` the same picture without one.
 
     planner.memory_picture("Llama-2-70B", ("Q8_0", "Q6_K", "Q4_K_M"), 4096, ["H100 SXM"])
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import html
 
-from . import QtutorError, capacity, plots
+from .. import QtutorError, plots
+from ..decide import capacity
 
 TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XS")
 CONTEXTS = (512, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -129,7 +130,7 @@ def planner(model: str = "Llama-2-70B", type: str = "Q6_K", gpu: str = "H100 SXM
     """
     import ipywidgets
 
-    from . import llamacpp
+    from .. import llamacpp
     from .widgets import _image
 
     kinds = [name for name in llamacpp.TYPES if name not in ("F32", "MXFP4", "NVFP4", "Q1_0", "Q2_0")]
@@ -191,28 +192,28 @@ def _plain_log(axis) -> None:
 def speed_picture(rows, device: str = ""):
     """Figure: generation speed of each type under its ceiling, prompt speed, and joules a token where measured.
 
-    ``rows`` as :func:`qtutor.llama70b.measure` returns them, of several types.
+    ``rows`` as :func:`qtutor.rigs.llama70b.measure` returns them, of several types.
     """
     models = sorted(_of_kind(rows, "model"), key=lambda row: -row["weights_gib"])
     if not models:
         raise QtutorError("There are no rows of a measured model: record them with llama70b.record first.")
-    energy = all(row.get("joules_per_generated_token") for row in models)
+    energy = all(row.get("joules_per_decode_token") for row in models)
     fig, axes = plots.figure(9, 3.5, ncols=3 if energy else 2)
     places, names = range(len(models)), [row["type"] for row in models]
     left, middle = axes[0], axes[1]
-    left.bar(places, [row["generate_tokens_per_s"] for row in models], color=plots.PALETTE[0], width=0.6,
-             yerr=[row.get("generate_se") or 0 for row in models], capsize=3, label="measured")  # fmt: skip
+    left.bar(places, [row["decode_tokens_per_s"] for row in models], color=plots.PALETTE[0], width=0.6,
+             yerr=[row.get("decode_tokens_per_s_se") or 0 for row in models], capsize=3, label="measured")  # fmt: skip
     if all(row.get("ceiling_tokens_per_s") for row in models):
         for place, row in zip(places, models, strict=True):
             left.hlines(row["ceiling_tokens_per_s"], place - 0.4, place + 0.4, color="black", lw=2,
                         label="memory bandwidth allows" if place == 0 else None)  # fmt: skip
     left.set(title="Generation, one sequence", ylabel="tokens/s", ylim=(0, None))
     fig.legend(loc="outside lower center", ncols=2, frameon=False)
-    middle.bar(places, [row["prompt_tokens_per_s"] for row in models], color=plots.PALETTE[2], width=0.6,
-               yerr=[row.get("prompt_se") or 0 for row in models], capsize=3)  # fmt: skip
+    middle.bar(places, [row["prefill_tokens_per_s"] for row in models], color=plots.PALETTE[2], width=0.6,
+               yerr=[row.get("prefill_tokens_per_s_se") or 0 for row in models], capsize=3)  # fmt: skip
     middle.set(title=f"Prompt, {models[0]['prompt_tokens']} tokens", ylabel="tokens/s", ylim=(0, None))
     if energy:
-        axes[2].bar(places, [row["joules_per_generated_token"] for row in models], color=plots.PALETTE[1], width=0.6)
+        axes[2].bar(places, [row["joules_per_decode_token"] for row in models], color=plots.PALETTE[1], width=0.6)
         axes[2].set(title="Energy of generation", ylabel="joules a token (whole GPU)", ylim=(0, None))
     for ax in axes:
         ax.set_xticks(places, names)
@@ -227,7 +228,7 @@ def batch_picture(rows, device: str = ""):
     batches = _of_kind(rows, "batch")
     if not batches:
         raise QtutorError("There are no rows of measured batches: record them with llama70b.record first.")
-    energy = any(row.get("joules_per_generated_token") for row in batches)
+    energy = any(row.get("joules_per_decode_token") for row in batches)
     fig, axes = plots.figure(9 if energy else 6.5, 3.6, ncols=2 if energy else 1, squeeze=False)
     speed = axes[0][0]
     counts = sorted({row["batch"] for row in batches})
@@ -236,10 +237,10 @@ def batch_picture(rows, device: str = ""):
     for number, name in enumerate(names):
         mine = sorted((row for row in batches if row["type"] == name), key=lambda row: row["batch"])
         look = {"marker": _MARKERS[number % 6], "color": plots.PALETTE[number % 8], "label": name}
-        speed.plot([row["batch"] for row in mine], [row["generate_tokens_per_s"] for row in mine], **look)
+        speed.plot([row["batch"] for row in mine], [row["decode_tokens_per_s"] for row in mine], **look)
         if energy:
-            paid = [row for row in mine if row.get("joules_per_generated_token")]
-            axes[0][1].plot([r["batch"] for r in paid], [r["joules_per_generated_token"] for r in paid], **look)
+            paid = [row for row in mine if row.get("joules_per_decode_token")]
+            axes[0][1].plot([r["batch"] for r in paid], [r["joules_per_decode_token"] for r in paid], **look)
     speed.set(title="Generation, all sequences together", ylabel="tokens/s", yscale="log")
     if energy:
         axes[0][1].set(title="Energy", ylabel="joules a generated token", yscale="log")

@@ -41,7 +41,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import QtutorError
+from .. import QtutorError
 
 VERSION = 1
 DEFAULT_PROMPTS = (
@@ -215,7 +215,7 @@ class _Watched:
         """Log-probabilities after positions first, first + 1, ... of ``ids``: (n - first, vocab), on the CPU."""
         import torch
 
-        from .evaluate import _logits_function
+        from ..evaluate import _logits_function
 
         with torch.inference_mode():
             logits = _logits_function(self.source, first)(np.asarray(ids, dtype=np.int64)).detach().cpu().double()
@@ -249,7 +249,7 @@ def _logprob(run: _Watched, prompt: Sequence[int], reference: Sequence[int]) -> 
 
 def _text_windows(run: _Watched, tokens, ctx: int):
     """For each window: log-probabilities (ctx - 1, vocab) and the true tokens."""
-    from .evaluate import windows
+    from ..evaluate import windows
 
     for window in windows(tokens, ctx):
         yield run(window)[:-1].numpy(), window[1:]
@@ -292,7 +292,7 @@ class Gate:
                 writes, greedily.
             tokenizer: the model's, a Hugging Face tokenizer; the course model's by default.
             tokens: token ids (n,) of a text to compare on; by default 1,024 of the evaluation text.
-            items: multiple choice (:func:`qtutor.accuracy.build_items`); none by default.
+            items: multiple choice (:func:`qtutor.decide.accuracy.build_items`); none by default.
             limits: see :class:`Limits`.
             reference_tokens: length of a reference that the base writes.
             ctx: window on the text.
@@ -301,7 +301,8 @@ class Gate:
         Raises QtutorError for no prompts, an empty prompt or reference, too little text, and a base whose logits are
         not finite.
         """
-        from . import accuracy, corpus
+        from .. import corpus
+        from . import accuracy
 
         tokenizer = accuracy._tokenizer(tokenizer)
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):

@@ -4,8 +4,8 @@ One table answers "which type?": bits per weight and size on one side; perplexit
 probability and agreement on the other, each with its standard error.  :func:`record` fills it for the course model,
 with and without an importance matrix, over a whole text, and writes it to ``data/results/<machine>/gguf_quality.json``:
 
-    python -m qtutor.gguf_quality                     # the whole evaluation text
-    python -m qtutor.gguf_quality --windows 32        # a part of it, spread evenly
+    python -m qtutor.rigs.gguf_quality                     # the whole evaluation text
+    python -m qtutor.rigs.gguf_quality --windows 32        # a part of it, spread evenly
 
 Not every type uses the importance matrix.  Those that do not (``Q8_0``, the ternary, 1-bit and block float types) give
 the same file with and without it: they have one row, marked ``imatrix_ignored``.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import QtutorError, llamacpp
+from .. import QtutorError, llamacpp
 
 CALIBRATION = ("logging", "unittest", "email", "asyncio", "concurrent", "http", "json", "xml")  # in every Python
 
@@ -77,9 +77,9 @@ def published():
     """
     import pandas as pd
 
-    columns = ["type", "imatrix", "gib", "ppl", "ppl_se", "kld_mean", "kld_se", "rms_dp", "rms_dp_se"]
+    columns = ["type", "imatrix", "gib", "perplexity", "perplexity_se", "kld_mean", "kld_mean_se", "delta_p_rms", "delta_p_rms_se"]
     table = pd.DataFrame(PUBLISHED, columns=columns)
-    table[["rms_dp", "rms_dp_se"]] /= 100
+    table[["delta_p_rms", "delta_p_rms_se"]] /= 100
     table["bits_per_weight"] = 8 * table["gib"] * 2**30 / LLAMA3_8B_WEIGHTS
     for column, place in (("same_top", 0), ("same_top_se", 1)):
         known = {name: pair[place] / 100 for name, pair in PUBLISHED_SAME_TOP.items()}
@@ -112,7 +112,7 @@ def measure(path, name: str, imatrix: bool, base, tokens, ctx: int = 512, *, bos
 
     ``base``: logits of the unquantized file, float32 (n, vocab), made with ``exact=False`` from the same ``tokens``.
     """
-    from . import evaluate
+    from .. import evaluate
 
     with llamacpp.Model(path, ctx=ctx, threads=threads, exact=False) as model:
         found = evaluate.compare_models(base, model, tokens, ctx, bos=bos)
@@ -120,7 +120,7 @@ def measure(path, name: str, imatrix: bool, base, tokens, ctx: int = 512, *, bos
            "file_bytes": Path(path).stat().st_size, "ctx": ctx, **found.row(),
            "kld_p999_se": percentile_se(found.token_kld, 99.9)}  # fmt: skip
     if found.n >= 2 * (ctx - 1):  # one value a window: what neighbours share no longer makes the error look small
-        row["kld_se_windows"] = evaluate.standard_error(found.token_kld, block=ctx - 1)
+        row["kld_mean_se_windows"] = evaluate.standard_error(found.token_kld, block=ctx - 1)
     return row, found
 
 
@@ -152,7 +152,7 @@ def measure_types(f32, base, tokens, importance, folder, names=None, ctx: int = 
     """
     from tqdm.auto import tqdm
 
-    from . import evaluate
+    from .. import evaluate
 
     names = _types(names)
     how = {"ctx": ctx, "bos": bos, "threads": threads}
@@ -186,7 +186,7 @@ def measure_types(f32, base, tokens, importance, folder, names=None, ctx: int = 
 
 def spread_windows(ids, windows: int | None, ctx: int = 512) -> np.ndarray:
     """``windows`` windows of ``ctx`` tokens, spread evenly over ``ids`` (all of them when None): int64 (n * ctx,)."""
-    from . import evaluate
+    from .. import evaluate
 
     cut = evaluate.windows(ids, ctx)
     if windows is None or windows >= len(cut):
@@ -203,7 +203,7 @@ def record(windows: int | None = None, *, ctx: int = 512, calibration: int = 200
     ``windows``: so many windows of the evaluation text instead of all; ``calibration``: windows of docstrings for
     the importance matrix.  Needs 4 bytes times vocabulary for each token: the logits of the F32 file are kept.
     """
-    from . import corpus, course_model, evaluate, gguf_export, results
+    from .. import corpus, course_model, evaluate, gguf_export, results
 
     names = _types(names)  # a misspelt one is found before the work, not after it
     model, tokenizer = course_model.load(), course_model.load_tokenizer()
@@ -241,10 +241,10 @@ def table(rows):
     return pd.DataFrame({
         "bits per weight": q["bits_per_weight"].map("{:.2f}".format).values,
         "file (MB)": (q["file_bytes"] / 1e6).map("{:.2f}".format).values,
-        "perplexity": pm(q["ppl"], q["ppl_se"], 2),
-        "KLD mean": pm(q["kld_mean"], q["kld_se"], 5),
+        "perplexity": pm(q["perplexity"], q["perplexity_se"], 2),
+        "KLD mean": pm(q["kld_mean"], q["kld_mean_se"], 5),
         "KLD 99.9 %": pm(q["kld_p999"], q["kld_p999_se"], 3),
-        "RMS Δp (%)": pm(q["rms_dp"], q["rms_dp_se"], 2, 100),
+        "RMS Δp (%)": pm(q["delta_p_rms"], q["delta_p_rms_se"], 2, 100),
         "same top (%)": pm(q["same_top"], q["same_top_se"], 2, 100),
     }, index=[label(*pair) for pair in zip(q["type"], q["imatrix"], strict=True)])  # fmt: skip
 
@@ -270,7 +270,7 @@ def picture(rows, title: str = "Every type: quality against size", ax=None, name
     """
     import pandas as pd
 
-    from . import plots
+    from .. import plots
 
     data = pd.DataFrame(rows)
     data = data[data["bits_per_weight"] < 9]
@@ -282,7 +282,7 @@ def picture(rows, title: str = "Every type: quality against size", ax=None, name
             d = data[(data["type"].map(family) == kind) & (data["imatrix"] == flag)]
             if len(d):
                 color = plots.PALETTE[number]
-                ax.errorbar(d["bits_per_weight"], d["kld_mean"], yerr=2 * d["kld_se"], fmt=marker, ms=6,
+                ax.errorbar(d["bits_per_weight"], d["kld_mean"], yerr=2 * d["kld_mean_se"], fmt=marker, ms=6,
                             color=color, mfc=color if flag else "white", capsize=2, lw=1,
                             label=kind + (" + imatrix" if flag else ""))  # fmt: skip
     ax.set(title=title, xlabel="bits per weight of the file", ylabel="mean KL divergence (nats per token)",
@@ -295,8 +295,8 @@ def picture(rows, title: str = "Every type: quality against size", ax=None, name
 
 
 def main(argv=None) -> None:
-    """``python -m qtutor.gguf_quality``: record the table and print where it went."""
-    parser = argparse.ArgumentParser(prog="python -m qtutor.gguf_quality", description=__doc__.split("\n")[0])
+    """``python -m qtutor.rigs.gguf_quality``: record the table and print where it went."""
+    parser = argparse.ArgumentParser(prog="python -m qtutor.rigs.gguf_quality", description=__doc__.split("\n")[0])
     parser.add_argument("--windows", type=int, help="windows of evaluation text (default: all)")
     parser.add_argument("--threads", type=int, help="threads (default: the physical cores)")
     parser.add_argument("--types", nargs="+", help="only these types")

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from . import QtutorError, energy, llamacpp
+from .. import QtutorError, energy, llamacpp
 
 GB, GIB, MIB = 10**9, 2**30, 2**20
 
@@ -89,7 +89,7 @@ def config_of(model) -> dict:
     if isinstance(model, str) and model in MODELS:
         return MODELS[model]
     if isinstance(model, (str, os.PathLike)) and (Path(model) / "config.json").is_file():
-        from .gguf_export import _read_json
+        from ..gguf_export import _read_json
 
         return _read_json(Path(model) / "config.json")
     raise QtutorError(f"There is no model {str(model)!r}: give a folder with a config.json, or one of "
@@ -97,7 +97,7 @@ def config_of(model) -> dict:
 
 
 def _hyper(config: dict) -> dict:
-    from .gguf_export import _hyperparameters
+    from ..gguf_export import _hyperparameters
 
     hyper = _hyperparameters(config)
     sizes = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "ctx")
@@ -110,7 +110,7 @@ def _hyper(config: dict) -> dict:
 
 def shapes(model) -> dict[str, tuple[int, ...]]:
     """GGUF tensor name -> shape (rows, columns), in the order in which a converter writes them."""
-    from .gguf_export import _expected
+    from ..gguf_export import _expected
 
     hyper = _hyper(config_of(model))
     extra = {"rope_freqs.weight": (hyper["head_dim"] // 2,)} if hyper["rope_type"] == "llama3" else {}
@@ -153,7 +153,7 @@ def write_stub(path, model, types: dict[str, str] | None = None, name: str = "st
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter, size_label
 
-    from .gguf_export import _add_metadata, _add_tokenizer, _license_of, _read_json
+    from ..gguf_export import _add_metadata, _add_tokenizer, _license_of, _read_json
 
     path, config = Path(path), config_of(model)
     hyper, wanted = _hyper(config), shapes(model)

@@ -17,7 +17,7 @@ def ste_picture(bits: int = 3, clip: float = 1.0):
     import matplotlib.pyplot as plt
     import torch
 
-    from .fake_quant import Target, choose_qparams, fake_quantize
+    from ..fake_quant import Target, choose_qparams, fake_quantize
 
     target, edge = Target.of(f"int{bits}"), torch.tensor([[clip]])
     scale, _ = choose_qparams(-edge, edge, target)
@@ -58,7 +58,7 @@ GRANULARITIES = {"tensor": ("tensor", None), "channel": ("channel", None), "grou
 
 def granularity_error(weight, bits: int, name: str):
     """(relative RMS error, stored bits per weight with 16-bit scales, fake-quantized weight) of one choice."""
-    from .fake_quant import FakeQuantizer
+    from ..fake_quant import FakeQuantizer
 
     granularity, group_size = GRANULARITIES[name]
     quantizer = FakeQuantizer(f"int{bits}", granularity, group_size)
@@ -107,7 +107,7 @@ def _live_picture(draw, **controls):
     import ipywidgets
     import matplotlib.pyplot as plt
 
-    from . import plots
+    from .. import plots
 
     def render():
         fig = draw(**{name: control.value for name, control in controls.items()})
@@ -157,7 +157,7 @@ def format_picture(names=("E4M3", "E5M2", "E2M1", "INT4"), value: float = 2.7, l
     """Figure: one row of ticks per format (its grid), the value as a line, the nearest grid points as dots."""
     import torch
 
-    from . import formats, plots
+    from .. import formats, plots
 
     fig, axis = plots.figure(8.5, 1.3 + 0.5 * max(1, len(names)))
     for row, name in enumerate(names):
@@ -185,7 +185,7 @@ def format_picture(names=("E4M3", "E5M2", "E2M1", "INT4"), value: float = 2.7, l
 def _nearest_table(names, value: float) -> str:
     import torch
 
-    from . import formats
+    from .. import formats
 
     rows = ""
     for name in names:
@@ -200,7 +200,7 @@ def format_explorer():
     """Formats, axis and a value to drag against the grids and the rounding error (notebook 01)."""
     import ipywidgets
 
-    from . import formats, plots
+    from .. import formats, plots
 
     names = [name for name in formats.FORMATS if name != "E8M0"]
     chosen = ipywidgets.SelectMultiple(options=names, value=("E4M3", "E5M2", "E2M1", "INT4"), rows=len(names),
@@ -291,7 +291,7 @@ def scaling_picture(step: int = 9, history_len: int = 8, margin: int = 0, algori
     import matplotlib.pyplot as plt
     import numpy as np
 
-    from . import plots
+    from .. import plots
 
     run = delayed_scaling(history_len, margin, algorithm, scenario, octaves, at)
     now, steps = run[step], np.arange(len(run))
@@ -363,7 +363,7 @@ def scaling_explorer():
     """Step through delayed scaling: history length, margin, algorithm, and what happens to the tensor (notebook 03)."""
     import ipywidgets
 
-    from . import plots
+    from .. import plots
 
     wide = {"description_width": "70px"}
     controls = dict(
@@ -427,7 +427,7 @@ def breakeven_picture(rows, hidden: int = 4096, tokens: int = 4096, graph: bool 
     import numpy as np
     from matplotlib.colors import TwoSlopeNorm
 
-    from . import plots
+    from .. import plots
 
     fig, (left, right) = plots.figure(8.5, 3.5, ncols=2, width_ratios=(1.25, 1))
     y, x = np.sort(rows["hidden"].unique()), np.sort(rows["tokens"].unique())
@@ -462,7 +462,7 @@ def breakeven_explorer(machine: str = "h200"):
     """Choose hidden size, tokens and CUDA graph; see where that lies on the recorded break-even map (notebook 04)."""
     import ipywidgets
 
-    from . import plots, results
+    from .. import plots, results
 
     recorded = results.load("fp8_breakeven", machine)
     rows, wide = recorded.frame(), {"description_width": "90px"}
@@ -501,9 +501,9 @@ NOTHING_LOST = 0.005  # less than half a percent of perplexity: dividing by it s
 def ptq_picture(table):
     """Figure: what rounding alone costs, a line for each scheme, sorted by the stored bits of a weight.
 
-    ``table``: DataFrame with one row a scheme: ``scheme, bits_per_weight, ratio, ratio_se, kld_mean, kld_se``.
+    ``table``: DataFrame with one row a scheme: ``scheme, bits_per_weight, ratio, ratio_se, kld_mean, kld_mean_se``.
     """
-    from . import plots
+    from .. import plots
 
     table = table.sort_values(["bits_per_weight", "ratio"], ascending=[True, False])
     y = list(range(len(table)))
@@ -513,7 +513,7 @@ def ptq_picture(table):
     left.set_xscale("symlog", linthresh=1)
     left.set_xticks([0, 1, 10, 100, 1000, 10_000], ["0", "1", "10", "100", "1,000", "10,000"])
     left.set(title="Perplexity lost by rounding", xlabel="more perplexity than float (%)", xlim=(-1.3, 30_000))
-    right.errorbar(table["kld_mean"], y, xerr=2 * table["kld_se"], fmt="s", ms=6, capsize=3, lw=1.2,
+    right.errorbar(table["kld_mean"], y, xerr=2 * table["kld_mean_se"], fmt="s", ms=6, capsize=3, lw=1.2,
                    color=plots.PALETTE[1])  # fmt: skip
     right.set(title="Distance from the float model", xlabel="mean KL divergence (nats)", xscale="log")
     names = [f"{name}: {bits:.2f}" for name, bits in zip(table["scheme"], table["bits_per_weight"], strict=True)]
@@ -529,7 +529,7 @@ def losses_picture(losses, title: str, smooth: int = 5):
     """
     import numpy as np
 
-    from . import plots
+    from .. import plots
 
     fig, (left, right) = plots.figure(8.5, 3.1, ncols=2, width_ratios=(1.3, 1))
     for name, values in losses.items():
@@ -558,13 +558,13 @@ def recovery_table(rows, measure: str = "perplexity", against: str = "PTQ"):
     """
     import pandas as pd
 
-    from .qat import recovered
+    from ..qat import recovered
 
     found = []
     for scheme, part in rows[rows["scheme"] != "float"].groupby("scheme", sort=False):
         ptq = part[part["arm"] == "PTQ"].iloc[0]
         measurable = ptq["ratio"] - 1 > max(2 * ptq["ratio_se"], NOTHING_LOST)
-        original = ptq["float_perplexity"] if measure == "perplexity" else 0.0
+        original = ptq["base_perplexity"] if measure == "perplexity" else 0.0
         control = part[part["arm"] == "control"].set_index("seed")[measure]
         for arm in ("control", "QAT", "QAT, distilled"):
             if arm == against:
@@ -591,7 +591,7 @@ def recovery_means(rows, measure: str = "perplexity"):
 
 def recovery_picture(rows, measure: str = "perplexity", against: str = "PTQ"):
     """Figure: the recovered share of each scheme; bars reach over one standard deviation between seeds."""
-    from . import plots
+    from .. import plots
 
     table = recovery_table(rows, measure, against)
     schemes = list(dict.fromkeys(table["scheme"]))
@@ -629,7 +629,7 @@ def recovery_explorer(machine: str = "h200"):
     """Recorded recovered shares: of perplexity or KL divergence, against PTQ or against the control (notebook 06)."""
     import ipywidgets
 
-    from . import results
+    from .. import results
 
     rows = results.load("qat_recovery", machine).frame()
     return _live_picture(
@@ -643,9 +643,9 @@ def recovery_explorer(machine: str = "h200"):
 def gguf_picture(rows):
     """Figure: size of the file against its perplexity and its KL divergence from the float model.
 
-    ``rows``: DataFrame of ``qat_gguf``: model, type, file_mb, ratio, ratio_se, kld_mean, kld_se, seed.
+    ``rows``: DataFrame of ``qat_gguf``: model, type, file_mb, ratio, ratio_se, kld_mean, kld_mean_se, seed.
     """
-    from . import plots
+    from .. import plots
 
     fig, (left, right) = plots.figure(8.5, 3.9, ncols=2)
     looks = {"PTQ": ("0.35", "s"), "PTQ, head in Q8_0": (plots.PALETTE[3], "D"), "QAT": (plots.PALETTE[0], "^")}
@@ -654,7 +654,7 @@ def gguf_picture(rows):
         for name, part in rows.groupby("model", sort=False):
             color, marker = looks.get(name, (plots.PALETTE[2], "o"))
             values = factor * (part[column] - offset)
-            error = 2 * factor * part["ratio_se" if column == "ratio" else "kld_se"]
+            error = 2 * factor * part["ratio_se" if column == "ratio" else "kld_mean_se"]
             axis.errorbar(part["file_mb"], values, yerr=error, fmt=marker, ms=7, capsize=3, lw=1.2, color=color,
                           label=name)  # fmt: skip
             if name == "PTQ":

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .te_quantizers import _decode, _fp8_dtype
+from .quantizers import _decode, _fp8_dtype
 
 _FP32_MAX = torch.finfo(torch.float32).max
 _E4M3_MAX, _E2M1_MAX = 448.0, 6.0

@@ -1,6 +1,6 @@
 """Recipes, casts and quantizers of the FP8 emulation: how a tensor becomes bytes and a scale, and what is remembered.
 
-See :mod:`qtutor.te_emulated` for the idea; this module is its arithmetic, and :mod:`qtutor.te_modules` applies it to
+See :mod:`qtutor.emulation` for the idea; this module is its arithmetic, and :mod:`qtutor.emulation.modules` applies it to
 layers.
 """
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .te_quantizers import DType, _decode
+from .quantizers import DType, _decode
 
 __all__ = ["Float8BlockQuantizer", "Float8BlockwiseQTensor"]
 
