@@ -3,7 +3,7 @@
 An exercise is a check function, registered in :mod:`qtutor.exercises` with its solution and with typical wrong
 answers, so that the tests can hold each check against both:
 
-    @exercise("01.largest_e4m3", solution=448.0, wrong=[480.0, 240.0, "448"])
+    @exercise("number_formats.largest_e4m3", solution=448.0, wrong=[480.0, 240.0, "448"])
     def _largest_e4m3(answer):
         assert answer != 480, "One code at the top is NaN: E4M3 gives up infinities, but not NaN."
         assert answer == 448, "The largest mantissa is 1.75, the largest exponent 8."
@@ -12,7 +12,7 @@ answers, so that the tests can hold each check against both:
 In the notebook the reader replaces ``...`` and hears at once; whatever the answer is, the notebook goes on:
 
     answer = ...
-    qtutor.lesson.check("01.largest_e4m3", answer)
+    qtutor.lesson.check("number_formats.largest_e4m3", answer)
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ REGISTRY: dict[str, Exercise] = {}
 
 
 def exercise(name: str, *, solution, wrong) -> Callable:
-    """Register the decorated function as the check of exercise ``name``, such as ``"01.largest_e4m3"``.
+    """Register the decorated function as the check of exercise ``name``, such as ``"number_formats.largest_e4m3"``.
 
     The function gets the reader's answer.  It raises AssertionError with a sentence that helps on when the answer is
     wrong; when it is right it returns None or a sentence of praise.  ``solution`` passes the check; each of ``wrong``
@@ -63,8 +63,8 @@ def exercise(name: str, *, solution, wrong) -> Callable:
     """
 
     def register(function: Callable) -> Callable:
-        if not re.fullmatch(r"\d\d\.[a-z0-9_]+", name):
-            raise QtutorError(f"{name!r} is no exercise name: use the notebook's number, a dot and a_name.")
+        if not re.fullmatch(r"[a-z0-9_]+\.[a-z0-9_]+", name):
+            raise QtutorError(f"{name!r} is no exercise name: use the notebook's topic, a dot and a_name.")
         known = REGISTRY.get(name)
         if known and known.check.__qualname__ != function.__qualname__:  # the same function again: a reload
             raise QtutorError(f"There are two exercises {name!r}: name one of them differently.")
@@ -110,7 +110,7 @@ def verdict(name: str, answer) -> tuple[str, str]:
     """Judge an answer: ``("open" | "right" | "wrong", sentence)``.  Raises QtutorError for an unknown exercise."""
     importlib.import_module(f"{__package__}.exercises")
     if name not in REGISTRY:
-        near = ", ".join(sorted(n for n in REGISTRY if n[:3] == str(name)[:3])) or "those in the notebooks"
+        near = ", ".join(sorted(n for n in REGISTRY if n.split(".")[0] == str(name).split(".")[0])) or "those in the notebooks"
         raise QtutorError(f"There is no exercise {name!r}: choose from {near}.")
     if _is_open(answer):
         return "open", "not attempted yet"
