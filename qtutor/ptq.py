@@ -235,10 +235,10 @@ def clip_explorer(weight):
     """Bits, group and clip ratio against the error of a weight (rows, columns): a widget (notebook 07)."""
     import ipywidgets
 
-    from .figures.widgets import _live_picture
+    from .figures.live import live_picture
 
     groups = {"row": None} | {f"group of {g}": g for g in (128, 32) if weight.shape[1] % g == 0}
-    return _live_picture(
+    return live_picture(
         lambda bits, group, ratio: clip_picture(weight, bits, groups[group], ratio),
         bits=ipywidgets.IntSlider(3, 2, 8, description="bits"),
         group=ipywidgets.Dropdown(options=list(groups), value="row", description="scale per"),

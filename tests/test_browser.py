@@ -48,7 +48,7 @@ def only(notebook: Path, call: str, folder: Path) -> Path:
     assert sum(cell.source.strip() == call for cell in cells) == 1, f"{notebook.name} has no cell {call!r}"
     setup = next(cell.source for cell in cells if cell.cell_type == "code")
     short = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    short.cells = [nbformat.v4.new_code_cell(source) for source in (setup, "from qtutor import widgets", call)]
+    short.cells = [nbformat.v4.new_code_cell(source) for source in (setup, "from qtutor.figures import fp8 as widgets", call)]
     path = folder / notebook.name
     nbformat.write(short, path)
     return path

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from qtutor.figures import widgets
+from qtutor.figures import qat as widgets
 
 
 @pytest.fixture

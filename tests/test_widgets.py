@@ -9,7 +9,7 @@ import torch
 matplotlib.use("agg")
 
 from qtutor import emulation  # noqa: E402
-from qtutor.figures import widgets  # noqa: E402
+from qtutor.figures import fp8 as widgets  # noqa: E402
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

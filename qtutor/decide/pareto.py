@@ -382,7 +382,7 @@ def explorer(rows, device: str = ""):
     import ipywidgets
 
     from .. import plots
-    from ..figures import widgets
+    from ..figures import live
 
     usable = [name for name in AXES if not np.isnan(AXES[name].values(rows)[0]).all()]
     if len(usable) < 2:
@@ -402,7 +402,7 @@ def explorer(rows, device: str = ""):
         "max_kld_mean": dropdown("KLD at most", _steps(rows, "kld_mean", "nats"), 0),
         "min_decode_tokens_per_s": dropdown("decode at least", _steps(rows, "decode_tokens_per_s", "tok/s"), 0),
     }
-    image, words = widgets._image(), ipywidgets.HTML()
+    image, words = live.image_widget(), ipywidgets.HTML()
 
     def show(_=None):
         chosen = [row for row in rows if row["batch"] == batch.value]

@@ -131,7 +131,7 @@ def planner(model: str = "Llama-2-70B", type: str = "Q6_K", gpu: str = "H100 SXM
     import ipywidgets
 
     from .. import llamacpp
-    from .widgets import _image
+    from .live import image_widget
 
     kinds = [name for name in llamacpp.TYPES if name not in ("F32", "MXFP4", "NVFP4", "Q1_0", "Q2_0")]
     wide = {"layout": ipywidgets.Layout(width="260px"), "style": {"description_width": "70px"}}
@@ -144,7 +144,7 @@ def planner(model: str = "Llama-2-70B", type: str = "Q6_K", gpu: str = "H100 SXM
     gpus = ipywidgets.Dropdown(options=list(capacity.GPUS), value=gpu, description="GPU", **wide)
     price = ipywidgets.BoundedFloatText(value=capacity.GPUS[gpu].usd_per_hour or 0, min=0, max=1000, step=0.1,
                                         description="USD/hour", **wide)  # fmt: skip
-    image, text = _image(), ipywidgets.HTML()
+    image, text = image_widget(), ipywidgets.HTML()
 
     def redraw(_=None):
         choice = (models.value, types.value, contexts.value, caches.value, users.value, gpus.value)

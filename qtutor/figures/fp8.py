@@ -1,0 +1,275 @@
+"""Pictures of the FP8 notebooks: delayed scaling at work, and where FP8 begins to pay."""
+
+
+from __future__ import annotations
+
+from .live import image_widget
+
+# ------------------------------------------------------------- notebook 03: delayed scaling
+
+
+def scaling_tensor(values: int = 4096):
+    """Values (n,) spread over many powers of two, as a transformer's activations are; the largest one is 1."""
+    import torch
+
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(values, generator=g) * torch.exp2(2.5 * torch.randn(values, generator=g))
+    return x / x.abs().max()
+
+
+SCENARIOS = ("one spike", "a jump that stays", "growth without end")
+
+
+def _sizes(scenario: str, octaves: float, at: int, steps: int) -> list[float]:
+    """What the largest value of each step is multiplied by, beside a wobble that every training has."""
+    wobble = [2 ** (0.3 * ((step * 7) % 5 - 2) / 2) for step in range(steps)]
+    event = {
+        "one spike": [2.0**octaves if step == at else 1.0 for step in range(steps)],
+        "a jump that stays": [2.0**octaves if step >= at else 1.0 for step in range(steps)],
+        "growth without end": [2.0 ** (octaves / 16 * max(0, step - at)) for step in range(steps)],
+    }[scenario]
+    return [w * e for w, e in zip(wobble, event, strict=True)]
+
+
+def delayed_scaling(history_len: int = 8, margin: int = 0, algorithm: str = "max", scenario: str = "one spike",
+                    octaves: float = 10, at: int = 6, steps: int = 28) -> list[dict]:  # fmt: skip
+    """Run delayed scaling in E4M3 on a tensor that something happens to; return one dict for each step.
+
+    The keys: ``history`` (amaxes that the scale in use came from, oldest first), ``chosen`` (the one taken, None before
+    there is one), ``scale`` (in use), ``top`` and ``bottom`` (largest and smallest normal number it can hold), ``amax``
+    and ``low`` (of this step's tensor: largest, and first percentile of the magnitudes), ``saturated`` and ``lost``
+    (shares beyond the top, and rounded to zero), ``error`` and ``error_current`` (relative RMS error, with this scale
+    and with the scale that current scaling takes).  Without an amax the scale is 1, as in the library.
+    """
+    import torch
+
+    def rounded(x, scale):
+        return (x * scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() / scale
+
+    base, history, scale, chosen, run = scaling_tensor(), [], 1.0, None, []
+    spot = base.abs().argmax()
+    for step, size in enumerate(_sizes(scenario, octaves, at, steps)):
+        if scenario == "one spike":
+            x = base.clone()
+            x[spot] *= size  # one value of the tensor
+        else:
+            x = base * size  # all of it
+        x = x * 4
+        amax = x.abs().max().item()
+        got, best = rounded(x, scale), rounded(x, 448 / amax)
+        run.append(dict(
+            step=step, history=history[-history_len:], chosen=chosen, scale=scale, top=448 / scale,
+            bottom=2.0**-6 / scale, amax=amax, low=x.abs().quantile(0.01).item(),
+            saturated=(x.abs() * scale > 448).float().mean().item(), lost=((got == 0) & (x != 0)).float().mean().item(),
+            error=((got - x).norm() / x.norm()).item(),
+            error_current=((best - x).norm() / x.norm()).item()))  # fmt: skip
+        history.append(amax)
+        chosen = max(history[-history_len:]) if algorithm == "max" else amax
+        scale = 448 / chosen / 2**margin
+    return run
+
+
+def scaling_picture(step: int = 9, history_len: int = 8, margin: int = 0, algorithm: str = "max",
+                    scenario: str = "one spike", octaves: float = 10, at: int = 6):  # fmt: skip
+    """Figure: the amax history before ``step``, what the scale can hold against what comes, error and loss by step."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from .. import plots
+
+    run = delayed_scaling(history_len, margin, algorithm, scenario, octaves, at)
+    now, steps = run[step], np.arange(len(run))
+    blue, orange, green, red, grey = (plots.PALETTE[i] for i in (0, 1, 2, 3, 7))
+    amax, low, bottom, top = (np.array([row[key] for row in run]) for key in ("amax", "low", "bottom", "top"))
+    over, edge = amax > top * 1.0001, np.append(steps, len(run)) - 0.5
+    extent = max(min(low.min(), bottom.min()) / 2, 2.0**-18), max(amax.max(), top.max()) * 3
+
+    fig = plt.figure(figsize=(8.5, 4.9), layout="constrained")
+    one, two = fig.subfigures(1, 2, width_ratios=(1, 1.8))
+    left, key = one.subplots(2, 1, height_ratios=(2.3, 1))
+    reach, error, shares = two.subplots(3, 1, sharex=True, height_ratios=(1.8, 1, 1))
+    before = np.array(now["history"])
+    chosen = before == now["chosen"] if now["chosen"] is not None else np.zeros(len(before), bool)
+    colors = [orange if is_chosen else grey for is_chosen in chosen]
+    left.bar(np.arange(-len(before), 0), before - extent[0], bottom=extent[0], color=colors, width=0.8)
+    left.bar([0], [now["amax"] - extent[0]], bottom=extent[0], color=red if over[step] else blue, width=0.8)
+    left.axhspan(now["bottom"], now["top"], color=blue, alpha=0.15, lw=0)
+    left.axhline(now["top"], color="black", lw=1.6)
+    left.annotate("top of the format", (-history_len - 0.6, now["top"]), xytext=(2, 3), textcoords="offset points",
+                  fontsize=8.5)  # fmt: skip
+    left.set(title=f"Step {step}: history, and now", xlabel="steps ago (0: the tensor to quantize)", ylabel="amax",
+             xlim=(-history_len - 0.7, 0.7))  # fmt: skip
+    left.xaxis.get_major_locator().set_params(integer=True)
+
+    band = reach.fill_between(edge, np.append(bottom, bottom[-1]), np.append(top, top[-1]), step="post", color=blue,
+                              alpha=0.2, lw=0)  # fmt: skip
+    bulk = reach.vlines(steps, low, amax, color=grey, lw=1.2)
+    (fits,) = reach.plot(steps[~over], amax[~over], "o", ms=4, color=blue)
+    (late,) = reach.plot(steps[over], amax[over], "X", ms=7, color=red)
+    reach.set(title="What the scale in use can hold, and what comes", ylabel="magnitude")
+    (delayed,) = error.semilogy(steps, [row["error"] for row in run], "-", color=blue)
+    (current,) = error.semilogy(steps, [row["error_current"] for row in run], "--", color=orange)
+    error.set(ylabel="relative\nerror", ylim=(5e-6, 3))
+    (lost,) = shares.semilogy(steps, [max(row["lost"], 1e-6) for row in run], ".-", color=green)
+    (saturated,) = shares.semilogy(steps, [max(row["saturated"], 1e-6) for row in run], "X", ms=5, color=red)
+    shares.set(xlabel="step", ylabel="share of\nvalues", ylim=(5e-5, 3))
+    for axis in (reach, error, shares):
+        axis.axvline(step, color="black", lw=1, ls=":")
+        axis.set_xlim(-0.7, len(run) - 0.3)
+    for axis in (left, reach):
+        axis.set_yscale("log", base=2)
+        axis.set_ylim(*extent)
+    key.axis("off")
+    key.legend(
+        [band, bulk, fits, late, delayed, current, lost],
+        ["normal numbers at the scale in use", "the tensor, without its lowest 1 %", "amax",
+         "amax that saturates (below: the share)", "error, delayed scaling", "error, current scaling",
+         "share rounded to zero"],
+        fontsize=8, loc="center", frameon=False, borderaxespad=0)  # fmt: skip
+    return fig
+
+
+def _scaling_sentence(step: int, margin: int, **settings) -> str:
+    import math
+
+    now = delayed_scaling(margin=margin, **settings)[step]
+    source = "no amax yet: 1" if now["chosen"] is None else f"448 / {now['chosen']:.4g} / 2<sup>{margin}</sup>"
+    room = math.log2(now["top"] / now["amax"])
+    where = (f"{room:.1f} powers of two of headroom" if room >= -1e-4 else
+             f"<b>{-room:.1f} powers of two too large: {now['saturated']:.2%} of the values saturate</b>")  # fmt: skip
+    return (f"<div style='line-height: 1.4'><b>Step {step}</b>: "
+            f"scale in use {now['scale']:.4g} ({source}), so the top is {now['top']:.4g}. "
+            f"This tensor's amax is {now['amax']:.4g}: {where}; {now['lost']:.2%} round to zero. "
+            f"Relative error {now['error']:.3g}; current scaling {now['error_current']:.3g}.</div>")  # fmt: skip
+
+
+def scaling_explorer():
+    """Step through delayed scaling: history length, margin, algorithm, and what happens to the tensor (notebook 03)."""
+    import ipywidgets
+
+    from .. import plots
+
+    wide = {"description_width": "70px"}
+    controls = dict(
+        scenario=ipywidgets.Dropdown(options=SCENARIOS, description="event", style=wide),
+        octaves=ipywidgets.IntSlider(10, 0, 14, description="size (2^n)", style=wide),
+        history_len=ipywidgets.IntSlider(8, 1, 24, description="history", style=wide),
+        margin=ipywidgets.IntSlider(0, 0, 8, description="margin", style=wide),
+        algorithm=ipywidgets.Dropdown(options=["max", "most_recent"], description="algorithm", style=wide),
+    )
+    step = ipywidgets.IntSlider(5, 0, 27, description="step", style=wide)
+    back, forth = ipywidgets.Button(description="◂ back"), ipywidgets.Button(description="next step ▸")
+    for button in (back, forth):
+        button.layout.width = "100px"
+    image, sentence = image_widget(), ipywidgets.HTML()
+
+    def redraw(_=None):
+        settings = {name: control.value for name, control in controls.items()}
+        image.value = plots.png(scaling_picture(step.value, **settings))
+        sentence.value = _scaling_sentence(step.value, **settings)
+
+    def move(by):
+        step.value = min(max(step.value + by, step.min), step.max)
+
+    back.on_click(lambda _: move(-1))
+    forth.on_click(lambda _: move(1))
+    for control in (step, *controls.values()):
+        control.observe(redraw, names="value")
+    redraw()
+    columns = ((controls["scenario"], controls["octaves"]), (controls["history_len"], controls["margin"]),
+               (controls["algorithm"], step))  # fmt: skip
+    box = ipywidgets.VBox([ipywidgets.HBox([ipywidgets.VBox(column) for column in columns]),
+                           ipywidgets.HBox([back, forth]), sentence, image])  # fmt: skip
+    box.add_class("qtutor-scaling-explorer")
+    return box
+
+
+# ------------------------------------------------------------- notebook 04: will FP8 pay?
+
+
+def breakeven_speedup(rows, hidden: float, tokens: float, graph: bool, column: str = "speedup") -> float:
+    """Read the recorded map between its points: linear in the logarithms; beyond its edge, the value at the edge.
+
+    Args:
+        rows: DataFrame of ``fp8_breakeven``: hidden, tokens, graph, speedup, ms_bf16, ms_fp8 on a full grid.
+        hidden, tokens: the size of the layer and of the batch.
+        graph: replayed from a CUDA graph, or launched from Python.
+        column: which figure, all of them positive.
+    """
+    import numpy as np
+
+    grid = rows[rows["graph"] == graph].pivot(index="hidden", columns="tokens", values=column).sort_index()
+    across, down = np.log2(grid.columns.to_numpy(float)), np.log2(grid.index.to_numpy(float))
+    values = np.log(grid.sort_index(axis=1).to_numpy(float))
+    line = [np.interp(np.log2(tokens), across, row) for row in values]
+    return float(np.exp(np.interp(np.log2(hidden), down, line)))
+
+
+def breakeven_picture(rows, hidden: int = 4096, tokens: int = 4096, graph: bool = False):
+    """Figure: the recorded map with the reader's size marked, and the times of a layer over tokens at that size."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from matplotlib.colors import TwoSlopeNorm
+
+    from .. import plots
+
+    fig, (left, right) = plots.figure(8.5, 3.5, ncols=2, width_ratios=(1.25, 1))
+    y, x = np.sort(rows["hidden"].unique()), np.sort(rows["tokens"].unique())
+    fine_y, fine_x = np.geomspace(y[0], y[-1], 41), np.geomspace(x[0], x[-1], 49)
+    surface = np.array([[breakeven_speedup(rows, h, t, graph) for t in fine_x] for h in fine_y])
+    image = left.pcolormesh(fine_x, fine_y, surface, cmap="PuOr", norm=TwoSlopeNorm(1, 0.5, 2), shading="gouraud")
+    left.contour(fine_x, fine_y, surface, levels=[1], colors="black", linewidths=1.6)
+    left.plot([tokens], [hidden], "o", ms=11, mfc="none", mec="black", mew=2.5)
+    left.set(title="CUDA graph" if graph else "Eager", xlabel="tokens in a batch", ylabel="hidden size")
+    left.grid(False)
+    fig.colorbar(image, ax=left, label="BF16 time / FP8 time", ticks=[0.5, 0.75, 1, 1.5, 2])
+    for column, name, style in (("ms_bf16", "BF16", "-"), ("ms_fp8", "FP8", "--")):
+        times = [breakeven_speedup(rows, hidden, t, graph, column) for t in fine_x]
+        right.plot(fine_x, times, style, color=plots.PALETTE[0 if name == "BF16" else 1], label=name)
+        right.plot([tokens], [breakeven_speedup(rows, hidden, tokens, graph, column)], "o", color="black", ms=5)
+    right.set(title=f"One layer, hidden {hidden:,}", xlabel="tokens in a batch", ylabel="ms, forward + backward",
+              yscale="log")  # fmt: skip
+    right.legend()
+    for axis, ticks in ((left, x), (right, x[::2])):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else f"{t}" for t in ticks])
+    left.set_yscale("log", base=2)
+    left.set_yticks(y, [f"{h}" for h in y])
+    left.minorticks_off()
+    right.yaxis.set_major_locator(plt.LogLocator(base=10, subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter(plt.FuncFormatter(lambda v, _: f"{v:g}"))
+    right.yaxis.set_minor_formatter(plt.NullFormatter())
+    return fig
+
+
+def breakeven_explorer(machine: str = "h200"):
+    """Choose hidden size, tokens and CUDA graph; see where that lies on the recorded break-even map (notebook 04)."""
+    import ipywidgets
+
+    from .. import plots, results
+
+    recorded = results.load("fp8_breakeven", machine)
+    rows, wide = recorded.frame(), {"description_width": "90px"}
+    hiddens = [h for h in (512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192)
+               if rows["hidden"].min() <= h <= rows["hidden"].max()]  # fmt: skip
+    counts = [2**i for i in range(4, 20) if rows["tokens"].min() <= 2**i <= rows["tokens"].max()]
+    hidden = ipywidgets.SelectionSlider(options=hiddens, value=4096, description="hidden size", style=wide)
+    tokens = ipywidgets.SelectionSlider(options=counts, value=2048, description="tokens", style=wide)
+    graph = ipywidgets.Checkbox(value=False, description="CUDA graph", indent=False)
+    image, sentence = image_widget(), ipywidgets.HTML()
+
+    def redraw(_=None):
+        at = dict(hidden=hidden.value, tokens=tokens.value, graph=graph.value)
+        image.value = plots.png(breakeven_picture(rows, **at))
+        gain, bf16, fp8 = (breakeven_speedup(rows, **at, column=c) for c in ("speedup", "ms_bf16", "ms_fp8"))
+        verdict = "FP8 pays" if gain >= 1.1 else "about even" if gain > 0.95 else "FP8 is slower"
+        sentence.value = (
+            f"<b>{verdict}</b>: {gain:.2f}x; a layer takes about {bf16:.2f} ms in BF16 and {fp8:.2f} ms in FP8 "
+            f"(delayed scaling). Recorded on an {recorded.device}, {recorded.created[:10]}; interpolated.")
+
+    for control in (hidden, tokens, graph):
+        control.observe(redraw, names="value")
+    redraw()
+    box = ipywidgets.VBox([ipywidgets.HBox([hidden, tokens, graph]), sentence, image])
+    box.add_class("qtutor-breakeven-explorer")
+    return box
