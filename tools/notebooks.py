@@ -1,11 +1,13 @@
-"""The form of the notebooks: ``python -m qtutor notebooks list | check | restore | run [01 05 ...]``.
+"""The form of the notebooks: ``python -m tools.notebooks list | check | restore | run | time | renumber``.
 
 The notebooks are committed with the outputs of a clean run, so that they read well without being run.  What a run
 leaves behind differs from one machine to the next (ids, timestamps, progress bars, metadata), so a notebook has one
 *canonical* form: the same content always gives the same file, and a diff shows what changed and nothing else.
 
-``run`` executes notebooks and restores that form, ``restore`` only restores it, ``check`` says what is missing:
-links to the neighbours, the opening, exercises with solutions, recipes, and outputs that are fit to be read.
+A notebook is known by its topic; the number in its file's name is its place in the order and nothing else.  Titles,
+navigation, maps and links get their numbers from the files' names: ``[notebook 04](04_fp8_scaling.ipynb)`` leads to
+fp8_scaling and says so, whatever its number becomes.  So a notebook is put in the middle by naming its file, such as
+``04b_topic.ipynb``, and ``renumber``.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from qtutor import QtutorError
+from qtutor import QtutorError, files
 
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+from . import command, runs, topic
+
+NOTEBOOKS = files.ROOT / "notebooks"
 CONTENTS = "00_start_here"
 SETUP = "import qtutor\nqtutor.setup()"
 TAGS = {"nav", "setup", "parameters", "exercise", "solution", "recipe"}
@@ -32,6 +35,7 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 MAX_LINES, MAX_RECIPE_LINES, MAX_PNG, MAX_FILE = 40, 30, 200_000, 1_500_000
+RESTORE = "git checkout notebooks"
 
 _PATH = re.compile(r"(?<![\w:/.<~-])/(?:root|home|tmp|work|Users)\b|[A-Z]:\\Users")
 _SOURCE_PATH = re.compile(r"(?<![\w:/.<~-])/(?:root|home|work|Users)/")  # /tmp is nobody's: a cell may use it
@@ -44,9 +48,94 @@ _MEASURED = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)?\s?"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
+# ------------------------------------------------------------------------------------------------ topics and numbers
+
+
 def names(folder=None) -> list[str]:
     """Names of the notebooks, in order: ``["00_start_here", "01_number_formats", ...]``."""
     return [path.stem for path in sorted(Path(folder or NOTEBOOKS).glob("[0-9][0-9]_*.ipynb"))]
+
+
+def find(name: str, folder=None) -> Path:
+    """The notebook with this topic, number or file name; raises QtutorError where there is none."""
+    folder = Path(folder or NOTEBOOKS)
+    stem = Path(name).name.removesuffix(".ipynb")
+    for one in names(folder):
+        if stem in (one, topic(one), one[:2]) or stem.zfill(2) == one[:2]:
+            return folder / f"{one}.ipynb"
+    known = ", ".join(f"{one[:2]} ({topic(one)})" for one in names(folder)) or "none"
+    raise QtutorError(f"There is no notebook {name!r}: choose from {known}.")
+
+
+_LINK = re.compile(r"\[([^\[\]]*)\]\(((?:[\w.]+/)*)\d\d_(\w+)\.ipynb")
+_NUMBERED = re.compile(r"((?:← )?(?:[Nn]otebook )?)\d\d(?=$| ·)")  # how the words of a link may begin
+_MENTION = re.compile(r"(?<!\[)\b[Nn]otebooks?\s\d\d\b")  # outside a link, where no tool can know the topic
+_ROW = re.compile(r"^\| \d\d \| \[[^\]]*\]\(((?:[\w.]+/)*)\d\d_(\w+)\.ipynb\) \| (.*) \|$", re.M)
+_TIME = re.compile(r"(\*\*Time\*\*:? [^;]*; )(.+?)(?=\.(?:\s|$))", re.S)
+
+
+def in_step(text: str, order: list[str]) -> str:
+    """``text`` with the number of each ``NN_topic``, and of each link to a notebook, as it is in ``order``."""
+    number = {topic(name): name[:2] for name in order}
+
+    def words(match):
+        shown = match[1]
+        if match[3] in number:
+            shown = _NUMBERED.sub(lambda m: m[1] + number[match[3]], shown, count=1)
+        return match[0].replace(f"[{match[1]}]", f"[{shown}]", 1)
+
+    def stem(match):
+        return f"{number[match[1]]}_{match[1]}" if match[1] in number else match[0]
+
+    return re.sub(r"(?<!\w)\d\d_(\w+)", stem, _LINK.sub(words, text))
+
+
+def with_map(text: str, folder=None, without: str = "") -> str:
+    """``text`` with the rows ``| 04 | [title](04_topic.ipynb) | what it is about |`` of its map as the files are.
+
+    What a row says about a notebook stays; a notebook that has no row yet gets one that says nothing.  ``without``:
+    the name of the notebook that the map stands in.
+    """
+    rows = list(_ROW.finditer(text))
+    if not rows:
+        return text
+    folder, about = Path(folder or NOTEBOOKS), {row[2]: row[3] for row in rows}
+    lines = [f"| {name[:2]} | [{title(folder / f'{name}.ipynb')}]({rows[0][1]}{name}.ipynb) | "
+             f"{about.get(topic(name), '')} |" for name in names(folder) if name != without]  # fmt: skip
+    return text[: rows[0].start()] + "\n".join(lines) + text[rows[-1].end() :]
+
+
+def pages(root) -> list[Path]:
+    """The Markdown files that link to notebooks."""
+    return [Path(root) / "README.md", Path(root) / "CONTRIBUTING.md", *sorted(Path(root).glob("data/*/README.md"))]
+
+
+def renumber(folder=None) -> dict[str, str]:
+    """Number the files 00, 01, ... in the order of their names; bring titles, links, maps and pages in step.
+
+    Returns {old name: new name} of the files that were renamed.
+    """
+    folder = Path(folder or NOTEBOOKS)
+    found = sorted(path.stem for path in folder.glob("[0-9][0-9]*_*.ipynb"))
+    topics = [topic(name) for name in found]
+    if twice := {one for one in topics if topics.count(one) > 1}:
+        raise QtutorError(f"Two notebooks are about {sorted(twice)[0]}: give one of the files another topic.")
+    renamed = {old: f"{i:02d}_{one}" for i, (old, one) in enumerate(zip(found, topics, strict=True))}
+    renamed = {old: new for old, new in renamed.items() if old != new}
+    for old, new in renamed.items():
+        (folder / f"{old}.ipynb").rename(folder / f"{new}.ipynb")
+    for _ in range(2):  # titles first: navigation and maps show them
+        for name in names(folder):
+            restore(folder / f"{name}.ipynb")
+    for page in pages(folder.parent):
+        if page.is_file():
+            text = page.read_text("utf-8")
+            if (new := with_map(in_step(text, names(folder)), folder)) != text:
+                files.write_text(page, new)
+    return renamed
+
+
+# ------------------------------------------------------------------------------------------------------- their parts
 
 
 def _read(path):
@@ -56,69 +145,25 @@ def _read(path):
     try:
         nb = nbformat.read(path, as_version=4)
     except FileNotFoundError:
-        raise QtutorError(f"There is no notebook '{path.name}': run 'python -m qtutor notebooks list'.") from None
+        raise QtutorError(f"There is no notebook '{path.name}': run 'python -m tools.notebooks list'.") from None
     except Exception as error:  # nbformat raises its own and json's errors
         shown = " ".join(str(error).split())[:120]
-        raise QtutorError(f"'{path.name}' is no notebook ({shown}): restore it with "
-                          "'git checkout notebooks'.") from None  # fmt: skip
+        raise QtutorError(f"'{path.name}' is no notebook ({shown}): restore it with '{RESTORE}'.") from None
     nb.nbformat_minor = 5
     return nb
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or as it was; raises QtutorError where it cannot be written."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, "utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise QtutorError(f"'{path.name}' cannot be written ({error.strerror}): make its folder writable.") from None
-
-
 def title(path) -> str:
     """The notebook's title without its number, from the heading ``# NN · Title``; "" where there is none."""
-    found = [re.search(r"^# \d\d · (.+)$", cell.source, re.M) for cell in _read(path).cells
-             if cell.cell_type == "markdown"]  # fmt: skip
+    cells = files.read_json(path, "notebook").get("cells", [])
+    found = [re.search(r"^# \d\d · (.+)$", "".join(cell["source"]), re.M) for cell in cells
+             if cell["cell_type"] == "markdown"]  # fmt: skip
     return next((match[1].strip() for match in found if match), "")
 
 
 def tags(cell) -> list:
     """The tags of a cell, an empty list where it has none."""
     return cell.get("metadata", {}).get("tags", [])
-
-
-@dataclass(frozen=True)
-class Asked:
-    """An exercise as it stands in a notebook: its cell, the name and the answer it checks, its folded solution."""
-
-    name: str
-    cell: int
-    source: str
-    answer: str  # the expression that the check gets, usually "answer"
-    solution: str  # the fenced Python blocks of the cell that follows
-
-
-def _checks(source: str) -> list[tuple[str, str]]:
-    """Name and answer of each ``check("NN.name", answer)`` in a cell."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return []
-    return [(call.args[0].value, ast.unparse(call.args[1])) for call in ast.walk(tree)
-            if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] == "check"
-            and len(call.args) == 2 and isinstance(call.args[0], ast.Constant)]  # fmt: skip
-
-
-def exercises(path) -> list[Asked]:
-    """The exercises of a notebook, in order: what each cell tagged "exercise" checks."""
-    cells, found = _read(path).cells, []
-    for number, cell in enumerate(cells):
-        if "exercise" in tags(cell):
-            after = cells[number + 1].source if number + 1 < len(cells) else ""
-            solution = "\n\n".join(re.findall(r"```python\n(.*?)```", after, re.S)) if "<details>" in after else ""
-            found += [Asked(name, number, cell.source, answer, solution) for name, answer in _checks(cell.source)]
-    return found
 
 
 # --------------------------------------------------------------------------------------------------- canonical form
@@ -130,36 +175,27 @@ def navigation(path) -> str:
     order = names(path.parent)
     at = order.index(path.stem) if path.stem in order else -1
 
-    def link(index, form):
-        name = order[index]
+    def link(name, form):
         return f"[{form.format(name[:2] + ' · ' + (title(path.with_name(name + '.ipynb')) or name))}]({name}.ipynb)"
 
-    links = []
-    if at > 0:
-        links.append(link(at - 1, "← {}"))
+    links = [link(order[at - 1], "← {}")] if at > 0 else []
     if path.stem != CONTENTS:
         links.append(f"[Contents]({CONTENTS}.ipynb)" if CONTENTS in order else "[Contents](../README.md)")
     if 0 <= at < len(order) - 1:
-        links.append(link(at + 1, "{} →"))
+        links.append(link(order[at + 1], "{} →"))
     return " · ".join(links)
 
 
-def _final_line(line: str) -> str:
-    """What a terminal shows in the end of a line with carriage returns."""
-    return line.rstrip("\r").rsplit("\r", 1)[-1]
-
-
-def _lasting(value):
-    """Text without what is different in every run: addresses of objects, random names of styled tables."""
-    if not isinstance(value, str):
-        return value
-    new_names = {}
-    return _STYLER.sub(lambda m: new_names.setdefault(m[0], f"T_{len(new_names):05x}"), _ADDRESS.sub("", value))
-
-
-def _clean_outputs(outputs, count) -> list:
-    """Outputs without stderr, widgets and metadata; neighbouring pieces of stdout joined."""
+def _clean_outputs(outputs, count, order) -> list:
+    """Outputs without stderr, widgets, metadata and what differs in every run; neighbouring pieces of stdout joined."""
     import nbformat
+
+    def lasting(value):
+        if not isinstance(value, str):
+            return value
+        new_names = {}
+        value = _STYLER.sub(lambda m: new_names.setdefault(m[0], f"T_{len(new_names):05x}"), _ADDRESS.sub("", value))
+        return in_step(value, order)
 
     cleaned = []
     for output in outputs:
@@ -174,23 +210,34 @@ def _clean_outputs(outputs, count) -> list:
                 continue
             if _PROGRESS.search(output.data.get("text/plain", "")):
                 continue
-            output.data = nbformat.from_dict({kind: _lasting(value) for kind, value in output.data.items()})
+            output.data = nbformat.from_dict({kind: value if kind == "image/png" else lasting(value)
+                                              for kind, value in output.data.items()})  # fmt: skip
             output.metadata = nbformat.NotebookNode()
             if output.output_type == "execute_result":
                 output.execution_count = count
         output.pop("transient", None)
         cleaned.append(output)
     for output in cleaned:
-        if output.output_type == "stream":
-            output.text = _lasting("\n".join(map(_final_line, output.text.split("\n"))))
+        if output.output_type == "stream":  # of a line with carriage returns, what a terminal shows in the end
+            lines = (line.rstrip("\r").rsplit("\r", 1)[-1] for line in output.text.split("\n"))
+            output.text = lasting("\n".join(lines))
     return [output for output in cleaned if output.output_type != "stream" or output.text.strip()]
+
+
+def _markdown(source: str, path: Path, order: list[str]) -> str:
+    """A Markdown cell with numbers, links, map and time to run as they are now."""
+    source = re.sub(r"^# \d\d ·", f"# {path.stem[:2]} ·", source, count=1, flags=re.M)
+    source = with_map(in_step(source, order), path.parent, path.stem)
+    took = runs.time_to_run(topic(path))
+    return _TIME.sub(lambda match: match[1] + took, source, count=1) if took else source
 
 
 def canonical(nb, path):
     """Return a copy of the notebook in canonical form; ``path`` tells which notebook it is."""
     import nbformat
 
-    nb = copy.deepcopy(nb)
+    nb, path = copy.deepcopy(nb), Path(path)
+    order = names(path.parent)
     nb.metadata = nbformat.from_dict(METADATA)
     nb.nbformat, nb.nbformat_minor = 4, 5
     cells = [cell for cell in nb.cells if cell.source.strip() or "nav" in tags(cell)]
@@ -212,12 +259,13 @@ def canonical(nb, path):
         if cell.cell_type == "code":
             count += 1
             cell.execution_count = (count if in_order else cell.execution_count) if executed else None
-            cell.source = "\n".join(line.rstrip() for line in cell.source.split("\n")).rstrip()
+            lines = "\n".join(line.rstrip() for line in cell.source.split("\n")).rstrip()
+            cell.source = in_step(lines, order)
             if "setup" in found and cell.source.split() == SETUP.split():
                 cell.source = SETUP  # the same everywhere, blank lines included
-            cell.outputs = _clean_outputs(cell.outputs, cell.execution_count) if executed else []
-        elif "nav" in found:
-            cell.source = links
+            cell.outputs = _clean_outputs(cell.outputs, cell.execution_count, order) if executed else []
+        else:
+            cell.source = links if "nav" in found else _markdown(cell.source, path, order)
     return nb
 
 
@@ -230,25 +278,21 @@ def dumps(nb) -> str:
 
 def restore(path) -> bool:
     """Bring one notebook into canonical form, in place; return whether the file changed."""
-    path = Path(path)
     text = dumps(canonical(_read(path), path))
-    if text == path.read_text("utf-8"):
+    if text == Path(path).read_text("utf-8"):
         return False
-    write_whole(path, text)
+    files.write_text(path, text)
     return True
 
 
 # ---------------------------------------------------------------------------------------------------------- running
 
 
-def execute(path, timeout: int | None = None, kernel_name: str = "python3") -> float:
+def execute(path, timeout: float = 600) -> float:
     """Run a notebook from top to bottom with this interpreter, keep its outputs in canonical form; return seconds.
 
-    ``timeout`` is in seconds a cell: 600, or an hour where a cell records results (``make results``), which may train
-    a dozen models.  Raises QtutorError where a cell fails; the file then stays as it was.
+    ``timeout`` is in seconds a cell.  Raises QtutorError where a cell fails; the file then stays as it was.
     """
-    if timeout is None:
-        timeout = 3600 if os.environ.get("QTUTOR_SAVE_RESULTS") == "1" else 600
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
@@ -256,156 +300,141 @@ def execute(path, timeout: int | None = None, kernel_name: str = "python3") -> f
 
     path = Path(path)
     nb = _read(path)
-    manager = AsyncKernelManager(kernel_name=kernel_name)
-    # this interpreter, whatever kernel specifications the reader has of that name
+    manager = AsyncKernelManager(kernel_name="python3")
+    # this interpreter and this package, whatever kernel specifications and packages the reader has of those names
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"]
-    manager._kernel_spec = KernelSpec(argv=command, display_name="Python 3", language="python")
-    client = NotebookClient(nb, manager, timeout=timeout, resources={"metadata": {"path": str(path.parent)}},
+    paths = os.pathsep.join(filter(None, [str(files.ROOT), os.environ.get("PYTHONPATH")]))
+    manager._kernel_spec = KernelSpec(argv=command, display_name="Python 3", language="python",
+                                      env={"PYTHONPATH": paths})  # fmt: skip
+    client = NotebookClient(nb, manager, timeout=int(timeout), resources={"metadata": {"path": str(path.parent)}},
                             store_widget_state=False, record_timing=False)  # fmt: skip
     start, at = time.perf_counter(), {}
     client.on_cell_start = lambda cell, cell_index: at.update(cell=cell_index)
     try:
         client.execute()
     except CellExecutionError as error:
-        raise QtutorError(f"{path.stem}, cell {at.get('cell')}: {error.ename}: {' '.join(error.evalue.split())}: "
-                          "open the notebook and correct that cell.") from None  # fmt: skip
+        said = f"{error.ename}: {(error.evalue.splitlines() or [''])[0]}"
+        raise QtutorError(f"{path.stem}, cell {at.get('cell')}: {said}: open the notebook and correct that "
+                          "cell.") from None  # fmt: skip
     except (CellTimeoutError, DeadKernelError) as error:
         raise QtutorError(f"{path.stem}, cell {at.get('cell')}: {str(error).splitlines()[0]}: open the notebook and "
                           "make that cell shorter.") from None  # fmt: skip
     seconds = time.perf_counter() - start
-    write_whole(path, dumps(canonical(nb, path)))
+    files.write_text(path, dumps(canonical(nb, path)))
     return seconds
 
 
 # --------------------------------------------------------------------------------------------------------- checking
 
 
-def _prose(cells):
-    """Paragraphs of the markdown cells without fenced code: (cell number, paragraph)."""
-    for number, cell in enumerate(cells):
-        if cell.cell_type == "markdown":
-            text = re.sub(r"```.*?```", "", cell.source, flags=re.S)
-            for paragraph in re.split(r"\n\s*\n(?!\s*\|)", text):  # a table belongs to the sentence above it
-                yield number, paragraph
-
-
-def _check_structure(nb, path) -> list[str]:
-    found, cells = [], nb.cells
-    if not cells:
-        return ["it has no cells"]
+def _opening(nb, path):
+    """What is wrong with title, opening, setup cell, tags, lengths and closing."""
+    cells = nb.cells
     text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    number = path.stem[:2]
-    if not re.search(rf"^# {number} · \S", text, re.M):
-        found.append(f"no title '# {number} · ...'")
+    if not re.search(rf"^# {path.stem[:2]} · \S", text, re.M):
+        yield f"no title '# {path.stem[:2]} · ...'"
     setups = [i for i, cell in enumerate(cells) if "setup" in tags(cell)]
     code = [i for i, cell in enumerate(cells) if cell.cell_type == "code"]
     if len(setups) != 1 or setups != code[:1] or cells[setups[0]].source != SETUP:
-        found.append(f"the first code cell, and no other, must be tagged 'setup', with exactly {SETUP!r}")
+        yield f"the first code cell, and no other, must be tagged 'setup', with exactly {SETUP!r}"
     opening = "\n".join(cell.source for cell in cells[: setups[0] if setups else 3])
     for part in ("You will be able to", "You need", "Time"):
-        if not re.search(rf"\*\*{part}", opening):
-            found.append(f"the opening lacks **{part}**")
+        if f"**{part}" not in opening:
+            yield f"the opening lacks **{part}**"
     for i, cell in enumerate(cells):
         if unknown := set(tags(cell)) - TAGS:
-            found.append(f"cell {i}: unknown tags {sorted(unknown)}")
-        if cell.cell_type == "code" and cell.source.count("\n") + 1 > MAX_LINES:
-            found.append(f"cell {i}: {cell.source.count(chr(10)) + 1} lines; {MAX_LINES} fit a screen")
+            yield f"cell {i}: unknown tags {sorted(unknown)}"
+        if cell.cell_type == "code" and (lines := cell.source.count("\n") + 1) > MAX_LINES:
+            yield f"cell {i}: {lines} lines; {MAX_LINES} fit a screen"
         if match := _SOURCE_PATH.search(cell.source):
-            found.append(f"cell {i}: an absolute path that begins with '{match[0]}'")
+            yield f"cell {i}: an absolute path that begins with '{match[0]}'"
+        if match := _MENTION.search(cell.source):
+            yield f"cell {i}: '{match[0]}' without a link: numbers change, link it, or name its topic"
     for part in ("Recap", "Where to go next"):
         if not re.search(rf"^#+ .*\b{part}\b|^\*\*{part}", text, re.M):
-            found.append(f"no {part!r} heading")
+            yield f"no {part!r} heading"
     pictures = any("image/png" in output.get("data", {}) for i in code for output in cells[i].outputs)
     if pictures and "**What you should see" not in text:
-        found.append("there are pictures, but no '**What you should see.**'")
-    return found + _check_exercises(cells, number) + _check_recipes(cells) + _check_prose(cells, path)
+        yield "there are pictures, but no '**What you should see.**'"
 
 
-def _check_exercises(cells, number) -> list[str]:
-    exercises, found = [i for i, cell in enumerate(cells) if "exercise" in tags(cell)], []
+def checked(source: str) -> list[tuple[str, str]]:
+    """Name and answer of each ``check("topic.name", answer)`` in a cell."""
+    try:
+        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    except SyntaxError:
+        return []
+    return [(call.args[0].value, ast.unparse(call.args[1])) for call in calls
+            if ast.unparse(call.func).split(".")[-1] == "check"
+            and len(call.args) == 2 and isinstance(call.args[0], ast.Constant)]  # fmt: skip
+
+
+def _exercises(nb, path):
+    cells, about = nb.cells, topic(path)
+    exercises = [i for i, cell in enumerate(cells) if "exercise" in tags(cell)]
     if not 2 <= len(exercises) <= 4:
-        found.append(f"{len(exercises)} exercises; two to four are wanted")
+        yield f"{len(exercises)} exercises; two to four are wanted"
     for i in exercises:
-        asked = _checks(cells[i].source)
-        if not asked or not all(name.startswith(f"{number}.") for name, _ in asked):
-            found.append(f"cell {i}: the exercise needs a qtutor.lesson.check(\"{number}.name\", answer)")
+        asked = checked(cells[i].source)
+        if not asked or not all(name.startswith(f"{about}.") for name, _ in asked):
+            yield f'cell {i}: the exercise needs a qtutor.lesson.check("{about}.name", answer)'
         elif cells[i].execution_count and "not attempted yet" not in str(cells[i].outputs):
-            found.append(f"cell {i}: the exercise is answered already: leave 'answer = ...'")
-        before = cells[i - 1]
+            yield f"cell {i}: the exercise is answered already: leave 'answer = ...'"
+        before, after = cells[i - 1], cells[i + 1].source if i + 1 < len(cells) else ""
         if before.cell_type != "markdown" or not re.search(r"\bmin", before.source):
-            found.append(f"cell {i}: the task, with minutes and difficulty, must stand in the cell before")
-        after = cells[i + 1] if i + 1 < len(cells) else None
-        folded = after is not None and after.cell_type == "markdown" and "<details>" in after.source
-        if not folded or "```python" not in after.source or "</details>" not in after.source:
-            found.append(f"cell {i}: no folded solution (markdown with <details> and ```python) follows the exercise")
-    return found
+            yield f"cell {i}: the task, with minutes and difficulty, must stand in the cell before"
+        if not all(part in after for part in ("<details>", "```python", "</details>")):
+            yield f"cell {i}: no folded solution (markdown with <details> and ```python) follows the exercise"
 
 
-def _check_recipes(cells) -> list[str]:
-    recipes, found = [i for i, cell in enumerate(cells) if "recipe" in tags(cell)], []
+def _recipes(nb, path):
+    recipes = [i for i, cell in enumerate(nb.cells) if "recipe" in tags(cell)]
     if not 1 <= len(recipes) <= 4:
-        found.append(f"{len(recipes)} cells tagged 'recipe'; one to four are wanted")
+        yield f"{len(recipes)} cells tagged 'recipe'; one to four are wanted"
     for i in recipes:
-        if "qtutor" in cells[i].source:
-            found.append(f"cell {i}: a recipe stands alone, without qtutor")
-        if (lines := cells[i].source.count("\n") + 1) > MAX_RECIPE_LINES:
-            found.append(f"cell {i}: a recipe of {lines} lines; {MAX_RECIPE_LINES} at most")
-        if not re.search(r"^\W*Recipe\b", cells[i - 1].source, re.M):
-            found.append(f"cell {i}: the cell before a recipe must say what it is for: 'Recipe: ...'")
-    return found
+        source = nb.cells[i].source
+        if "qtutor" in source:
+            yield f"cell {i}: a recipe stands alone, without qtutor"
+        if (lines := source.count("\n") + 1) > MAX_RECIPE_LINES:
+            yield f"cell {i}: a recipe of {lines} lines; {MAX_RECIPE_LINES} at most"
+        if not re.search(r"^\W*Recipe\b", nb.cells[i - 1].source, re.M):
+            yield f"cell {i}: the cell before a recipe must say what it is for: 'Recipe: ...'"
 
 
-def measured_numbers(paragraph: str) -> list[str]:
-    """What looks measured ("12 ms", "3 x faster") in a paragraph that links no source."""
-    linked = re.search(r"\]\(https?:|https?://", paragraph)
-    return [] if linked else [match[0] for match in _MEASURED.finditer(paragraph)]
-
-
-def _check_prose(cells, path) -> list[str]:
-    found = []
-    for i, paragraph in _prose(cells):
-        for number in measured_numbers(paragraph):
-            found.append(f"cell {i}: '{number}' looks measured: print it from data, or link its source")
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", paragraph):
-            if not re.match(r"[a-z]+:", target) and not (path.parent / target).exists():
-                found.append(f"cell {i}: a link to {target!r}, which does not exist")
-    return found
-
-
-def _texts(output):
-    if output.output_type == "stream":
-        yield output.text
-    elif output.output_type != "error":
-        for kind, value in output.data.items():
-            if kind.startswith("text/") or kind == "image/svg+xml":
-                yield value
-
-
-def _check_outputs(nb, path) -> list[str]:
-    found, count = [], 0
-    if not any(cell.get("execution_count") for cell in nb.cells):
-        return ["it was not executed: python -m qtutor notebooks run " + path.stem[:2]]
+def _prose(nb, path):
     for i, cell in enumerate(nb.cells):
-        if cell.cell_type != "code":
-            continue
-        count += 1
+        text = re.sub(r"```.*?```", "", cell.source, flags=re.S) if cell.cell_type == "markdown" else ""
+        for paragraph in re.split(r"\n\s*\n(?!\s*\|)", text):  # a table belongs to the sentence above it
+            if not re.search(r"https?://", paragraph):  # a published figure carries its source
+                for match in _MEASURED.finditer(paragraph):
+                    yield f"cell {i}: '{match[0]}' looks measured: print it from data, or link its source"
+            for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", paragraph):
+                if not re.match(r"[a-z]+:", target) and not (path.parent / target).exists():
+                    yield f"cell {i}: a link to {target!r}, which does not exist"
+
+
+def _outputs(nb, path):
+    code = [(i, cell) for i, cell in enumerate(nb.cells) if cell.cell_type == "code"]
+    if not any(cell.execution_count for _, cell in code):
+        yield f"it was not executed: python -m tools.notebooks run {topic(path)}"
+        return
+    for count, (i, cell) in enumerate(code, 1):
         if cell.execution_count != count:
-            found.append(f"cell {i}: execution count {cell.execution_count}, not {count}")
+            yield f"cell {i}: execution count {cell.execution_count}, not {count}"
         for output in cell.outputs:
             if output.output_type == "error":
-                found.append(f"cell {i}: ended in {output.ename}")
+                yield f"cell {i}: ended in {output.ename}"
             elif output.get("name") == "stderr":
-                found.append(f"cell {i}: output on stderr")
-            for text in _texts(output):
+                yield f"cell {i}: output on stderr"
+            data = {"text/": output.get("text", ""), **output.get("data", {})}
+            for text in (value for kind, value in data.items() if kind.startswith("text/") or kind == "image/svg+xml"):
                 for pattern, what in ((_PATH, "an absolute path"), (_ADDRESS, "an object's address"),
                                       (_WARNING, "a warning")):  # fmt: skip
                     if match := pattern.search(text):
                         shown = text[max(0, match.start() - 20) : match.end() + 30].replace("\n", " ")
-                        found.append(f"cell {i}: {what} in the output: '{shown}'")
-            size = len(base64.b64decode(output.get("data", {}).get("image/png", "")))
-            if size > MAX_PNG:
-                found.append(f"cell {i}: a PNG of {size // 1000} kB; {MAX_PNG // 1000} at most")
-    return found
+                        yield f"cell {i}: {what} in the output: '{shown}'"
+            if (size := len(base64.b64decode(data.get("image/png", "")))) > MAX_PNG:
+                yield f"cell {i}: a PNG of {size // 1000} kB; {MAX_PNG // 1000} at most"
 
 
 def check(path) -> list[str]:
@@ -414,7 +443,7 @@ def check(path) -> list[str]:
 
     path = Path(path)
     nb, text = _read(path), path.read_text("utf-8")
-    found = _check_structure(nb, path) + _check_outputs(nb, path)
+    found = [line for part in (_opening, _exercises, _recipes, _prose, _outputs) for line in part(nb, path)]
     if len(text.encode()) > MAX_FILE:
         found.append(f"the file has {len(text.encode()) / 1e6:.1f} MB; {MAX_FILE / 1e6} at most")
     try:
@@ -422,33 +451,33 @@ def check(path) -> list[str]:
     except nbformat.ValidationError as error:
         found.append(f"not valid: {str(error).splitlines()[0]}")
     if dumps(canonical(nb, path)) != text:
-        found.append("not in canonical form: python -m qtutor notebooks restore")
+        found.append("not in canonical form: python -m tools.notebooks restore")
     return found
 
 
 # ------------------------------------------------------------------------------------------------------ the command
 
 
-def _paths(chosen) -> list[Path]:
-    order, wanted = names(), []
-    for name in chosen or order:
-        stem = Path(name).name.removesuffix(".ipynb")
-        match = [n for n in order if stem in (n, n[:2]) or stem.zfill(2) == n[:2]]
-        if not match:
-            known = ", ".join(n[:2] for n in order) or "none"
-            raise QtutorError(f"There is no notebook {name!r}: choose from {known}.")
-        wanted.append(NOTEBOOKS / f"{match[0]}.ipynb")
-    return wanted
-
-
 def main(argv: list[str]) -> int:
-    """``notebooks list | check | restore | run [names]``; return 1 where ``check`` finds something."""
-    parser = argparse.ArgumentParser(prog="qtutor notebooks", description="list, check, restore or run the notebooks")
-    parser.add_argument("action", choices=("list", "check", "restore", "run"))
-    parser.add_argument("notebook", nargs="*", help="numbers or names; all of them by default")
+    """``list | check | restore | run | time | renumber``; return 1 where ``check`` or ``time`` finds something."""
+    parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=("list", "check", "restore", "run", "time", "renumber"))
+    parser.add_argument("notebook", nargs="*", help="topics, numbers or files; all of them by default")
+    parser.add_argument("--jobs", type=int, default=1, help="with time: so many side by side")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for a notebook (time) or a cell (run)")
     options = parser.parse_args(argv)
+    chosen = options.notebook or names()
+    paths = [Path(name) if Path(name).suffix and Path(name).is_file() else find(name) for name in chosen]
+    if options.action == "renumber":
+        print("\n".join(f"{old} -> {new}" for old, new in renumber().items()) or "the numbers are in order")
+        return 0
+    if options.action == "time":
+        written = runs.measure(paths, options.jobs, options.limit)
+        print(f"written: {written}")
+        asked = set(map(topic, paths))
+        return int(any(row["notebook"] in asked and row.get("not_run") for row in files.read_json(written)["rows"]))
     status = 0
-    for path in _paths(options.notebook):
+    for path in paths:
         if options.action == "list":
             print(f"{path.stem:<28} {title(path)}")
         elif options.action == "check":
@@ -459,5 +488,9 @@ def main(argv: list[str]) -> int:
             print(f"{path.stem}: {'restored' if restore(path) else 'unchanged'}")
         else:
             print(f"{path.stem}: ", end="", flush=True)
-            print(f"{execute(path):.1f} s", flush=True)
+            print(f"{execute(path, options.limit):.1f} s", flush=True)
     return status
+
+
+if __name__ == "__main__":
+    command(main)

@@ -2,9 +2,9 @@
 
 Both are written by this module from the files in ``data/results``, never by hand, and a test holds them in step:
 
-    python -m qtutor results write        # README's tables and the page, from the files that are there
-    python -m qtutor results check        # say what is out of step
-    python -m qtutor results record       # measure again what this machine can, then write; `make results`
+    python -m tools.report write                    # README's tables and the page, from the files that are there
+    python -m tools.report check                    # say what is out of step
+    python -m tools.report record [gguf_quality]    # measure again what this machine can, then write; `make results`
 
 A headline is a question, the name of the results that answer it, and a function that takes the rows and returns the
 answer.  What has not been recorded has no headline: it is listed on the page as open, with what it takes.
@@ -13,23 +13,20 @@ answer.  What has not been recorded has no headline: it is listed on the page as
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import math
 import os
 import re
-import shutil
 import statistics
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtutor import QtutorError, results
+import qtutor
+from qtutor import QtutorError, files, results
 
-from . import notebooks
+from . import command, keep, notebooks, runs, topic
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = "data/results/README.md"
 
 
@@ -40,11 +37,11 @@ PAGE = "data/results/README.md"
 class About:
     """What is known about results of one name before anything is measured.
 
-    ``notebook``: number of the notebook that records them (None: recorded by hand, with ``by``) and shows them.
-    ``needs``: what it takes, a key of NEEDS.  ``by``: the function that records.  ``shows``: one or two sentences.
+    ``topic``: the notebook that shows them.  ``needs``: what it takes, a key of NEEDS.  ``by``: the module of tools
+    whose RECORDS has the function that records them.  ``shows``: one or two sentences.
     """
 
-    notebook: str
+    topic: str
     needs: str
     by: str
     shows: str
@@ -58,84 +55,56 @@ NEEDS = {
     "any": "any machine",
 }
 RESULTS = {
-    "fp8_loss": About("02", "fp8", "fp8_models.record_loss", "Loss curves of the course model, trained from nothing "
-                      "in BF16 and by each FP8 recipe: the same seeds, the same batches."),
-    "fp8_gemm": About("04", "fp8", "fp8_bench.record", "One matrix product of a large layer in BF16 and FP8, and what "
-                      "quantizing its input costs: time, clock, power."),
-    "fp8_layers": About("04", "fp8", "fp8_bench.record", "A training step of two layers, from Hugging Face in BF16 to "
-                        "FP8 weights and CUDA graphs, one change at a time: time, energy, memory."),
-    "fp8_profile": About("04", "fp8", "fp8_bench.record", "Where the time of a training step goes, by kind of "
-                         "kernel."),
-    "fp8_breakeven": About("04", "fp8", "fp8_bench.record", "BF16 against FP8 by width and by tokens in a step: "
-                           "where FP8 begins to pay."),
-    "fp8_inference": About("04", "fp8", "fp8_bench.record", "Inference in BF16, FP8, INT8 and INT4: quality on the "
-                           "course model; time, energy and memory at the shape of Llama-2-7B."),
-    "qat_recovery": About("06", "gpu", "qat.record", "Quantization-aware training of the course model in ten schemes, "
+    "fp8_loss": About("fp8_training", "fp8", "record_fp8", "Loss curves of the course model, trained from nothing in "
+                      "BF16 and by each FP8 recipe: the same seeds, the same batches."),
+    "fp8_gemm": About("fp8_speed_and_memory", "fp8", "record_fp8", "One matrix product of a large layer in BF16 and "
+                      "FP8, and what quantizing its input costs: time, clock, power."),
+    "fp8_layers": About("fp8_speed_and_memory", "fp8", "record_fp8", "A training step of two layers, from Hugging Face "
+                        "in BF16 to FP8 weights and CUDA graphs, one change at a time: time, energy, memory."),
+    "fp8_profile": About("fp8_speed_and_memory", "fp8", "record_fp8", "Where the time of a training step goes, by kind "
+                         "of kernel."),
+    "fp8_breakeven": About("fp8_speed_and_memory", "fp8", "record_fp8", "BF16 against FP8 by width and by tokens in a "
+                           "step: where FP8 begins to pay."),
+    "fp8_inference": About("fp8_speed_and_memory", "fp8", "record_fp8", "Inference in BF16, FP8, INT8 and INT4: "
+                           "quality on the course model; time, energy and memory at the shape of Llama-2-7B."),
+    "qat_recovery": About("qat", "gpu", "record_qat", "Quantization-aware training of the course model in ten schemes, "
                           "against rounding (PTQ) and against a control that trained as long, with three seeds."),
-    "qat_gguf": About("06", "llama.cpp", "qat.record_gguf", "The course model as GGUF files: rounded by llama.cpp, and "
+    "qat_gguf": About("qat", "llama.cpp", "record_qat", "The course model as GGUF files: rounded by llama.cpp, and "
                       "trained on the grid of Q4_0, at their sizes."),
-    "ptq_methods": About("07", "any", "the notebook itself", "Post-training quantization by hand (round-to-nearest, "
-                         "clipping, SmoothQuant, AWQ, GPTQ): what each leaves of the course model's quality."),
-    "ptq_backends": About("07", "any", "the notebook itself", "The same job by the back ends that transformers "
+    "ptq_methods": About("ptq_fundamentals", "any", "record_ptq", "Post-training quantization by hand "
+                         "(round-to-nearest, clipping, SmoothQuant, AWQ, GPTQ): what each leaves of the course "
+                         "model's quality."),
+    "ptq_backends": About("ptq_fundamentals", "any", "record_ptq", "The same job by the back ends that transformers "
                           "offers and that run here: size, speed, quality."),
-    "gguf_quality": About("08", "llama.cpp", "gguf_quality.record", "What each llama.cpp type costs the course model "
+    "gguf_quality": About("ptq_llamacpp", "llama.cpp", "record_gguf", "What each llama.cpp type costs the course model "
                           "in quality, with and without an importance matrix."),
-    "llama70b": About("09", "gpu, llama.cpp", "llama70b.record", "A model of Llama-2-70B's shape in four types on one "
-                      "GPU: memory, speed, energy, batch sizes."),
-    "tradeoff": About("10", "any", "tradeoff.record", "Every technique of the course on one machine: size, speed, "
-                      "quality, energy."),
+    "llama70b": About("llama2_70b_on_one_gpu", "gpu, llama.cpp", "record_llama70b", "A model of Llama-2-70B's shape in "
+                      "four types on one GPU: memory, speed, energy, batch sizes."),
+    "tradeoff": About("measuring_the_tradeoff", "any", "record_tradeoff", "Every technique of the course on one "
+                      "machine: size, speed, quality, energy."),
+    runs.NAME: About("start_here", "any", "runs", "What a run of each notebook takes: seconds, and memory at most."),
 }  # fmt: skip
 
 
 def recorded(directory=None) -> list[tuple[str, results.Results]]:
-    """All recorded results: (folder of the machine, Results), GPUs first, by notebook and name.
+    """All recorded results: (folder of the machine, Results), GPUs first, in the order of RESULTS.
 
     Raises QtutorError for a file that does not follow the schema or lies in a folder that is none of a machine.
     """
-    folder, found = Path(directory or results.RESULTS), []
-    for path in sorted(folder.glob("*/*.json")):
-        found.append((path.parent.name, results.load(path.stem, path.parent.name, directory)))
     names, machines = list(RESULTS), list(results.MACHINES)
+    found = [(path.parent.name, results.load(path.stem, path.parent.name, directory))
+             for path in Path(directory or results.RESULTS).glob("*/*.json")]  # fmt: skip
 
     def place(value, order):
-        return order.index(value) if value in order else len(order)
+        return (order.index(value) if value in order else len(order)), value
 
-    def rank(item):
-        machine, data = item
-        return place(machine, machines), machine, place(data.name, names), data.name
-
-    return sorted(found, key=rank)
+    return sorted(found, key=lambda item: (place(item[0], machines), place(item[1].name, names)))
 
 
 def missing(directory=None) -> dict[str, About]:
     """The results that no machine has recorded yet."""
     there = {data.name for _, data in recorded(directory)}
     return {name: about for name, about in RESULTS.items() if name not in there}
-
-
-def can_record(name: str) -> bool:
-    """Whether this machine can measure results ``name``: their notebook asks before it does.
-
-    Raises QtutorError for a name that is not in RESULTS.
-    """
-    if name not in RESULTS:
-        raise QtutorError(f"There are no results {name!r}: choose from {', '.join(RESULTS)}.")
-    needs = RESULTS[name].needs
-    if needs == "any":
-        return True
-    if needs == "llama.cpp":
-        from qtutor import llamacpp
-
-        return llamacpp.available()[0]
-    import torch
-
-    if not torch.cuda.is_available():
-        return False
-    if needs == "fp8":
-        from qtutor import te_switch
-
-        return te_switch.activate().real
-    return True  # that llama.cpp uses the GPU, and that there is room, is for the recording function to say
 
 
 # ------------------------------------------------------------------------------------------------------- headlines
@@ -150,23 +119,25 @@ class Headline:
     answer: Callable
 
 
-def one(data: results.Results, **where) -> dict:
-    """The only row whose columns equal ``where``; raises QtutorError where there is none or more than one."""
+def matching(data: results.Results, **where) -> list[dict]:
+    """The rows whose columns equal ``where``; raises LookupError where there is none."""
     rows = [row for row in data.rows if all(row.get(key) == value for key, value in where.items())]
-    if len(rows) != 1:
-        shown = ", ".join(f"{key} = {value}" for key, value in where.items())
-        raise QtutorError(f"Results '{data.name}' have {len(rows)} rows with {shown}, not one: bring qtutor/report.py "
-                          "in step with them.")  # fmt: skip
+    if not rows:
+        raise LookupError("no row with " + ", ".join(f"{key} = {value}" for key, value in where.items()))
+    return rows
+
+
+def one(data: results.Results, **where) -> dict:
+    """The only row whose columns equal ``where``; raises LookupError where there is none or more than one."""
+    rows = matching(data, **where)
+    if len(rows) > 1:
+        raise LookupError(f"{len(rows)} rows with " + ", ".join(f"{key} = {value}" for key, value in where.items()))
     return rows[0]
 
 
 def mean(data: results.Results, column: str, **where) -> float:
-    """Mean of ``column`` over the rows that match (its seeds); raises QtutorError where no row does."""
-    values = [row[column] for row in data.rows if all(row.get(key) == value for key, value in where.items())]
-    if not values:
-        shown = ", ".join(f"{key} = {value}" for key, value in where.items())
-        raise QtutorError(f"Results '{data.name}' have no row with {shown}: bring qtutor/report.py in step with them.")
-    return statistics.fmean(values)
+    """Mean of ``column`` over the rows that match (its seeds)."""
+    return statistics.fmean(row[column] for row in matching(data, **where))
 
 
 def times(ratio: float) -> str:
@@ -223,26 +194,27 @@ def _loss(data) -> str:
 
 
 def _inference(data) -> str:
-    shape = "Llama-2-7B shape"
-    high, low = one(data, model=shape, format="BF16"), one(data, model=shape, format="FP8 Transformer Engine")
-    int4 = one(data, model=shape, format="INT4 weights")
+    high, low, int4 = (one(data, model="Llama-2-7B shape", format=name, batch=1)
+                       for name in ("BF16", "FP8 Transformer Engine", "INT4 weights"))  # fmt: skip
     memory = low["weights_gib"] / high["weights_gib"] - 1
-    energy = low["decode_joules_batch1"] / high["decode_joules_batch1"] - 1
+    energy = low["joules_per_decode_token"] / high["joules_per_decode_token"] - 1
 
-    def faster(row, column):
-        return times(high[column] / row[column])
+    def faster(row, what):
+        return times(row[f"{what}_tokens_per_s"] / high[f"{what}_tokens_per_s"])
 
-    return (f"FP8 against BF16, Llama-2-7B's shape: {percent(memory)} memory, prefill **{faster(low, 'prefill_ms')}**, "
-            f"decode **{faster(low, 'decode_ms_batch1')}** at batch 1 with {percent(energy)} energy; INT4 weights: "
-            f"decode {faster(int4, 'decode_ms_batch1')}, prefill only {faster(int4, 'prefill_ms')}")
+    return (f"FP8 against BF16, Llama-2-7B's shape: {percent(memory)} memory, prefill **{faster(low, 'prefill')}**, "
+            f"decode **{faster(low, 'decode')}** at batch 1 with {percent(energy)} energy; INT4 weights: "
+            f"decode {faster(int4, 'decode')}, prefill only {faster(int4, 'prefill')}")
 
 
 def _qat(data) -> str:
     said = []
     for scheme, what in (("W4A16", "4-bit"), ("W3", "3-bit"), ("ternary", "ternary")):
         before = one(data, scheme=scheme, arm="PTQ")
-        after, kld = (mean(data, column, scheme=scheme, arm="QAT, distilled") for column in ("ratio", "kld_mean"))
-        loss = percent(before["ratio"] - 1, 1) if before["ratio"] < 2 else f"{before['ratio']:.0f} ×"
+        after, kld = (mean(data, column, scheme=scheme, arm="QAT, distilled")
+                      for column in ("perplexity_ratio", "kld_mean"))  # fmt: skip
+        ratio = before["perplexity_ratio"]
+        loss = percent(ratio - 1, 1) if ratio < 2 else f"{ratio:.0f} ×"
         said.append(f"{what} weights: {loss} by rounding, **{percent(after - 1, 1)}** trained "
                     f"(KLD {before['kld_mean']:.2f} to {kld:.2f})")  # fmt: skip
     return "perplexity against the float model's; " + "; ".join(said)
@@ -257,15 +229,13 @@ def _qat_gguf(data) -> str:
 
 
 def _types(data) -> str:
-    rows = {row["type"]: row for row in data.rows if row.get("model", "PTQ") == "PTQ" and not row.get("imatrix")}
+    rows = {row["type"]: row for row in data.rows if not row["imatrix"]}
     said = []
     for kind in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q2_K"):
-        if kind in rows:
-            row = rows[kind]
-            ratio = row.get("ratio", row.get("perplexity_ratio"))
+        if row := rows.get(kind):
             bold = "**" if kind == "Q6_K" else ""
-            error = row.get("ratio_se", row.get("perplexity_ratio_se"))
-            said.append(f"{bold}{kind} {percent(ratio - 1, 2).removesuffix(' %')} ± {100 * error:.2f} %{bold} "
+            change = percent(row["perplexity_ratio"] - 1, 2).removesuffix(" %")
+            said.append(f"{bold}{kind} {change} ± {100 * row['perplexity_ratio_se']:.2f} %{bold} "
                         f"({row['bits_per_weight']:.1f} bits)")  # fmt: skip
     return "perplexity of the course model: " + ", ".join(said)
 
@@ -326,198 +296,143 @@ HEADLINES = (
 )
 
 
-def _chosen(name: str, directory) -> list[tuple[str, results.Results]]:
-    """Where a headline's rows come from: the first GPU that has them, else the CPU; never two machines in one."""
-    there = [(machine, data) for machine, data in recorded(directory) if data.name == name]
-    return there[:1]
-
-
 def headlines(directory=None) -> list[tuple[Headline, str, results.Results, str]]:
-    """(headline, folder of the machine, results, answer) for each question that recorded results can answer."""
-    found = []
+    """(headline, folder of the machine, results, answer) for each question that recorded results can answer.
+
+    The first GPU that has the results answers, else the CPU: two machines never meet in one answer.
+    """
+    found, everything = [], recorded(directory)
     for headline in HEADLINES:
-        for machine, data in _chosen(headline.name, directory):
-            try:
-                answer = headline.answer(data)
-            except (KeyError, TypeError, ZeroDivisionError) as error:
-                raise QtutorError(f"Results '{machine}/{data.name}' do not answer '{headline.question}' "
-                                  f"({type(error).__name__}: {error}): bring qtutor/report.py in step with "
-                                  "them.") from None  # fmt: skip
-            if answer:
-                found.append((headline, machine, data, answer))
+        machine, data = next(((m, d) for m, d in everything if d.name == headline.name), (None, None))
+        if data is None:
+            continue
+        try:
+            answer = headline.answer(data)
+        except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise QtutorError(f"Results '{machine}/{data.name}' do not answer '{headline.question}' "
+                              f"({type(error).__name__}: {error}): bring tools/report.py in step with them.") from None
+        if answer:
+            found.append((headline, machine, data, answer))
     return found
 
 
 # ---------------------------------------------------------------------------------------------------- what is written
 
 
-def _notebook_link(number: str, folder: str, notebook_folder=None) -> str:
-    """A link to a notebook, from a page whose way to the project's root is ``folder``; its number if it is missing."""
-    names = [name for name in notebooks.names(notebook_folder) if name[:2] == number]
-    return f"[{number}]({folder}notebooks/{names[0]}.ipynb)" if names else number
+def _notebook_link(about: About | None, way: str, folder=None) -> str:
+    """A link to the notebook, from a page whose way to the project's root is ``way``; its topic if it is missing."""
+    if about is None:
+        return ""
+    name = next((name for name in notebooks.names(folder) if topic(name) == about.topic), None)
+    return f"[{name[:2]}]({way}notebooks/{name}.ipynb)" if name else about.topic
 
 
-def headline_table(directory=None) -> str:
+def headline_table(directory=None, folder=None) -> str:
     """README's table of headline results, as Markdown."""
     lines = ["| Question | Answer | Measured on | From |", "|---|---|---|---|"]
     for headline, machine, data, answer in headlines(directory):
-        link = f"[{data.name}](data/results/{machine}/{data.name}.json)"
-        about = RESULTS.get(data.name)
-        source = f"{_notebook_link(about.notebook, '')}, {link}" if about else link
-        lines.append(f"| {headline.question} | {answer} | {data.device} | {source} |")
+        source = [_notebook_link(RESULTS.get(data.name), "", folder),
+                  f"[{data.name}](data/results/{machine}/{data.name}.json)"]  # fmt: skip
+        lines.append(f"| {headline.question} | {answer} | {data.device} | {', '.join(filter(None, source))} |")
     return "\n".join(lines)
 
 
-def _cell(text) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
-
-
-def _versions(data: results.Results) -> str:
-    return ", ".join(f"{name} {version}" for name, version in data.versions.items())
-
-
-def _machine(data: results.Results) -> str:
-    about = data.machine
-    said = [about["device"]]
-    if "compute_capability" in about:
-        said.append(f"{about['memory_gib']:.1f} GiB, compute capability {about['compute_capability']}")
-        if about.get("driver"):
-            said.append(f"driver {about['driver']}")
-        if about.get("cpu"):
-            said.append(f"host {about['cpu']}, {about.get('cores', '?')} cores")
-    else:
-        said.append(f"{about.get('cores', '?')} cores, {about.get('memory_gib', '?')} GiB")
+def _machine(about: dict) -> str:
+    if "compute_capability" not in about:
+        return f"{about['device']}; {about.get('cores', '?')} cores, {about.get('memory_gib', '?')} GiB"
+    said = [about["device"], f"{about['memory_gib']:.1f} GiB, compute capability {about['compute_capability']}"]
+    said += [f"driver {about['driver']}"] if about.get("driver") else []
+    said += [f"host {about['cpu']}, {about.get('cores', '?')} cores"] if about.get("cpu") else []
     return "; ".join(said)
 
 
-def page(directory=None) -> str:
+def page(directory=None, folder=None) -> str:
     """``data/results/README.md``: every file with its provenance, as Markdown."""
     found = recorded(directory)
     lines = [
         "# All results, and where they come from",
         "",
-        "<!-- written by `python -m qtutor results write`: change the measurements, not this page -->",
+        "<!-- written by `python -m tools.report write`: change the measurements, not this page -->",
         "",
         "One file holds what one machine measured: flat rows, the unit in the name of the column, the standard error",
-        "beside it as `..._se`. `qtutor.results.load(name, machine)` reads it; the schema is in the docstring of",
-        "[qtutor/results.py](../../qtutor/results.py). Comparisons stay within one file, because they must stay within",
-        "one machine. A `+` behind the commit: files of the package differed from it when the rows were measured.",
-        "`unknown`: measured from a copy of the files without its history. *Profile*: `full` is the size of a run that",
-        "a GPU gets, `quick` that of a laptop.",
+        "beside it as `..._se`. `qtutor.results.load(name, machine)` reads it; the schema, and what each column means,",
+        "are in [qtutor/results.py](../../qtutor/results.py). Comparisons stay within one file, because they must stay",
+        "within one machine. A `+` behind the commit: files of the package differed from it when the rows were",
+        "measured. `unknown`: measured from a copy of the files without its history. *Profile*: `full` is the size of",
+        "a run that a GPU gets, `quick` that of a laptop.",
         "",
         "| File | What it shows | Machine | Measured | Rows | Notebook |",
         "|---|---|---|---|---|---|",
     ]
     for machine, data in found:
         about = RESULTS.get(data.name)
-        lines.append(f"| [{machine}/{data.name}]({machine}/{data.name}.json) | "
-                     f"{_cell(about.shows) if about else '*not described yet: add it to qtutor/report.py*'} | "
-                     f"{_cell(data.device)} | {data.created[:10]} | {len(data.rows)} | "
-                     f"{_notebook_link(about.notebook, '../../') if about else ''} |")  # fmt: skip
+        shows = about.shows if about else "*not described yet: add it to tools/report.py*"
+        link = _notebook_link(about, "../../", folder)
+        lines.append(f"| [{machine}/{data.name}]({machine}/{data.name}.json) | {shows} | {data.device} | "
+                     f"{data.created[:10]} | {len(data.rows)} | {link} |")
     if open_ := missing(directory):
         lines += ["", "## Not recorded yet", "",
                   "`make results` on a machine that has what it takes records them, and this page then lists them.", "",
                   "| Results | What they would show | What it takes | Notebook |", "|---|---|---|---|"]  # fmt: skip
-        lines += [f"| {name} | {_cell(about.shows)} | {NEEDS[about.needs]} | "
-                  f"{_notebook_link(about.notebook, '../../')} |" for name, about in open_.items()]  # fmt: skip
+        lines += [f"| {name} | {about.shows} | {NEEDS[about.needs]} | {_notebook_link(about, '../../', folder)} |"
+                  for name, about in open_.items()]  # fmt: skip
     lines += ["", "## Provenance", ""]
     for machine, data in found:
         about = RESULTS.get(data.name)
-        columns = list(dict.fromkeys(key for row in data.rows for key in row))
-        lines += [f"### {machine}/{data.name}", ""]
-        if about:
-            lines += [f"- **recorded by** `{about.by}`" if "." in about.by else f"- **recorded by** {about.by}"]
-            lines[-1] += f", through notebook {_notebook_link(about.notebook, '../../')}"
+        columns = dict.fromkeys(key for row in data.rows for key in row)
+        by = f"`tools/{about.by}.py`, shown in notebook {_notebook_link(about, '../../', folder)}" if about else "?"
         lines += [
-            f"- **machine** {_machine(data)}",
+            f"### {machine}/{data.name}",
+            "",
+            f"- **recorded by** {by}",
+            f"- **machine** {_machine(data.machine)}",
             f"- **when** {data.created}, commit `{data.commit}`, profile {data.profile}",
-            f"- **versions** {_versions(data)}",
+            *([f"- **migrated** {data.migrated}"] if data.migrated else []),
+            "- **versions** " + ", ".join(f"{name} {version}" for name, version in data.versions.items()),
             f"- **rows** {len(data.rows)}, with the columns " + ", ".join(f"`{name}`" for name in columns),
             "",
         ]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def notebook_map(text: str, notebook_folder=None) -> str:
-    """The rows of README's map of notebooks, brought in step with the notebooks that are there.
-
-    A row ``| 09 | ... | what it is about |`` gets the notebook's own title as a link and loses its "to come" once
-    the file exists; what a row says the notebook is about stays as it was written.
-    """
-    there = {name[:2]: name for name in notebooks.names(notebook_folder)}
-    folder = Path(notebook_folder or notebooks.NOTEBOOKS)
-    lines = []
-    for line in text.split("\n"):
-        match = re.fullmatch(r"\| (\d\d) \| (.*?) \| (.*) \|", line)
-        if match:
-            number, name, about = match.groups()
-            about = about.removeprefix("*to come:* ")
-            if number in there:
-                name = f"[{notebooks.title(folder / (there[number] + '.ipynb'))}](notebooks/{there[number]}.ipynb)"
-            else:
-                name = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", name)
-                about = f"*to come:* {about}"
-            line = f"| {number} | {name} | {about} |"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def start_map(text: str, notebook_folder=None) -> str:
-    """The same for the map in notebook 00, on the text of its file; the names in that map are short and stay."""
-    there = {name[:2]: name for name in notebooks.names(notebook_folder)}
-
-    def row(match):
-        label = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", match[2]).removesuffix(" *(to come)*")
-        link = f"[{label}]({there[match[1]]}.ipynb)" if match[1] in there else f"{label} *(to come)*"
-        return f'"| {match[1]} | {link} |'
-
-    return re.sub(r'"\| (\d\d) \| ([^|\n]+) \|', row, text)
-
-
-def _block(text: str, name: str) -> tuple[str, str, str]:
-    """The text before, inside and after ``<!-- name -->`` ... ``<!-- /name -->``."""
-    match = re.fullmatch(rf"(.*<!-- {name} -->\n)(.*?)(\n?<!-- /{name} -->.*)", text, re.S)
+def with_block(text: str, name: str, inside: str) -> str:
+    """``text`` with ``inside`` between its lines ``<!-- name -->`` and ``<!-- /name -->``."""
+    match = re.fullmatch(rf"(.*<!-- {name} -->\n).*?(<!-- /{name} -->.*)", text, re.S)
     if not match:
         raise QtutorError(f"README.md lacks its markers <!-- {name} --> and <!-- /{name} -->: restore them with "
                           "'git checkout README.md'.")  # fmt: skip
-    return match.groups()
-
-
-def readme(text: str, directory=None, notebook_folder=None) -> str:
-    """README's text with both of its generated tables brought in step."""
-    before, inside, after = _block(text, "notebooks")
-    text = before + notebook_map(inside, notebook_folder) + after
-    before, _, after = _block(text, "results")
-    return before + headline_table(directory) + "\n" + after.lstrip("\n")
+    return match[1] + inside + ("\n" if inside else "") + match[2]
 
 
 def documents(root=None, directory=None) -> dict[Path, str]:
     """What each generated file should hold: {path: text}."""
-    root = Path(root or ROOT)
+    root = Path(root or files.ROOT)
+    folder, directory = root / "notebooks", directory or root / "data" / "results"
+    found = {}
+    for path in notebooks.pages(root):
+        if path.is_file():
+            found[path] = notebooks.in_step(path.read_text("utf-8"), notebooks.names(folder))
     front = root / "README.md"
-    try:
-        text = front.read_text("utf-8")
-    except OSError:
-        raise QtutorError("README.md is missing: restore it with 'git checkout README.md'.") from None
-    folder = root / "notebooks"
-    directory = directory or root / "data" / "results"
-    found = {front: readme(text, directory, folder), root / PAGE: page(directory)}
-    start = folder / f"{notebooks.CONTENTS}.ipynb"
-    if start.is_file():
-        found[start] = start_map(start.read_text("utf-8"), folder)
+    if front not in found:
+        raise QtutorError("README.md is missing: restore it with 'git checkout README.md'.")
+    text = notebooks.with_map(found[front], folder)
+    text = with_block(text, "runs", runs.time_for_all(directory))
+    found[front] = with_block(text, "results", headline_table(directory, folder))
+    found[root / PAGE] = page(directory, folder)
     return found
 
 
 def check(root=None, directory=None) -> list[str]:
     """What is out of step with ``data/results`` and the notebooks: one line each, an empty list when nothing is."""
-    root, found = Path(root or ROOT), []
+    root, found = Path(root or files.ROOT), []
     directory = directory or root / "data" / "results"
     for path, text in documents(root, directory).items():
-        there = path.read_text("utf-8") if path.is_file() else ""
-        if there != text:
-            found.append(f"{path.relative_to(root)} is out of step: python -m qtutor results write")
+        if not path.is_file() or path.read_text("utf-8") != text:
+            found.append(f"{path.relative_to(root)} is out of step: python -m tools.report write")
+    for line in re.findall(r"^\| \d\d \| .* \|  \|$", (root / "README.md").read_text("utf-8"), re.M):
+        found.append(f"README.md's map does not say what this notebook is about: {line}")
     undescribed = {data.name for _, data in recorded(directory)} - set(RESULTS)
-    found += [f"results '{name}' are not described: add them to RESULTS in qtutor/report.py"
+    found += [f"results '{name}' are not described: add them to RESULTS in tools/report.py"
               for name in sorted(undescribed)]  # fmt: skip
     return found
 
@@ -526,62 +441,70 @@ def write(root=None, directory=None) -> list[Path]:
     """Write the generated files that changed; return their paths."""
     changed = []
     for path, text in documents(root, directory).items():
-        if path.is_file() and path.read_text("utf-8") == text:
-            continue
-        notebooks.write_whole(path, text)
-        changed.append(path)
+        if not path.is_file() or path.read_text("utf-8") != text:
+            changed.append(files.write_text(path, text))
     return changed
 
 
 # ---------------------------------------------------------------------------------------------------------- recording
 
 
-def _stamps() -> dict[str, str]:
-    """{"h200/fp8_loss": when it was created} of the results that are there."""
-    return {f"{path.parent.name}/{path.stem}": json.loads(path.read_text("utf-8")).get("created")
-            for path in sorted(results.RESULTS.glob("*/*.json"))}  # fmt: skip
+def can_record(name: str) -> bool:
+    """Whether this machine has what results ``name`` need."""
+    needs = RESULTS[name].needs
+    if needs == "any":
+        return True
+    if needs == "llama.cpp":
+        from qtutor import llamacpp
+
+        return llamacpp.available()[0]
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    if needs == "fp8":
+        from qtutor import te_switch
+
+        return te_switch.activate().real
+    return True  # that llama.cpp uses the GPU, and that there is room, is for the recording function to say
 
 
-def record(only=()) -> int:
-    """Run the notebooks that can record something on this machine, in copies; write the tables; say what came out.
+def recorder(name: str) -> Callable:
+    """The function that records results ``name``: ``function(full)`` returns what it wrote, a path or several."""
+    return importlib.import_module(f"{__package__}.{RESULTS[name].by}").RECORDS[name]
 
-    ``only``: numbers of notebooks, all of them by default.  The notebooks themselves stay as they are: ``make
-    notebooks`` shows the new numbers in them.  One that fails does not stop the others.  Returns the exit status.
+
+def record(only=(), full: bool | None = None) -> int:
+    """Measure what this machine can, or only results of some names; write the tables; say what came out.
+
+    ``full``: at the size of a GPU (True) or of a laptop (False); by default as the profile says.  One that fails does
+    not stop the others.  Returns the exit status.
     """
-    wanted = [str(number).zfill(2)[:2] for number in only]
-    known = {about.notebook for about in RESULTS.values()}
-    if unknown := [number for number in wanted if number not in known]:
-        raise QtutorError(f"Notebook {unknown[0]} records nothing: choose from {', '.join(sorted(known))}.")
-    here = {name: can_record(name) for name, about in RESULTS.items() if not wanted or about.notebook in wanted}
-    numbers = sorted({RESULTS[name].notebook for name, able in here.items() if able})
-    before, failed = _stamps(), 0
-    keep = os.environ.get("QTUTOR_SAVE_RESULTS")
-    os.environ["QTUTOR_SAVE_RESULTS"] = "1"  # the kernels inherit it
-    try:
-        with tempfile.TemporaryDirectory(prefix="qtutor-results-") as folder:
-            copies = Path(shutil.copytree(notebooks.NOTEBOOKS, Path(folder) / "notebooks"))
-            for name in notebooks.names(copies):
-                if name[:2] not in numbers:
-                    continue
-                print(f"{name}: ", end="", flush=True)
-                try:
-                    print(f"{notebooks.execute(copies / f'{name}.ipynb'):.1f} s", flush=True)
-                except QtutorError as error:
-                    failed += 1
-                    print(f"failed: {error}", flush=True)
-    finally:
-        if keep is None:
-            del os.environ["QTUTOR_SAVE_RESULTS"]
-        else:
-            os.environ["QTUTOR_SAVE_RESULTS"] = keep
-    after = _stamps()
-    new = [name for name, created in after.items() if before.get(name) != created]
-    print("\nrecorded: " + (", ".join(new) or "nothing"))
-    for name, able in here.items():
-        if not able:
-            print(f"not here: {name} needs {NEEDS[RESULTS[name].needs]}")
+    if unknown := [name for name in only if name not in RESULTS]:
+        raise QtutorError(f"There are no results {unknown[0]!r}: choose from {', '.join(RESULTS)}.")
+    full = qtutor.profile() == "full" if full is None else full
+    os.environ["QTUTOR_PROFILE"] = "full" if full else "quick"  # for the processes that a recorder starts
+    done, failed = set(), 0
+    for name in only or RESULTS:
+        if not can_record(name):
+            print(f"{name}: not here, it needs {NEEDS[RESULTS[name].needs]}", flush=True)
+            continue
+        try:
+            function = recorder(name)
+            if function in done:  # it has written this file together with another
+                continue
+            done.add(function)
+            print(f"{name} ...", flush=True)
+            written = function(full)
+        except Exception as error:  # whatever stops one must not stop the others
+            failed += 1
+            reason = str(error) if isinstance(error, QtutorError) else f"{type(error).__name__}: {error}"
+            print(f"{name}: failed: {reason}", flush=True)
+            continue
+        for path in [written] if isinstance(written, str | Path) else written:
+            print(f"{name}: recorded {keep(Path(path))}", flush=True)
     for path in write():
-        print(f"written:  {path.relative_to(ROOT)}")
+        print(f"written: {path}")
     return 1 if failed else 0
 
 
@@ -589,22 +512,21 @@ def record(only=()) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """``results write | check | record [notebooks]``; return 1 where ``check`` finds something or a notebook fails."""
-    parser = argparse.ArgumentParser(prog="qtutor results", description="write or check README's tables and the page "
-                                     "of all results, or measure them again")  # fmt: skip
+    """``write | check | record [names]``; return 1 where ``check`` finds something or a recording fails."""
+    parser = argparse.ArgumentParser(prog="python -m tools.report", description="write or check README's tables and "
+                                     "the page of all results, or measure them again")  # fmt: skip
     parser.add_argument("action", choices=("write", "check", "record"))
-    parser.add_argument("notebook", nargs="*", help="with record: numbers of notebooks; all of them by default")
+    parser.add_argument("name", nargs="*", help="with record: names of results; all of them by default")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", action="store_const", const=True, dest="full", help="record at the size of a GPU")
+    size.add_argument("--quick", action="store_const", const=False, dest="full", help="record at the size of a laptop")
     options = parser.parse_args(argv)
     if options.action == "record":
-        return record(options.notebook)
-    if options.action == "write":
-        changed = write()
-        print("\n".join(f"{path.relative_to(ROOT)}: written" for path in changed) or "everything is in step")
-        return 0
-    found = check()
+        return record(options.name, options.full)
+    found = [f"{path}: written" for path in write()] if options.action == "write" else check()
     print("\n".join(found) or "everything is in step")
-    return 1 if found else 0
+    return 1 if found and options.action == "check" else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command(main)
