@@ -11,6 +11,10 @@ WORKERS ?= 2
 PY      := $(VENV)/bin/python
 PIP     := $(PY) -m pip --disable-pip-version-check
 INPUTS  := pyproject.toml constraints.txt
+# test-gpu runs where somebody else has installed things, too
+HERE     = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+JOBS    ?= 1
+LIMIT   ?= 1800
 
 # llama.cpp is compiled from llama-cpp-python's own source, with its command line tools, which look for the
 # shared libraries beside them: $ORIGIN is for the loader, hence the quoting.
@@ -18,7 +22,7 @@ LLAMA_CMAKE := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=ON -DLLAMA_TOOLS_INSTALL=ON
 	-DLLAMA_OPENSSL=OFF -DGGML_CUDA=$(CUDA) -DCMAKE_INSTALL_RPATH=$$ORIGIN/../lib
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test check notebooks results doctor install install-test clean
+.PHONY: help lab test quick test-gpu check notebooks times renumber results doctor install install-test clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -30,18 +34,37 @@ lab: $(VENV)/.lab ## open JupyterLab on the start page (ARGS="--port 9999" passe
 test: $(VENV)/.test ## every test: units, recipes, exercises, a real browser, each notebook twice, network off
 	$(PY) -m ruff check .
 	QTUTOR_PROFILE=$${QTUTOR_PROFILE:-quick} $(PY) tests/offline.py -m pytest tests notebooks \
-		--nbmake --nbmake-timeout=300 --notebook-runs=2 -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+		--nbmake --nbmake-timeout=600 --notebook-runs=2 -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+quick: $(VENV)/.test ## what fits in two minutes: ruff, units, the form of the notebooks
+	$(PY) -m ruff check .
+	$(PY) -m pytest tests -m "not slow and not gpu" -n $(WORKERS) $(ARGS)
+
+test-gpu: ## on a machine with a GPU: its tests, then every notebook (JOBS=2 side by side) and recipe at full size
+	@status=0; set -x; export QTUTOR_PROFILE=full; \
+	$(HERE) -m pytest -m gpu tests $(ARGS) || [ $$? = 5 ] || status=1; \
+	$(HERE) -m tools.notebooks time --jobs $(JOBS) --limit $(LIMIT) $(ONLY) || status=1; \
+	$(HERE) -m pytest tests/test_recipes.py $(ARGS) || status=1; \
+	exit $$status
 
 check: $(VENV)/.test ## ruff, the canonical form of the notebooks, README's tables in step with data/results
 	$(PY) -m ruff check .
-	$(PY) -m qtutor notebooks check
-	$(PY) -m qtutor results check
+	$(PY) -m tools.notebooks check
+	$(PY) -m tools.report check
 
-notebooks: $(VENV)/.test ## execute the notebooks (ONLY="01 05" picks) and restore their canonical form
-	$(PY) -m qtutor notebooks run $(ONLY)
+notebooks: $(VENV)/.test ## execute the notebooks (ONLY="01 qat" picks) and restore their canonical form
+	$(PY) -m tools.notebooks run $(ONLY)
 
-results: $(VENV)/.test ## measure again what this machine can (ONLY="08" picks), then README's tables and data/results/README.md
-	$(PY) -m qtutor results record $(ONLY)
+times: $(VENV)/.test ## run every notebook and record what it takes: the lines "to run" come from there
+	$(PY) -m tools.notebooks time $(ONLY)
+	$(PY) -m tools.notebooks restore
+	$(PY) -m tools.report write
+
+renumber: $(VENV)/.test ## number the notebooks in the order of their files' names (add 04b_topic.ipynb), links and all
+	$(PY) -m tools.notebooks renumber
+
+results: $(VENV)/.test ## measure again what this machine can (ONLY="gguf_quality" picks), then README and the page of results
+	$(PY) -m tools.report record $(ONLY)
 
 doctor: $(VENV)/.lab ## what works on this machine, and what to do about the rest
 	$(PY) -m qtutor doctor

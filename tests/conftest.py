@@ -1,4 +1,4 @@
-"""What all tests share.  ``--notebook-runs=2`` runs each notebook twice in a row."""
+"""What all tests share: threads, profile, the markers, and ``--notebook-runs=2``, which runs each notebook twice."""
 
 from __future__ import annotations
 
@@ -40,3 +40,11 @@ def pytest_collection_modifyitems(config, items):
             again = RepeatedNotebook.from_parent(item.parent, filename=item.filename, number=number)
             notebooks.append(again)
     items[:] = notebooks + others
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA GPU here")

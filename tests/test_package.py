@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
 import subprocess
@@ -18,15 +17,13 @@ from packaging.utils import canonicalize_name
 import qtutor
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = sorted((ROOT / "qtutor").glob("*.py"))
+MODULES = [path for folder in ("qtutor", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-HEAVY = {"torch", "numpy", "transformers", "torchao", "matplotlib", "seaborn", "pandas", "ipywidgets", "llama_cpp",
-         "gguf", "safetensors", "IPython"}
 
 
 def python(*argv, **env):
     return subprocess.run([sys.executable, *argv], cwd=ROOT, env={**os.environ, **env}, capture_output=True,
-                          text=True, timeout=120)
+                          text=True, timeout=300)
 
 
 def tracked_files() -> list[Path]:
@@ -38,16 +35,10 @@ def tracked_files() -> list[Path]:
 
 def python_git(*argv):
     try:
-        done = subprocess.run(["git", *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["git", *argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
     except OSError:
         return None
     return done.stdout if done.returncode == 0 else None
-
-
-def test_import_loads_nothing_heavy():
-    done = python("-c", "import sys, qtutor; print(*sys.modules)")
-    assert not HEAVY & {name.split(".")[0] for name in done.stdout.split()}
-    assert done.stderr == ""
 
 
 def test_modules_load_when_first_used():
@@ -58,19 +49,20 @@ def test_modules_load_when_first_used():
 
 
 def test_every_listed_module_exists():
-    """What __init__ promises is there."""
-    listed = re.search(r"_MODULES = \((.*?)\)\.split", (ROOT / "qtutor/__init__.py").read_text("utf-8"), re.S)[1]
-    names = set(" ".join(ast.literal_eval(part) for part in re.findall(r'"[^"]*"', listed)).split())
-    assert names <= {path.stem for path in MODULES}
+    """What __init__ promises is there, and it promises all that is there."""
+    listed = set(dir(qtutor)) & {path.stem if path.stem != "__init__" else path.parent.name for path in MODULES}
+    there = {path.stem for path in (ROOT / "qtutor").glob("[a-z]*.py")}
+    there |= {path.parent.name for path in (ROOT / "qtutor").glob("*/__init__.py")}
+    assert there <= listed and all(getattr(qtutor, name) for name in ("files", "results", "decide", "exercises"))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_module_has_a_docstring_and_so_do_public_names(path):
     tree = ast.parse(path.read_text("utf-8"))
     assert ast.get_docstring(tree), f"{path.name} has no module docstring"
-    kinds = (ast.FunctionDef, ast.ClassDef)
+    kinds = (ast.FunctionDef, ast.ClassDef)  # a check of the doctor has its title in CHECKS
     bare = [node.name for node in tree.body
-            if isinstance(node, kinds) and not node.name.startswith("_") and not ast.get_docstring(node)]
+            if isinstance(node, kinds) and not node.name.startswith(("_", "check_")) and not ast.get_docstring(node)]
     assert not bare, f"public names without a docstring in {path.name}: {bare}"
 
 
@@ -105,18 +97,6 @@ def test_constraints_pin_the_tested_set_within_bounds():
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
 
-def test_readme_lists_the_notebooks_that_are_there():
-    table = (ROOT / "README.md").read_text("utf-8").split("<!-- notebooks -->")[1].split("<!-- /notebooks -->")[0]
-    linked = dict(re.findall(r"\| \d\d \| \[([^\]]+)\]\(notebooks/([^)]+)\)", table))
-    here = {path.name: path for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
-    assert sorted(linked.values()) == sorted(here)
-    for title, name in linked.items():
-        cells = json.loads(here[name].read_text("utf-8"))["cells"]
-        headings = [re.search(r"^# \d\d · (.+)$", "".join(cell["source"]), re.M) for cell in cells]
-        assert next(match[1] for match in headings if match).strip() == title
-    assert len(re.findall(r"^\| \d\d \|", table, re.M)) == 12
-
-
 def test_readme_and_makefile_compile_llama_cpp_alike():
     flag = re.compile(r"-DL[A-Z_]+=\w+|-DCMAKE_INSTALL_RPATH")
     makefile = set(flag.findall((ROOT / "Makefile").read_text("utf-8")))
@@ -125,8 +105,9 @@ def test_readme_and_makefile_compile_llama_cpp_alike():
 
 
 def test_links_between_our_files_lead_somewhere():
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data/model/README.md"]:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text("utf-8")):
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("data/*/README.md")]:
+        text = re.sub(r"`[^`\n]*`", "", path.read_text("utf-8"))  # an example is no link
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
             if not target.startswith(("http", "mailto")):
                 assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
@@ -168,7 +149,7 @@ def test_make_says_in_one_sentence_what_is_missing(tmp_path):
     missing = ("no-such-python", "was not found: install Python 3.11")
     for name, said in (missing, (str(old), "Python 3.9.2 cannot run")):
         command = ["make", "--no-print-directory", "install", f"PYTHON={name}", f"VENV={tmp_path / 'venv'}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode != 0
         sentences = [line for line in done.stdout.splitlines() if line.strip()]
         assert len(sentences) == 1 and said in sentences[0], done.stdout

@@ -62,6 +62,7 @@ UNPINNED = "before pinning"
 
 
 def renamed(name: str, row: dict) -> dict:
+    """A row of results ``name`` with the names of the vocabulary."""
     names = RENAMED | BY_FILE.get(name, {})
     row = {names.get(key, key): value for key, value in row.items()}
     if "text" not in row and any(row.get(key) is not None for key in SCORED):
@@ -93,6 +94,7 @@ def by_batch(row: dict) -> list[dict]:
 
 
 def main() -> int:
+    """Bring every file of data/results into the vocabulary."""
     for path in sorted(results.RESULTS.glob("*/*.json")):
         data = files.read_json(path)
         name = data["name"]

@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from qtutor import QtutorError, files
@@ -358,32 +359,49 @@ def _opening(nb, path):
         yield "there are pictures, but no '**What you should see.**'"
 
 
-def checked(source: str) -> list[tuple[str, str]]:
-    """Name and answer of each ``check("topic.name", answer)`` in a cell."""
-    try:
-        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    except SyntaxError:
-        return []
-    return [(call.args[0].value, ast.unparse(call.args[1])) for call in calls
-            if ast.unparse(call.func).split(".")[-1] == "check"
-            and len(call.args) == 2 and isinstance(call.args[0], ast.Constant)]  # fmt: skip
+@dataclass(frozen=True)
+class Asked:
+    """An exercise as it stands in a notebook: its cell, the name and the answer it checks, its folded solution."""
+
+    cell: int
+    source: str
+    name: str  # "" where the cell checks nothing
+    answer: str  # the expression that the check gets, usually "answer"
+    solution: str  # the fenced Python blocks of the cell that follows
+
+
+def exercises(path) -> list[Asked]:
+    """The exercises of a notebook, in order: what each cell tagged "exercise" checks."""
+    cells, found = _read(path).cells, []
+    for number, cell in enumerate(cells):
+        if "exercise" not in tags(cell):
+            continue
+        try:
+            calls = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
+        except SyntaxError:
+            calls = []
+        calls = [call for call in calls if ast.unparse(call.func).split(".")[-1] == "check" and len(call.args) == 2]
+        after = cells[number + 1].source if number + 1 < len(cells) else ""
+        folded = re.search(r"<details>(.*)</details>", after, re.S)
+        solution = "\n\n".join(re.findall(r"```python\n(.*?)```", folded[1], re.S)) if folded else ""
+        checks = [(ast.literal_eval(call.args[0]), ast.unparse(call.args[1])) for call in calls] or [("", "")]
+        found += [Asked(number, cell.source, name, answer, solution) for name, answer in checks]
+    return found
 
 
 def _exercises(nb, path):
-    cells, about = nb.cells, topic(path)
-    exercises = [i for i, cell in enumerate(cells) if "exercise" in tags(cell)]
-    if not 2 <= len(exercises) <= 4:
-        yield f"{len(exercises)} exercises; two to four are wanted"
-    for i in exercises:
-        asked = checked(cells[i].source)
-        if not asked or not all(name.startswith(f"{about}.") for name, _ in asked):
-            yield f'cell {i}: the exercise needs a qtutor.lesson.check("{about}.name", answer)'
+    cells, asked = nb.cells, exercises(path)
+    if not 2 <= len({one.cell for one in asked}) <= 4:
+        yield f"{len({one.cell for one in asked})} exercises; two to four are wanted"
+    for one in asked:
+        i, before = one.cell, cells[one.cell - 1]
+        if not one.name.startswith(f"{topic(path)}."):
+            yield f'cell {i}: the exercise needs a qtutor.lesson.check("{topic(path)}.name", answer)'
         elif cells[i].execution_count and "not attempted yet" not in str(cells[i].outputs):
             yield f"cell {i}: the exercise is answered already: leave 'answer = ...'"
-        before, after = cells[i - 1], cells[i + 1].source if i + 1 < len(cells) else ""
         if before.cell_type != "markdown" or not re.search(r"\bmin", before.source):
             yield f"cell {i}: the task, with minutes and difficulty, must stand in the cell before"
-        if not all(part in after for part in ("<details>", "```python", "</details>")):
+        if not one.solution:
             yield f"cell {i}: no folded solution (markdown with <details> and ```python) follows the exercise"
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import json
+import re
+import shutil
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from qtutor import QtutorError
+from qtutor import QtutorError, files
 from tools import notebooks
 
 PATHS = [notebooks.NOTEBOOKS / f"{name}.ipynb" for name in notebooks.names()]
@@ -46,7 +49,7 @@ def exercise(name):
 def good():
     """A small notebook without fault, as an author would hand it in, except that restore has not seen it yet."""
     cells = [new_markdown_cell(OPENING), new_code_cell(notebooks.SETUP, metadata={"tags": ["setup"]}),
-             *exercise("01.one"), *exercise("01.two"),
+             *exercise("demo.one"), *exercise("demo.two"),
              new_markdown_cell("Recipe: add two numbers."),
              new_code_cell("import math\nmath.pi + 1", metadata={"tags": ["recipe"]}),
              new_markdown_cell("## Recap\n\n- so\n\n## Where to go next\n\n- [there](https://example.org)")]
@@ -103,17 +106,17 @@ def drop(find, offset=0):
 
 BIG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(300_000)).decode()
 FAULTS = {
-    "title": (change("# 01", source=OPENING.replace("# 01", "# 02")), "title"),
+    "title": (change("# 01", source=OPENING.replace("# 01 ·", "# Demo")), "title"),
     "opening": (change("# 01", source=OPENING.replace("**Time**", "Time")), "Time"),
     "setup differs": (change("setup", source="import qtutor\nqtutor.setup('hello')"), "setup"),
     "setup comes late": (lambda nb: nb.cells.insert(1, new_code_cell("1", execution_count=1)), "setup"),
     "unknown tag": (change("recipe", metadata={"tags": ["recipes"]}), "recipes"),
     "long cell": (change("setup", source="\n".join("x" * 50)), "lines"),
-    "one exercise": (drop('"01.two"'), "1 exercises"),
-    "exercise of another notebook": (lambda nb: nb.cells.extend(exercise("02.one")), "01.name"),
+    "one exercise": (drop('"demo.two"'), "1 exercises"),
+    "exercise of another notebook": (lambda nb: nb.cells.extend(exercise("other.one")), "demo.name"),
     "answered exercise": (change("exercise", outputs=[]), "answered"),
     "no minutes": (change("### Exercise", source="### Exercise"), "minutes"),
-    "no solution": (drop('"01.one"', 1), "solution"),
+    "no solution": (drop('"demo.one"', 1), "solution"),
     "no recipe": (change("recipe", metadata={}), "recipe"),
     "recipe with qtutor": (change("recipe", source="import qtutor"), "qtutor"),
     "long recipe": (change("recipe", source="\n".join("x" * 31)), "31 lines"),
@@ -127,6 +130,8 @@ FAULTS = {
     "warning": (says("x.py:3: UserWarning: deprecated\n"), "warning"),
     "measured": (prose("It takes 12 ms."), "12 ms"),
     "measured in a list": (prose("Speed:\n\n- 3 x faster\n"), "3 x faster"),
+    "a number without a link": (prose("As in notebook 00."), "notebook 00"),
+    "a number in code": (change("recipe", source="import math  # as in notebook 00"), "notebook 00"),
     "dead link": (prose("See [that](99_nothing.ipynb)."), "99_nothing"),
     "executed out of order": (change("recipe", execution_count=2), "execution count"),
     "not executed": (change("recipe", execution_count=None), "executed"),
@@ -211,10 +216,10 @@ def test_the_exercises_of_a_notebook(tmp_path):
     path = tmp_path / "01_demo.ipynb"
     nbformat.write(good(), path)
     one, two = notebooks.exercises(path)
-    assert (one.name, one.answer, one.solution, two.name) == ("01.one", "answer", "answer = 1\n", "01.two")
+    assert (one.name, one.answer, one.solution, two.name) == ("demo.one", "answer", "answer = 1\n", "demo.two")
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.slow
 def test_execute_runs_in_a_fresh_kernel_and_keeps_the_file_when_a_cell_fails(tmp_path):
     path = tmp_path / "01_demo.ipynb"
     nb = new_notebook(cells=[new_markdown_cell("# 01 · Demo"), new_code_cell("import os\nprint(os.listdir())"),
@@ -247,3 +252,90 @@ def test_the_command(capsys):
     assert capsys.readouterr().out.startswith("00_start_here")
     with pytest.raises(QtutorError, match="no notebook '77'"):
         notebooks.main(["check", "77"])
+    assert notebooks.find("start_here") == notebooks.find("00") == notebooks.find("notebooks/00_start_here.ipynb")
+
+
+# ------------------------------------------------------------------------------------------------ topics and numbers
+
+ORDER = ["00_start_here", "01_other", "02_demo", "03_demo_two"]
+
+
+@pytest.mark.parametrize("before, after", [
+    ("[notebook 01](01_demo.ipynb), [01](notebooks/01_demo.ipynb#part)",
+     "[notebook 02](02_demo.ipynb), [02](notebooks/02_demo.ipynb#part)"),
+    ("[← 07 · Demo](07_demo.ipynb) · [16 bits](07_demo.ipynb)",
+     "[← 02 · Demo](02_demo.ipynb) · [16 bits](02_demo.ipynb)"),
+    ("run notebooks/07_demo.ipynb, 07_demo_two", "run notebooks/02_demo.ipynb, 03_demo_two"),
+    ("[01](99_unknown.ipynb), 2024_demo, v01_demo, 12 · 13", "[01](99_unknown.ipynb), 2024_demo, v01_demo, 12 · 13"),
+])  # fmt: skip
+def test_numbers_come_from_the_files(before, after):
+    assert notebooks.in_step(before, ORDER) == after == notebooks.in_step(after, ORDER)
+
+
+def test_a_map_has_a_row_for_each_notebook(tmp_path):
+    for name in ("00_start_here", "01_new", "02_demo"):
+        nb = new_notebook(cells=[new_markdown_cell(f"# {name[:2]} · About {name[3:]}")])
+        nbformat.write(nb, tmp_path / f"{name}.ipynb")
+    rows = ("| | | |\n|---|---|---|\n| 01 | [Old](notebooks/01_demo.ipynb) | why? |\n"
+            "| 02 | [Gone](notebooks/02_gone.ipynb) | - |\n")  # fmt: skip
+    found = notebooks.with_map(rows, tmp_path, without="00_start_here")
+    assert found == ("| | | |\n|---|---|---|\n| 01 | [About new](notebooks/01_new.ipynb) |  |\n"
+                     "| 02 | [About demo](notebooks/02_demo.ipynb) | why? |\n")  # fmt: skip
+    assert notebooks.with_map(found, tmp_path, without="00_start_here") == found
+
+
+def masked(text: str) -> str:
+    """Text without what a renumbering changes: the numbers of notebooks, navigation cells, the rows of maps."""
+    text = re.sub(r"(?<!\w)\d\d_(?=[a-z])", "NN_", text)
+    text = re.sub(r"^# \d\d ·", "# NN ·", text, flags=re.M)
+    text = re.sub(r"^\| \d\d \| .*\n?", "", text, flags=re.M)
+    return re.sub(r"(\[(?:← )?(?:[Nn]otebook )?)\d\d(?=[\]·]| ·)", r"\1NN", text)
+
+
+def test_a_notebook_put_in_the_middle_moves_all_numbers_and_nothing_else(tmp_path):
+    """As an author does it: a file 04b_....ipynb appears, and one command brings everything in step."""
+    shutil.copytree(notebooks.NOTEBOOKS, tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    for page in notebooks.pages(files.ROOT):
+        target = tmp_path / page.relative_to(files.ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(page, target)
+    folder = tmp_path / "notebooks"
+    before = {path.stem[3:]: nbformat.read(path, 4).cells for path in folder.glob("*.ipynb")}
+    pages = {page: page.read_text("utf-8") for page in notebooks.pages(tmp_path)}
+    said = ("# 04 · A new notebook", "As in [notebook 01](01_number_formats.ipynb).")
+    new = new_notebook(cells=[new_markdown_cell(source) for source in said])
+    nbformat.write(new, folder / "04b_a_new_one.ipynb")
+
+    renamed = notebooks.renumber(folder)
+    assert renamed["04b_a_new_one"] == "05_a_new_one" and renamed["05_fake_quantization"] == "06_fake_quantization"
+    names = notebooks.names(folder)
+    assert [name[:2] for name in names] == [f"{i:02d}" for i in range(13)] and names[5] == "05_a_new_one"
+    assert notebooks.title(folder / "05_a_new_one.ipynb") == "A new notebook"
+    assert notebooks.renumber(folder) == {}
+
+    for name in names:
+        cells = nbformat.read(folder / f"{name}.ipynb", 4).cells
+        text = json.dumps(cells, ensure_ascii=False) + "".join(cell.source for cell in cells)
+        for number, topic in re.findall(r"(?<!\w)(\d\d)_(\w+)\.ipynb", text):
+            assert f"{number}_{topic}" in names
+        for number, target in re.findall(r"\[(?:← )?(?:[Nn]otebook )?(\d\d)(?:\]| ·[^\]]*\])\((\d\d)_", text):
+            assert number == target
+        old = before.get(name[3:])
+        if old is not None:
+            assert [masked(cell.source) for cell in cells if "nav" not in notebooks.tags(cell)] == [
+                masked(cell.source) for cell in old if "nav" not in notebooks.tags(cell)]
+            assert [cell.get("outputs") for cell in cells] == [cell.get("outputs") for cell in old]
+        assert not [line for line in notebooks.check(folder / f"{name}.ipynb") if "link" in line or "canonical" in line]
+    for page, text in pages.items():
+        found = page.read_text("utf-8")
+        assert masked(found) == masked(text)
+        for target in re.findall(r"\]\(([^)#]+\.ipynb)", re.sub(r"`[^`\n]*`", "", found)):
+            assert (page.parent / target).is_file(), target
+    assert "| 05 | [A new notebook](notebooks/05_a_new_one.ipynb) |" in (tmp_path / "README.md").read_text("utf-8")
+
+
+def test_two_notebooks_about_one_topic_are_one_sentence(tmp_path):
+    for name in ("00_start_here", "01_demo", "01b_demo"):
+        nbformat.write(new_notebook(), tmp_path / f"{name}.ipynb")
+    with pytest.raises(QtutorError, match="Two notebooks are about demo"):
+        notebooks.renumber(tmp_path)

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
-import os
 import re
 import shutil
 import statistics
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from qtutor import QtutorError, results
-from tools import notebooks, report
+from qtutor import QtutorError, files, results
+from tools import notebooks, report, topic
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = files.ROOT
 FILES = sorted(results.RESULTS.glob("*/*.json"))
 
 
 def copy_of_project(folder: Path) -> Path:
-    shutil.copy(ROOT / "README.md", folder)
+    for name in ("README.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, folder)
     for part in ("data/results", "notebooks"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     return folder
@@ -31,7 +31,7 @@ def copy_of_project(folder: Path) -> Path:
 
 def test_readme_and_the_page_are_in_step():
     assert report.check() == []
-    command = [sys.executable, "-m", "qtutor", "results", "check"]
+    command = [sys.executable, "-m", "tools.report", "check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "everything is in step", "")
 
@@ -45,7 +45,7 @@ def test_the_page_has_every_file_with_its_provenance(path):
                  f"**rows** {len(data['rows'])}", *data["versions"].values(), *data["rows"][0]):
         assert part in section, part
     about = report.RESULTS[path.stem]
-    assert f"notebooks/{about.notebook}_" in section
+    assert f"{about.topic}.ipynb" in section and f"tools/{about.by}.py" in section
     assert f"| [{path.parent.name}/{path.stem}]({path.parent.name}/{path.stem}.json) |" in page
 
 
@@ -78,7 +78,7 @@ def test_a_number_typed_by_hand_is_found(tmp_path):
     table = report.headline_table()
     number = re.search(r"\d\.\d\d", table)[0]
     path.write_text(path.read_text("utf-8").replace(number, "9.99"), "utf-8")
-    assert report.check(root) == ["README.md is out of step: python -m qtutor results write"]
+    assert report.check(root) == ["README.md is out of step: python -m tools.report write"]
 
 
 def test_nothing_recorded_is_said_and_not_made_up(tmp_path):
@@ -95,7 +95,7 @@ def test_what_nobody_described_is_found(tmp_path):
     root = copy_of_project(tmp_path)
     data = json.loads(FILES[0].read_text("utf-8")) | {"name": "surprise"}
     (root / "data/results/cpu/surprise.json").write_text(results.dumps(data), "utf-8")
-    assert "results 'surprise' are not described: add them to RESULTS in qtutor/report.py" in report.check(root)
+    assert "results 'surprise' are not described: add them to RESULTS in tools/report.py" in report.check(root)
     report.write(root)
     assert "not described yet" in (root / report.PAGE).read_text("utf-8")
 
@@ -141,7 +141,7 @@ def test_loss_headline_against_pandas():
 
 def test_qat_headlines_against_pandas():
     answer, data = answers()["qat_recovery"]
-    means = data.frame().groupby(["scheme", "arm"]).ratio.mean()
+    means = data.frame().groupby(["scheme", "arm"]).perplexity_ratio.mean()
     assert f"{100 * (means['W4A16', 'PTQ'] - 1):+.1f} % by rounding" in answer
     for scheme in ("W4A16", "W3", "ternary"):
         shown = f"{100 * (means[scheme, 'QAT, distilled'] - 1):+.1f}".replace("-", "−")
@@ -170,7 +170,7 @@ def test_headlines_of_what_a_gpu_records_later(tmp_path):
     run = {"kind": "model", "fits": True, "type": "Q6_K", "gpu_used_gib": 54.5, "decode_tokens_per_s": 30.0,
            "joules_per_decode_token": 20.0}  # fmt: skip
     batch = {"kind": "batch", "type": "Q6_K", "batch": 32, "fits": True, "decode_tokens_per_s": 301.0}
-    rows = [run, batch, {"kind": "model", "type": "Q8_0", "fits": False, "note": "too large"},
+    rows = [run, batch, {"kind": "model", "type": "Q8_0", "fits": False, "not_run": "too large"},
             batch | {"batch": 64, "fits": False}, {"kind": "tool", "type": "Q6_K"}]  # fmt: skip
     save_for(tmp_path, "h100", "llama70b", rows, "NVIDIA H100 80GB HBM3")
     common = {"shape": "llama2_7b", "batch": 1, "runtime": "pytorch", "energy_source": "nvml counter", "not_run": None}
@@ -197,59 +197,63 @@ def test_every_headline_names_one_machine():
         assert f"| {answer} | {data.device} |" in (ROOT / "README.md").read_text("utf-8")
 
 
+def test_inference_headline_against_pandas():
+    answer, data = answers()["fp8_inference"]
+    frame = data.frame()
+    frame = frame[(frame.model == "Llama-2-7B shape") & (frame.batch == 1)].set_index("format")
+    fp8, bf16 = frame.loc["FP8 Transformer Engine"], frame.loc["BF16"]
+    assert f"prefill **{bf16.time_to_first_token_ms / fp8.time_to_first_token_ms:.2f} ×**" in answer
+    assert f"decode **{fp8.decode_tokens_per_s / bf16.decode_tokens_per_s:.2f} ×** at batch 1" in answer
+    assert f"−{100 * (1 - fp8.joules_per_decode_token / bf16.joules_per_decode_token):.0f} % energy" in answer
+
+
 def test_helpers():
     assert report.percent(0.064) == "+6 %" and report.percent(-0.4) == "−40 %"
     assert report.percent(-0.0001, 2) == "−0.01 %" and report.percent(-0.000001) == "0 %"
     data = results.Results("demo", [{"a": 1, "b": 2}, {"a": 1, "b": 4}], {}, {}, "", "quick", "")
     assert report.one(data, b=4) == {"a": 1, "b": 4} and report.mean(data, "b", a=1) == statistics.fmean([2, 4])
     for call in (lambda: report.one(data, a=1), lambda: report.one(data, a=2), lambda: report.mean(data, "b", a=2)):
-        with pytest.raises(QtutorError, match="demo"):
+        with pytest.raises(LookupError, match="a = 1|a = 2|b = 2"):
             call()
 
 
-# ---------------------------------------------------------------------------------------------- the maps of notebooks
+# ---------------------------------------------------------------------------------------------- the map of notebooks
 
 
-def test_map_links_what_is_there_and_nothing_else(tmp_path):
+def test_a_notebook_that_the_map_says_nothing_about_is_found(tmp_path):
     import nbformat
 
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# 09 · A large model")])
-    (tmp_path / "09_large.ipynb").write_text(nbformat.writes(nb))
-    rows = "| 08 | [Old](notebooks/08_old.ipynb) | what is not there |\n| 09 | Working title | *to come:* a plan |"
-    assert report.notebook_map(rows, tmp_path) == (
-        "| 08 | Old | *to come:* what is not there |\n| 09 | [A large model](notebooks/09_large.ipynb) | a plan |")
-    assert report.notebook_map(report.notebook_map(rows, tmp_path), tmp_path) == report.notebook_map(rows, tmp_path)
-    cell = '    "| 08 | [Old](08_old.ipynb) | why? |\\n",\n    "| 09 | Large *(to come)* | how? |\\n",'
-    assert report.start_map(cell, tmp_path) == (
-        '    "| 08 | Old *(to come)* | why? |\\n",\n    "| 09 | [Large](09_large.ipynb) | how? |\\n",')
+    root = copy_of_project(tmp_path)
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# 99 · Something new")])
+    nbformat.write(nb, root / "notebooks/99_new.ipynb")
+    assert root / "README.md" in report.write(root)
+    found = report.check(root)
+    assert len(found) == 1 and "map does not say" in found[0] and "Something new" in found[0]
 
 
-def test_start_page_stays_a_notebook_in_canonical_form():
-    path = ROOT / "notebooks/00_start_here.ipynb"
-    assert report.start_map(path.read_text("utf-8")) == path.read_text("utf-8")
-    json.loads(path.read_text("utf-8"))
-
-
-def test_readme_without_markers_is_one_sentence():
+def test_readme_without_markers_is_one_sentence(tmp_path):
     with pytest.raises(QtutorError, match="markers <!-- results -->"):
-        report.readme("<!-- notebooks -->\n<!-- /notebooks -->\n")
+        report.with_block("<!-- runs -->\n<!-- /runs -->\n", "results", "")
+    with pytest.raises(QtutorError, match="README.md is missing"):
+        report.documents(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- recording
 
 
 def test_every_recording_is_described():
-    """What a notebook saves has a description, and what is described exists."""
-    saving = {path.name[:2] for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-              if "QTUTOR_SAVE_RESULTS" in path.read_text("utf-8")}  # fmt: skip
-    described = {about.notebook for about in report.RESULTS.values()}
-    assert saving <= described
+    """What is described belongs to a notebook that is there, and a recorder of that name records it."""
+    topics = set(map(topic, notebooks.names()))
     for name, about in report.RESULTS.items():
-        assert about.needs in report.NEEDS
-        module, dot, function = about.by.partition(".")
-        if dot and (ROOT / f"qtutor/{module}.py").exists():
-            assert callable(getattr(importlib.import_module(f"qtutor.{module}"), function)), name
-            assert f'"{name}"' in (ROOT / f"qtutor/{module}.py").read_text("utf-8"), name
+        assert about.needs in report.NEEDS and about.topic in topics, name
+    for path in sorted((ROOT / "tools").glob("record_*.py")):
+        for name in report.importlib.import_module(f"tools.{path.stem}").RECORDS:
+            assert report.RESULTS[name].by == path.stem and callable(report.recorder(name))
+
+
+def test_no_notebook_records():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert "QTUTOR_SAVE_RESULTS" not in path.read_text("utf-8"), path.name
 
 
 def test_can_record(monkeypatch):
@@ -259,39 +263,53 @@ def test_can_record(monkeypatch):
     assert not report.can_record("fp8_loss") and not report.can_record("qat_recovery")
     assert report.can_record("tradeoff")
     with pytest.raises(QtutorError, match="choose from fp8_loss"):
-        report.can_record("nothing")
+        report.record(["nothing"])
 
 
-def test_record_runs_copies_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
-    """One notebook measures, one fails, one has nothing to record here: all is said, no notebook changes."""
-    import nbformat
+@pytest.fixture
+def recorders(monkeypatch, tmp_path):
+    """RESULTS of three names: two by one function, one that fails; what each call was asked for."""
+    calls = []
 
-    folder, measured = tmp_path / "notebooks", tmp_path / "results"
-    folder.mkdir(), measured.mkdir()
-    save = f"import os\nfrom qtutor import results\nassert os.environ['QTUTOR_SAVE_RESULTS'] == '1'\n" \
-           f"results.save('tradeoff', [{{'a': 1}}], directory={str(measured)!r})"  # fmt: skip
-    for name, source in {"04_other": "1 / 0", "06_fails": "1 / 0", "10_saves": save}.items():
-        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-        (folder / f"{name}.ipynb").write_text(nbformat.writes(nb))
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(notebooks, "NOTEBOOKS", folder)
-    monkeypatch.setattr(results, "RESULTS", measured)
-    monkeypatch.setattr(report, "can_record", lambda name: name in ("tradeoff", "qat_gguf"))
+    def both(full):
+        calls.append(full)
+        return [results.save(name, [{"seconds": 1.0}], directory=tmp_path / "results") for name in ("one", "two")]
+
+    def fails(full):
+        raise ValueError("out of memory")
+
+    module = types.SimpleNamespace(RECORDS={"one": both, "two": both, "bad": fails})
+    monkeypatch.setitem(sys.modules, "tools.record_demo", module)
+    about = {"bad": "any", "one": "any", "two": "any", "far": "fp8"}
+    monkeypatch.setattr(report, "RESULTS", {name: report.About("qat", needs, "record_demo", "Demo.")
+                                            for name, needs in about.items()})  # fmt: skip
     monkeypatch.setattr(report, "write", lambda: [])
-    monkeypatch.delenv("QTUTOR_SAVE_RESULTS", raising=False)
+    monkeypatch.setenv("QTUTOR_PROFILE", "quick")
+    return calls
+
+
+def test_record_goes_on_after_a_failure_and_says_what_is_not_here(recorders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "can_record", lambda name: name != "far")
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
     assert report.record() == 1
     out = capsys.readouterr().out
-    assert "06_fails: failed: 06_fails, cell 0: ZeroDivisionError" in out
-    assert "04_other" not in out and "not here: fp8_layers needs a GPU with FP8 units" in out
-    assert f"recorded: {results.machine_folder()}/tradeoff" in out
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert "QTUTOR_SAVE_RESULTS" not in os.environ
-    with pytest.raises(QtutorError, match="records nothing"):
-        report.record(["01"])
+    assert "bad: failed: ValueError: out of memory" in out and "far: not here, it needs a GPU with FP8 units" in out
+    here = results.machine_folder()
+    for name in ("one", "two"):
+        assert f"results/{here}/{name}.json" in out and (tmp_path / "out" / here / f"{name}.json").is_file()
+    assert recorders == [False], "one function for two names is called once, at the profile's size"
+    assert report.record(["two"], full=True) == 0 and recorders == [False, True]
+    assert report.os.environ["QTUTOR_PROFILE"] == "full"
+
+
+def test_the_command(recorders, monkeypatch, capsys):
+    assert report.main(["record", "one", "--full"]) == 0 and recorders == [True]
+    with pytest.raises(QtutorError, match="There are no results 'three': choose from bad, one"):
+        report.main(["record", "three"])
 
 
 def test_report_needs_nothing_heavy():
-    code = ("import sys; from qtutor import report; report.documents(); "
+    code = ("import sys; from tools import report; report.documents(); "
             "print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
