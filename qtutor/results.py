@@ -21,6 +21,7 @@ with another name is refused.  To a measured column belong, by its ending, ``_se
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -285,21 +286,18 @@ def validate(data: dict) -> dict:
 @cache
 def _schema():
     """The schema of a file, as a pydantic model."""
-    from typing import Annotated, Literal
+    from typing import Annotated, Any, Literal
 
-    from pydantic import (
-        AfterValidator,
-        AwareDatetime,
-        BaseModel,
-        ConfigDict,
-        Field,
-        FiniteFloat,
-        StrictBool,
-        StrictInt,
-        StrictStr,
-    )
+    from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StrictStr
 
-    Value = StrictBool | StrictInt | FiniteFloat | StrictStr | None
+    def flat(value):
+        if not isinstance(value, str | bool | int | float | None):
+            raise ValueError("rows are flat: numbers, strings, booleans and None")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("numbers must be finite, None says that there is none")
+        return value
+
+    Value = Annotated[Any, AfterValidator(flat)]
 
     def in_vocabulary(row: dict) -> dict:
         if strange := sorted(set(row) - set(vocabulary_of(row))):

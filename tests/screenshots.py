@@ -98,10 +98,10 @@ class Lab:
                  f"--IdentityProvider.token={self.token}", "--LabApp.expose_app_in_browser=True",
                  "--LabApp.extension_manager=readonly"],
                 env={**os.environ, **private}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api?token={self.token}", timeout=5)
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api?token={self.token}", timeout=30)
                 return
             except (urllib.error.URLError, OSError):
                 if self.process.poll() is not None or time.monotonic() > deadline:
@@ -116,7 +116,7 @@ class Lab:
         if process is not None and process.poll() is None:
             process.terminate()  # the server shuts its kernels down
             try:
-                process.wait(20)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -144,7 +144,7 @@ def browser_page(width: int = 1366, height: int = 768):
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
         page = browser.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(180_000)
         page.refused = []
 
         def gate(route):
@@ -165,7 +165,7 @@ def open_notebook(page, lab: Lab, name: str) -> None:
     """Open ``name`` in JupyterLab and wait until its kernel answers."""
     page.goto(lab.url(name), wait_until="domcontentloaded")
     page.locator(".jp-NotebookPanel .jp-Notebook").first.wait_for()
-    wait_for(page, lambda state: state["kernel"] == "idle", 90, "the kernel to start")
+    wait_for(page, lambda state: state["kernel"] == "idle", 300, "the kernel to start")
 
 
 def run_all(page, timeout: float = 300) -> dict:

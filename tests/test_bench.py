@@ -6,12 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from qtutor import QtutorError, llamacpp
+
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
 
 
 def test_bench_te_prints_both_ratios():
     command = [sys.executable, "-W", "ignore", "bench/bench_te.py", "--steps", "1", "--batch", "1", "--context", "32"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = [line for line in result.stdout.splitlines() if " x FP32" in line and " x torchao" in line]
     assert [line.split("  ")[0] for line in lines] == ["FP32", "emulated FP8, delayed", "emulated FP8, current",
@@ -37,10 +42,6 @@ def test_bench_fake_quant_returns_ratios_and_writes_rows(tmp_path, capsys):
 
 
 def test_bench_evaluate_prints_the_ratio_to_llama_perplexity(tmp_path, capsys):
-    import pytest
-
-    from qtutor import QtutorError, llamacpp
-
     try:
         llamacpp.tool("llama-perplexity")
     except QtutorError as error:

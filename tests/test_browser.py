@@ -9,9 +9,12 @@ import nbformat
 import pytest
 import screenshots
 
-ROOT = Path(__file__).resolve().parent.parent
-ARTIFACTS = ROOT / "test-artifacts"
-NOTEBOOK = ROOT / "notebooks" / "01_number_formats.ipynb"
+from qtutor import files
+from tools import notebooks
+
+pytestmark = pytest.mark.slow
+ARTIFACTS = files.ROOT / "test-artifacts"
+NOTEBOOK = notebooks.find("number_formats")
 
 PICTURE = """async img => {
     const bytes = new Uint8Array(await (await fetch(img.src)).arrayBuffer());
@@ -32,7 +35,7 @@ def picture(locator) -> dict:
     return locator.evaluate(PICTURE)
 
 
-def changed(page, image, before: dict, seconds: int = 30) -> dict:
+def changed(page, image, before: dict, seconds: int = 120) -> dict:
     """Return the picture once it differs from ``before`` (or as it is when the time is up)."""
     for _ in range(seconds * 4):
         page.wait_for_timeout(250)
@@ -48,7 +51,8 @@ def only(notebook: Path, call: str, folder: Path) -> Path:
     assert sum(cell.source.strip() == call for cell in cells) == 1, f"{notebook.name} has no cell {call!r}"
     setup = next(cell.source for cell in cells if cell.cell_type == "code")
     short = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    short.cells = [nbformat.v4.new_code_cell(source) for source in (setup, "from qtutor.figures import fp8 as widgets", call)]
+    bring = "from qtutor.figures import fp8 as figures"
+    short.cells = [nbformat.v4.new_code_cell(source) for source in (setup, bring, call)]
     path = folder / notebook.name
     nbformat.write(short, path)
     return path
@@ -59,14 +63,13 @@ def artifact(name: str) -> str:
     return str(ARTIFACTS / name)
 
 
-@pytest.mark.timeout(420)
 def test_format_explorer_moves_in_jupyterlab():
     need_browser()
     with screenshots.Lab([NOTEBOOK]) as lab, screenshots.browser_page() as page:
         script_errors = []
         page.on("pageerror", lambda error: script_errors.append(str(error)))
         screenshots.open_notebook(page, lab, NOTEBOOK.name)
-        state = screenshots.run_all(page, timeout=240)
+        state = screenshots.run_all(page, timeout=500)
         assert state["errors"] == []
         assert state["done"] == state["cells"] > 5
 
@@ -83,7 +86,7 @@ def test_format_explorer_moves_in_jupyterlab():
         for _ in range(5):
             page.keyboard.press("ArrowRight")
         after = changed(page, image, before)
-        screenshots.wait_for(page, lambda state: state["kernel"] == "idle", 60, "the pictures in between")
+        screenshots.wait_for(page, lambda state: state["kernel"] == "idle", 300, "the pictures in between")
         page.screenshot(path=artifact("explorer_after.png"))
         assert explorer.locator(".widget-readout").first.inner_text() != readout
         assert after["sha256"] != before["sha256"], "the slider moved and the picture did not"
@@ -91,15 +94,14 @@ def test_format_explorer_moves_in_jupyterlab():
         assert page.refused == [], "JupyterLab asked another host for something"
 
 
-@pytest.mark.timeout(240)
 def test_scaling_explorer_steps_in_jupyterlab(tmp_path):
     need_browser()
-    notebook = only(ROOT / "notebooks" / "03_fp8_scaling.ipynb", "widgets.scaling_explorer()", tmp_path)
+    notebook = only(notebooks.find("fp8_scaling"), "figures.scaling_explorer()", tmp_path)
     with screenshots.Lab([notebook]) as lab, screenshots.browser_page() as page:
         script_errors = []
         page.on("pageerror", lambda error: script_errors.append(str(error)))
         screenshots.open_notebook(page, lab, notebook.name)
-        assert screenshots.run_all(page, timeout=120)["errors"] == []
+        assert screenshots.run_all(page, timeout=400)["errors"] == []
         explorer = page.locator(".jp-OutputArea .qtutor-scaling-explorer").first
         explorer.scroll_into_view_if_needed()
         image = explorer.locator("img.qtutor-explorer-picture").first
@@ -109,7 +111,7 @@ def test_scaling_explorer_steps_in_jupyterlab(tmp_path):
             before = picture(image)
             what()
             assert changed(page, image, before)["sha256"] != before["sha256"], "the picture stayed as it was"
-            screenshots.wait_for(page, lambda state: state["kernel"] == "idle", 60, "the picture")
+            screenshots.wait_for(page, lambda state: state["kernel"] == "idle", 300, "the picture")
 
         forth = explorer.locator("button", has_text="next step")
         for _ in range(4):
@@ -124,7 +126,10 @@ def test_scaling_explorer_steps_in_jupyterlab(tmp_path):
         assert page.refused == [], "JupyterLab asked another host for something"
 
 
-DECIDING = '''from qtutor import choosing, energy, pareto, planner, results, tradeoff
+DECIDING = '''from qtutor import results
+from qtutor.decide import choosing, pareto
+from qtutor.figures import planner
+from qtutor.rigs import tradeoff
 planner.planner("Llama-2-70B", "Q6_K", "H100 SXM")
 ---
 recorded = results.load("tradeoff", "cpu")
@@ -134,9 +139,8 @@ pareto.explorer(rows, recorded.device)
 choosing.explorer(model="Llama-2-70B", machine="H100 SXM", users=8, tokens_per_s=10, max_loss=0.005)'''
 
 
-@pytest.mark.timeout(240)
 def test_the_planner_the_fronts_and_the_guide_answer_in_jupyterlab(tmp_path):
-    """The widgets of notebooks 09, 10 and 11: choose something else, and picture or sentence change."""
+    """The widgets of planning, trade-off and choosing: choose something else, and picture or sentence change."""
     need_browser()
     short = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     cells = ["import qtutor\nqtutor.setup()", *DECIDING.split("\n---\n")]
@@ -147,7 +151,7 @@ def test_the_planner_the_fronts_and_the_guide_answer_in_jupyterlab(tmp_path):
         script_errors = []
         page.on("pageerror", lambda error: script_errors.append(str(error)))
         screenshots.open_notebook(page, lab, notebook.name)
-        assert screenshots.run_all(page, timeout=120)["errors"] == []
+        assert screenshots.run_all(page, timeout=400)["errors"] == []
         for number, (label, choice, says) in enumerate((("type", "Q8_0", "Q8_0"), ("batch", "8", None),
                                                         ("users at once", "1", "Q8_0"))):  # fmt: skip
             cell = page.locator(".jp-CodeCell").nth(number + 1)
@@ -156,7 +160,7 @@ def test_the_planner_the_fronts_and_the_guide_answer_in_jupyterlab(tmp_path):
             seen = picture(image.first)["sha256"] if image.count() else words.inner_text()
             control = cell.locator(".widget-dropdown", has_text=label).locator("select").first
             control.select_option(label=choice)
-            for _ in range(120):
+            for _ in range(480):
                 page.wait_for_timeout(250)
                 now = picture(image.first)["sha256"] if image.count() else words.inner_text()
                 if now != seen:
@@ -164,6 +168,6 @@ def test_the_planner_the_fronts_and_the_guide_answer_in_jupyterlab(tmp_path):
             page.screenshot(path=artifact(f"deciding_{number}.png"))
             assert now != seen, f"choosing {choice} as {label!r} changed nothing"
             assert says is None or says in words.inner_text()
-            screenshots.wait_for(page, lambda state: state["kernel"] == "idle", 60, "the widget")
+            screenshots.wait_for(page, lambda state: state["kernel"] == "idle", 300, "the widget")
         assert not script_errors
         assert page.refused == [], "JupyterLab asked another host for something"

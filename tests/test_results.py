@@ -41,8 +41,10 @@ def test_folder_is_named_after_the_gpu(gpu, folder):
 
 
 @pytest.mark.parametrize("rows, said", [
-    ([], "at least one row"), ([{}], "row 0"), ([{"a": math.nan}], "finite"), ([{"a": 1}, {"a": math.inf}], "row 1"),
-    ([{"a": [1]}], "flat"), ([{"a": {"b": 1}}], "flat"), ([{"ms per step": 1}], "key"), ([3], "row 0"),
+    ([], "rows: List should have at least 1 item"), ([{}], "rows 0: .*at least 1 item"), ([3], "rows 0"),
+    ([{"ms": math.nan}], "rows 0 ms: numbers must be finite"), ([{"ms": 1}, {"ms": math.inf}], "rows 1 ms: .*finite"),
+    ([{"ms": [1]}], "rows are flat"), ([{"ms": {"b": 1}}], "rows are flat"),
+    ([{"ms per step": 1}], "'ms per step' is no column"), ([{"ms_of": 1}], "no column"),
 ])  # fmt: skip
 def test_bad_rows_are_refused(rows, said, tmp_path):
     with pytest.raises(QtutorError, match=said):
@@ -88,8 +90,13 @@ def test_committed_results_follow_the_schema(path):
 
 def test_on_gpu_takes_the_first_gpu_that_has_the_results(tmp_path):
     assert results.on_gpu("speed", tmp_path) is None
-    text = results.save("speed", [{"tokens_per_s": 1.0}], directory=tmp_path).read_text()
+    text = results.save("speed", [{"decode_tokens_per_s": 1.0}], directory=tmp_path).read_text()
     for folder, value in (("cpu", "3.0"), ("h100", "4.0")):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "speed.json").write_text(text.replace("1.0", value))
-    assert results.on_gpu("speed", tmp_path).rows == [{"tokens_per_s": 4.0}]
+    assert results.on_gpu("speed", tmp_path).rows == [{"decode_tokens_per_s": 4.0}]
+
+
+def test_an_ending_belongs_to_a_column_that_is_there():
+    row = {"perplexity": 1, "perplexity_se": 1, "decode_tokens_per_s_low": 1, "ms_p10": 1, "ppl": 1, "nothing_se": 1}
+    assert results.vocabulary_of(row) == ["perplexity", "perplexity_se", "decode_tokens_per_s_low", "ms_p10"]
