@@ -33,13 +33,26 @@ PAGE = "data/results/README.md"
 # --------------------------------------------------------------------------------------------------- what there is
 
 
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+#: what results may need -> (in words, whether this machine has it)
+NEEDS = {
+    "fp8": ("a GPU with FP8 units, with Transformer Engine", lambda: _cuda() and qtutor.te_switch.activate().real),
+    "gpu": ("a CUDA GPU", _cuda),
+    "80 GB": ("a CUDA GPU of 80 GB, with a llama.cpp that uses it", _cuda),  # the recorder says what is not enough
+    "llama.cpp": ("llama.cpp", lambda: qtutor.llamacpp.available()[0]),
+    "any": ("any machine", lambda: True),
+}
+
+
 @dataclass(frozen=True)
 class About:
-    """What is known about results of one name before anything is measured.
-
-    ``topic``: the notebook that shows them.  ``needs``: what it takes, a key of NEEDS.  ``by``: the module of tools
-    whose RECORDS has the function that records them.  ``shows``: one or two sentences.
-    """
+    """What is known about results before they are measured: topic of the notebook that shows them, what they need (a
+    key of NEEDS), the module of tools whose RECORDS has their function, and what they show."""
 
     topic: str
     needs: str
@@ -47,13 +60,6 @@ class About:
     shows: str
 
 
-NEEDS = {
-    "fp8": "a GPU with FP8 units, with Transformer Engine",
-    "gpu": "a CUDA GPU",
-    "gpu, llama.cpp": "a CUDA GPU of 80 GB, with a llama.cpp that uses it",
-    "llama.cpp": "llama.cpp",
-    "any": "any machine",
-}
 RESULTS = {
     "fp8_loss": About("fp8_training", "fp8", "record_fp8", "Loss curves of the course model, trained from nothing in "
                       "BF16 and by each FP8 recipe: the same seeds, the same batches."),
@@ -61,8 +67,7 @@ RESULTS = {
                       "FP8, and what quantizing its input costs: time, clock, power."),
     "fp8_layers": About("fp8_speed_and_memory", "fp8", "record_fp8", "A training step of two layers, from Hugging Face "
                         "in BF16 to FP8 weights and CUDA graphs, one change at a time: time, energy, memory."),
-    "fp8_profile": About("fp8_speed_and_memory", "fp8", "record_fp8", "Where the time of a training step goes, by kind "
-                         "of kernel."),
+    "fp8_profile": About("fp8_speed_and_memory", "fp8", "record_fp8", "Time of a training step, by kind of kernel."),
     "fp8_breakeven": About("fp8_speed_and_memory", "fp8", "record_fp8", "BF16 against FP8 by width and by tokens in a "
                            "step: where FP8 begins to pay."),
     "fp8_inference": About("fp8_speed_and_memory", "fp8", "record_fp8", "Inference in BF16, FP8, INT8 and INT4: "
@@ -71,15 +76,14 @@ RESULTS = {
                           "against rounding (PTQ) and against a control that trained as long, with three seeds."),
     "qat_gguf": About("qat", "llama.cpp", "record_qat", "The course model as GGUF files: rounded by llama.cpp, and "
                       "trained on the grid of Q4_0, at their sizes."),
-    "ptq_methods": About("ptq_fundamentals", "any", "record_ptq", "Post-training quantization by hand "
-                         "(round-to-nearest, clipping, SmoothQuant, AWQ, GPTQ): what each leaves of the course "
-                         "model's quality."),
+    "ptq_methods": About("ptq_fundamentals", "any", "record_ptq", "Quantization after training by hand (rounding, "
+                         "clipping, SmoothQuant, AWQ, GPTQ): what each leaves of the course model's quality."),
     "ptq_backends": About("ptq_fundamentals", "any", "record_ptq", "The same job by the back ends that transformers "
                           "offers and that run here: size, speed, quality."),
     "gguf_quality": About("ptq_llamacpp", "llama.cpp", "record_gguf", "What each llama.cpp type costs the course model "
                           "in quality, with and without an importance matrix."),
-    "llama70b": About("llama2_70b_on_one_gpu", "gpu, llama.cpp", "record_llama70b", "A model of Llama-2-70B's shape in "
-                      "four types on one GPU: memory, speed, energy, batch sizes."),
+    "llama70b": About("llama2_70b_on_one_gpu", "80 GB", "record_llama70b", "A model of Llama-2-70B's shape in four "
+                      "types on one GPU: memory, speed, energy, batch sizes."),
     "tradeoff": About("measuring_the_tradeoff", "any", "record_tradeoff", "Every technique of the course on one "
                       "machine: size, speed, quality, energy."),
     runs.NAME: About("start_here", "any", "runs", "What a run of each notebook takes: seconds, and memory at most."),
@@ -108,15 +112,6 @@ def missing(directory=None) -> dict[str, About]:
 
 
 # ------------------------------------------------------------------------------------------------------- headlines
-
-
-@dataclass(frozen=True)
-class Headline:
-    """A question that results ``name`` answer; ``answer`` takes the Results and returns Markdown."""
-
-    question: str
-    name: str
-    answer: Callable
 
 
 def matching(data: results.Results, **where) -> list[dict]:
@@ -283,46 +278,42 @@ def _llama70b(data) -> str:
     return "; ".join(said) + " (its shape, random weights, llama.cpp)" if said else ""
 
 
+#: (question, name of the results that answer it, function: Results -> Markdown)
 HEADLINES = (
-    Headline("Does FP8 train faster?", "fp8_layers", _training),
-    Headline("From which size on?", "fp8_breakeven", _breakeven),
-    Headline("Is the loss the same?", "fp8_loss", _loss),
-    Headline("Does FP8 help inference?", "fp8_inference", _inference),
-    Headline("What does training through the rounding bring back?", "qat_recovery", _qat),
-    Headline("And in a llama.cpp file?", "qat_gguf", _qat_gguf),
-    Headline("What do llama.cpp's types cost?", "gguf_quality", _types),
-    Headline("Llama-2-70B on one GPU?", "llama70b", _llama70b),
-    Headline("All techniques, side by side?", "tradeoff", _tradeoff),
+    ("Does FP8 train faster?", "fp8_layers", _training),
+    ("From which size on?", "fp8_breakeven", _breakeven),
+    ("Is the loss the same?", "fp8_loss", _loss),
+    ("Does FP8 help inference?", "fp8_inference", _inference),
+    ("What does training through the rounding bring back?", "qat_recovery", _qat),
+    ("And in a llama.cpp file?", "qat_gguf", _qat_gguf),
+    ("What do llama.cpp's types cost?", "gguf_quality", _types),
+    ("Llama-2-70B on one GPU?", "llama70b", _llama70b),
+    ("All techniques, side by side?", "tradeoff", _tradeoff),
 )
 
 
-def headlines(directory=None) -> list[tuple[Headline, str, results.Results, str]]:
-    """(headline, folder of the machine, results, answer) for each question that recorded results can answer.
+def headlines(directory=None) -> list[tuple[str, str, results.Results, str]]:
+    """(question, folder of the machine, results, answer) for each question that recorded results can answer.
 
     The first GPU that has the results answers, else the CPU: two machines never meet in one answer.
     """
     found, everything = [], recorded(directory)
-    for headline in HEADLINES:
-        machine, data = next(((m, d) for m, d in everything if d.name == headline.name), (None, None))
-        if data is None:
-            continue
-        try:
-            answer = headline.answer(data)
-        except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise QtutorError(f"Results '{machine}/{data.name}' do not answer '{headline.question}' "
-                              f"({type(error).__name__}: {error}): bring tools/report.py in step with them.") from None
-        if answer:
-            found.append((headline, machine, data, answer))
+    for question, name, function in HEADLINES:
+        for machine, data in [(machine, data) for machine, data in everything if data.name == name][:1]:
+            try:
+                answer = function(data)
+            except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+                raise QtutorError(f"Results '{machine}/{name}' do not answer '{question}' ({type(error).__name__}: "
+                                  f"{error}): bring tools/report.py in step with them.") from None  # fmt: skip
+            found += [(question, machine, data, answer)] if answer else []
     return found
 
 
 # ---------------------------------------------------------------------------------------------------- what is written
 
 
-def _notebook_link(about: About | None, way: str, folder=None) -> str:
+def _notebook_link(about: About, way: str, folder=None) -> str:
     """A link to the notebook, from a page whose way to the project's root is ``way``; its topic if it is missing."""
-    if about is None:
-        return ""
     name = next((name for name in notebooks.names(folder) if topic(name) == about.topic), None)
     return f"[{name[:2]}]({way}notebooks/{name}.ipynb)" if name else about.topic
 
@@ -330,10 +321,10 @@ def _notebook_link(about: About | None, way: str, folder=None) -> str:
 def headline_table(directory=None, folder=None) -> str:
     """README's table of headline results, as Markdown."""
     lines = ["| Question | Answer | Measured on | From |", "|---|---|---|---|"]
-    for headline, machine, data, answer in headlines(directory):
-        source = [_notebook_link(RESULTS.get(data.name), "", folder),
-                  f"[{data.name}](data/results/{machine}/{data.name}.json)"]  # fmt: skip
-        lines.append(f"| {headline.question} | {answer} | {data.device} | {', '.join(filter(None, source))} |")
+    for question, machine, data, answer in headlines(directory):
+        link = f"[{data.name}](data/results/{machine}/{data.name}.json)"
+        notebook = _notebook_link(RESULTS[data.name], "", folder)
+        lines.append(f"| {question} | {answer} | {data.device} | {notebook}, {link} |")
     return "\n".join(lines)
 
 
@@ -346,53 +337,51 @@ def _machine(about: dict) -> str:
     return "; ".join(said)
 
 
+HEAD = """# All results, and where they come from
+
+<!-- written by `python -m tools.report write`: change the measurements, not this page -->
+
+One file holds what one machine measured: flat rows, the unit in the name of the column, the standard error
+beside it as `..._se`. `qtutor.results.load(name, machine)` reads it; the schema, and what each column means,
+are in [qtutor/results.py](../../qtutor/results.py). Comparisons stay within one file, because they must stay
+within one machine. A `+` behind the commit: files of the package differed from it when the rows were
+measured. `unknown`: measured from a copy of the files without its history. *Profile*: `full` is the size of
+a run that a GPU gets, `quick` that of a laptop.
+
+| File | What it shows | Machine | Measured | Rows | Notebook |
+|---|---|---|---|---|---|
+"""
+OPEN = """
+## Not recorded yet
+
+`make results` on a machine that has what it takes records them, and this page then lists them.
+
+| Results | What they would show | What it takes | Notebook |
+|---|---|---|---|
+"""
+
+
 def page(directory=None, folder=None) -> str:
     """``data/results/README.md``: every file with its provenance, as Markdown."""
-    found = recorded(directory)
-    lines = [
-        "# All results, and where they come from",
-        "",
-        "<!-- written by `python -m tools.report write`: change the measurements, not this page -->",
-        "",
-        "One file holds what one machine measured: flat rows, the unit in the name of the column, the standard error",
-        "beside it as `..._se`. `qtutor.results.load(name, machine)` reads it; the schema, and what each column means,",
-        "are in [qtutor/results.py](../../qtutor/results.py). Comparisons stay within one file, because they must stay",
-        "within one machine. A `+` behind the commit: files of the package differed from it when the rows were",
-        "measured. `unknown`: measured from a copy of the files without its history. *Profile*: `full` is the size of",
-        "a run that a GPU gets, `quick` that of a laptop.",
-        "",
-        "| File | What it shows | Machine | Measured | Rows | Notebook |",
-        "|---|---|---|---|---|---|",
-    ]
+    listed, provenance, found = [], [], recorded(directory)
     for machine, data in found:
-        about = RESULTS.get(data.name)
-        shows = about.shows if about else "*not described yet: add it to tools/report.py*"
-        link = _notebook_link(about, "../../", folder)
-        lines.append(f"| [{machine}/{data.name}]({machine}/{data.name}.json) | {shows} | {data.device} | "
-                     f"{data.created[:10]} | {len(data.rows)} | {link} |")
-    if open_ := missing(directory):
-        lines += ["", "## Not recorded yet", "",
-                  "`make results` on a machine that has what it takes records them, and this page then lists them.", "",
-                  "| Results | What they would show | What it takes | Notebook |", "|---|---|---|---|"]  # fmt: skip
-        lines += [f"| {name} | {about.shows} | {NEEDS[about.needs]} | {_notebook_link(about, '../../', folder)} |"
-                  for name, about in open_.items()]  # fmt: skip
-    lines += ["", "## Provenance", ""]
-    for machine, data in found:
-        about = RESULTS.get(data.name)
-        columns = dict.fromkeys(key for row in data.rows for key in row)
-        by = f"`tools/{about.by}.py`, shown in notebook {_notebook_link(about, '../../', folder)}" if about else "?"
-        lines += [
-            f"### {machine}/{data.name}",
-            "",
-            f"- **recorded by** {by}",
+        about = RESULTS.get(data.name) or About("", "any", "?", "*not described yet: add it to tools/report.py*")
+        link, columns = _notebook_link(about, "../../", folder), dict.fromkeys(key for row in data.rows for key in row)
+        listed.append(f"| [{machine}/{data.name}]({machine}/{data.name}.json) | {about.shows} | {data.device} | "
+                      f"{data.created[:10]} | {len(data.rows)} | {link} |\n")  # fmt: skip
+        provenance += [
+            f"\n### {machine}/{data.name}\n",
+            f"- **recorded by** `tools/{about.by}.py`, shown in notebook {link}",
             f"- **machine** {_machine(data.machine)}",
             f"- **when** {data.created}, commit `{data.commit}`, profile {data.profile}",
             *([f"- **migrated** {data.migrated}"] if data.migrated else []),
             "- **versions** " + ", ".join(f"{name} {version}" for name, version in data.versions.items()),
             f"- **rows** {len(data.rows)}, with the columns " + ", ".join(f"`{name}`" for name in columns),
-            "",
         ]
-    return "\n".join(lines).rstrip("\n") + "\n"
+    open_ = [f"| {name} | {about.shows} | {NEEDS[about.needs][0]} | {_notebook_link(about, '../../', folder)} |\n"
+             for name, about in missing(directory).items()]  # fmt: skip
+    return (HEAD + "".join(listed) + (OPEN + "".join(open_) if open_ else "") + "\n## Provenance\n"
+            + "\n".join(provenance) + "\n")  # fmt: skip
 
 
 def with_block(text: str, name: str, inside: str) -> str:
@@ -451,22 +440,7 @@ def write(root=None, directory=None) -> list[Path]:
 
 def can_record(name: str) -> bool:
     """Whether this machine has what results ``name`` need."""
-    needs = RESULTS[name].needs
-    if needs == "any":
-        return True
-    if needs == "llama.cpp":
-        from qtutor import llamacpp
-
-        return llamacpp.available()[0]
-    import torch
-
-    if not torch.cuda.is_available():
-        return False
-    if needs == "fp8":
-        from qtutor import te_switch
-
-        return te_switch.activate().real
-    return True  # that llama.cpp uses the GPU, and that there is room, is for the recording function to say
+    return NEEDS[RESULTS[name].needs][1]()
 
 
 def recorder(name: str) -> Callable:
@@ -487,7 +461,7 @@ def record(only=(), full: bool | None = None) -> int:
     done, failed = set(), 0
     for name in only or RESULTS:
         if not can_record(name):
-            print(f"{name}: not here, it needs {NEEDS[RESULTS[name].needs]}", flush=True)
+            print(f"{name}: not here, it needs {NEEDS[RESULTS[name].needs][0]}", flush=True)
             continue
         try:
             function = recorder(name)

@@ -93,7 +93,7 @@ def timed(path: Path, limit_s: float, jobs: int = 1) -> dict:
         lines = [line.strip() for line in said if line.strip()]
     if process.returncode:
         reason = lines[-1] if lines else f"the run ended with status {process.returncode}"
-        return row | {"not_run": reason.removeprefix(f"{path.stem}, ")[:300]}
+        return row | {"not_run": reason.removeprefix(f"{path.stem}, ").partition(": open the notebook")[0][:300]}
     row |= {"seconds": round(seconds, 1), "peak_gib": round(peak / 2**30, 2) or None}
     return row | ({"jobs": jobs} if jobs > 1 else {})
 
