@@ -180,12 +180,12 @@ class Kernel:
         self.manager.start_kernel(cwd=str(self.folder))
         self.client = self.manager.client()
         self.client.start_channels()
-        self.client.wait_for_ready(timeout=90)
+        self.client.wait_for_ready(timeout=300)
         self.printed = ""
-        error = self.run(PREPARE, timeout=120)
+        error = self.run(PREPARE, timeout=300)
         assert error is None, error
 
-    def run(self, cell: str, timeout: float = 90) -> tuple[str, str] | None:
+    def run(self, cell: str, timeout: float = 300) -> tuple[str, str] | None:
         self.printed = ""
 
         def hear(message):
@@ -217,7 +217,7 @@ def clean(kernel):
 
 
 def still_alive(kernel: Kernel) -> None:
-    assert kernel.run("print(6 * 7)", timeout=30) is None and kernel.printed.strip() == "42"
+    assert kernel.run("print(6 * 7)", timeout=300) is None and kernel.printed.strip() == "42"
     assert kernel.manager.is_alive()
     assert not list(kernel.folder.rglob("*.partial*")), "a partial file was left behind"
     assert not (kernel.folder / "out.gguf").exists()
@@ -244,8 +244,8 @@ def test_one_sentence_and_the_kernel_lives(kernel, case):
 def test_odd_shapes_in_fp8_say_what_the_hardware_wants(kernel, shape):
     """The emulation raises what Transformer Engine raises, in its words, so that readers can look them up."""
     error = kernel.run(f"""
-from qtutor import te
-te.activate()
+from qtutor import te_switch
+te_switch.activate()
 import transformer_engine.pytorch as engine
 with engine.autocast(enabled=True):
     engine.Linear({shape[1]}, 32)(torch.randn{shape})
@@ -260,7 +260,7 @@ with engine.autocast(enabled=True):
 def test_random_bit_flips_never_end_the_kernel(kernel, source, where):
     """Refused in a sentence, or harmless; never a dead kernel."""
     places = 4096 if where == "header" else 0
-    error = kernel.run(FUZZ.format(source=source, seed=7, places=places), timeout=200)
+    error = kernel.run(FUZZ.format(source=source, seed=7, places=places), timeout=500)
     assert error is None, error
     if where == "header":
         assert int(kernel.printed.split()[-1]) > 0, "no flip in the header was noticed"
