@@ -36,6 +36,7 @@ def one_line(error: BaseException) -> str:
 
 
 def check_python():
+    """The interpreter's version is one that the dependencies support."""
     yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         raise QtutorError("the course needs 3.11, 3.12 or 3.13")
@@ -59,6 +60,7 @@ def check_packages():
 
 
 def check_torch():
+    """torch loads; which GPU it sees."""
     import torch
 
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"
@@ -132,6 +134,7 @@ def check_model():
 
 
 def check_jupyter():
+    """JupyterLab, the widgets and a kernel are installed."""
     from jupyter_client.kernelspec import KernelSpecManager
 
     KernelSpecManager().get_kernel_spec("python3")  # raises where there is none
@@ -139,6 +142,7 @@ def check_jupyter():
 
 
 def check_notebooks():
+    """The notebooks are there and can be read."""
     if not (NOTEBOOKS / START_PAGE).is_file():
         raise QtutorError(f"{START_PAGE} is missing")
     yield "notebooks", f"{len([cells_of(path) for path in notebook_paths()])} here"

@@ -1,6 +1,6 @@
 """Look at a notebook as a reader does: JupyterLab in headless Chromium, on a copy of the notebook.
 
-    python tests/screenshots.py notebooks/01_number_formats.ipynb --out test-artifacts/01
+    python tests/screenshots.py notebooks/00_start_here.ipynb --out test-artifacts/00
     python tests/screenshots.py notebooks/*.ipynb --out test-artifacts --as-committed
 
 runs all cells through the menu, then writes one PNG for each screenful down the page.  ``Lab`` and

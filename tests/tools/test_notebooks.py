@@ -302,14 +302,16 @@ def test_a_notebook_put_in_the_middle_moves_all_numbers_and_nothing_else(tmp_pat
     folder = tmp_path / "notebooks"
     before = {path.stem[3:]: nbformat.read(path, 4).cells for path in folder.glob("*.ipynb")}
     pages = {page: page.read_text("utf-8") for page in notebooks.pages(tmp_path)}
-    said = ("# 04 · A new notebook", "As in [notebook 01](01_number_formats.ipynb).")
+    old = notebooks.names(folder)
+    said = ("# 04 · A new notebook", f"As in [notebook 01]({old[1]}.ipynb).")
     new = new_notebook(cells=[new_markdown_cell(source) for source in said])
     nbformat.write(new, folder / "04b_a_new_one.ipynb")
 
     renamed = notebooks.renumber(folder)
-    assert renamed["04b_a_new_one"] == "05_a_new_one" and renamed["05_fake_quantization"] == "06_fake_quantization"
+    moved = {name: f"{int(name[:2]) + 1:02d}{name[2:]}" for name in old[5:]}
+    assert renamed == {"04b_a_new_one": "05_a_new_one"} | moved
     names = notebooks.names(folder)
-    assert [name[:2] for name in names] == [f"{i:02d}" for i in range(13)] and names[5] == "05_a_new_one"
+    assert names == [*old[:5], "05_a_new_one", *moved.values()]
     assert notebooks.title(folder / "05_a_new_one.ipynb") == "A new notebook"
     assert notebooks.renumber(folder) == {}
 
@@ -320,11 +322,11 @@ def test_a_notebook_put_in_the_middle_moves_all_numbers_and_nothing_else(tmp_pat
             assert f"{number}_{topic}" in names
         for number, target in re.findall(r"\[(?:← )?(?:[Nn]otebook )?(\d\d)(?:\]| ·[^\]]*\])\((\d\d)_", text):
             assert number == target
-        old = before.get(name[3:])
-        if old is not None:
+        was = before.get(name[3:])
+        if was is not None:
             assert [masked(cell.source) for cell in cells if "nav" not in notebooks.tags(cell)] == [
-                masked(cell.source) for cell in old if "nav" not in notebooks.tags(cell)]
-            assert [cell.get("outputs") for cell in cells] == [cell.get("outputs") for cell in old]
+                masked(cell.source) for cell in was if "nav" not in notebooks.tags(cell)]
+            assert [cell.get("outputs") for cell in cells] == [cell.get("outputs") for cell in was]
         assert not [line for line in notebooks.check(folder / f"{name}.ipynb") if "link" in line or "canonical" in line]
     for page, text in pages.items():
         found = page.read_text("utf-8")

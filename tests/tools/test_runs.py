@@ -76,10 +76,10 @@ def test_what_is_said_of_the_runs(tmp_path, monkeypatch):
     assert runs.time_for_all(tmp_path) == "All of them, one after another, take about 35 seconds on 2 CPU cores."
 
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    path = tmp_path / "06_qat.ipynb"
+    path = tmp_path / "99_qat.ipynb"
     for opening in ("**Time**: about 60 minutes to read and do; a minute to run. Bring tea.",
                     "**Time** about 60 minutes to read and do; 1.5 minutes,\non a CPU. Bring tea."):
-        nbformat.write(new_notebook(cells=[new_markdown_cell(f"# 06 · Demo\n\n{opening}")]), path)
+        nbformat.write(new_notebook(cells=[new_markdown_cell(f"# 99 · Demo\n\n{opening}")]), path)
         notebooks.restore(path)
         source = nbformat.read(path, 4).cells[1].source
         assert source.endswith(" minutes to read and do; about 35 seconds to run on 2 CPU cores, about 1.5 minutes at "
