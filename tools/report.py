@@ -189,8 +189,8 @@ def _loss(data) -> str:
 
 
 def _inference(data) -> str:
-    high, low, int4 = (one(data, model="Llama-2-7B shape", format=name, batch=1)
-                       for name in ("BF16", "FP8 Transformer Engine", "INT4 weights"))  # fmt: skip
+    high, low, int4 = (one(data, model="Llama-2-7B shape", technique=name, batch=1)
+                       for name in ("BF16", "FP8 (Transformer Engine)", "torchao INT4 group 32"))  # fmt: skip
     memory = low["weights_gib"] / high["weights_gib"] - 1
     energy = low["joules_per_decode_token"] / high["joules_per_decode_token"] - 1
 

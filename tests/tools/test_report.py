@@ -201,8 +201,8 @@ def test_every_headline_names_one_machine():
 def test_inference_headline_against_pandas():
     answer, data = answers()["fp8_inference"]
     frame = data.frame()
-    frame = frame[(frame.model == "Llama-2-7B shape") & (frame.batch == 1)].set_index("format")
-    fp8, bf16 = frame.loc["FP8 Transformer Engine"], frame.loc["BF16"]
+    frame = frame[(frame.model == "Llama-2-7B shape") & (frame.batch == 1)].set_index("technique")
+    fp8, bf16 = frame.loc["FP8 (Transformer Engine)"], frame.loc["BF16"]
     assert f"prefill **{bf16.time_to_first_token_ms / fp8.time_to_first_token_ms:.2f} ×**" in answer
     assert f"decode **{fp8.decode_tokens_per_s / bf16.decode_tokens_per_s:.2f} ×** at batch 1" in answer
     assert f"−{100 * (1 - fp8.joules_per_decode_token / bf16.joules_per_decode_token):.0f} % energy" in answer
