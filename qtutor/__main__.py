@@ -230,7 +230,7 @@ def recipes(argv: list[str]) -> int:
 
 
 def model(argv: list[str]) -> int:
-    """Evaluate or try the course model."""
+    """Evaluate or try the model in use."""
     from . import course_model
 
     return course_model.main(argv)
@@ -240,7 +240,7 @@ COMMANDS = {
     "doctor": (doctor, "check what works on this machine, and what to do about the rest"),
     "lab": (lab, "open JupyterLab on the start page (further arguments go to jupyter lab)"),
     "recipes": (recipes, "print the recipe cells: recipes 01 qat"),
-    "model": (model, "evaluate or try the course model"),
+    "model": (model, "evaluate or try the model in use"),
 }
 
 

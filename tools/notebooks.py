@@ -106,9 +106,13 @@ def with_map(text: str, folder=None, without: str = "") -> str:
     return text[: rows[0].start()] + "\n".join(lines) + text[rows[-1].end() :]
 
 
-def pages(root) -> list[Path]:
-    """The Markdown files that link to notebooks."""
-    return [Path(root) / "README.md", Path(root) / "CONTRIBUTING.md", *sorted(Path(root).glob("data/*/README.md"))]
+def pages(root) -> dict[Path, str]:
+    """The Markdown files that link to notebooks, and their text with links and map as the files are."""
+    root = Path(root)
+    there = [path for path in (root / "README.md", root / "CONTRIBUTING.md", *sorted(root.glob("data/*/README.md")))
+             if path.is_file()]  # fmt: skip
+    order = names(root / "notebooks")
+    return {path: with_map(in_step(path.read_text("utf-8"), order), root / "notebooks") for path in there}
 
 
 def renumber(folder=None) -> dict[str, str]:
@@ -128,11 +132,8 @@ def renumber(folder=None) -> dict[str, str]:
     for _ in range(2):  # titles first: navigation and maps show them
         for name in names(folder):
             restore(folder / f"{name}.ipynb")
-    for page in pages(folder.parent):
-        if page.is_file():
-            text = page.read_text("utf-8")
-            if (new := with_map(in_step(text, names(folder)), folder)) != text:
-                files.write_text(page, new)
+    for page, text in pages(folder.parent).items():
+        files.write_text(page, text)
     return renamed
 
 
@@ -339,9 +340,11 @@ def _opening(nb, path):
     if len(setups) != 1 or setups != code[:1] or cells[setups[0]].source != SETUP:
         yield f"the first code cell, and no other, must be tagged 'setup', with exactly {SETUP!r}"
     opening = "\n".join(cell.source for cell in cells[: setups[0] if setups else 3])
-    for part in ("You will be able to", "You need", "Time"):
+    for part in ("You will be able to", "You need"):
         if f"**{part}" not in opening:
             yield f"the opening lacks **{part}**"
+    if not _TIME.search(opening):
+        yield "the opening lacks **Time** about 60 minutes to read and do; about a minute to run."
     for i, cell in enumerate(cells):
         if unknown := set(tags(cell)) - TAGS:
             yield f"cell {i}: unknown tags {sorted(unknown)}"

@@ -397,15 +397,10 @@ def documents(root=None, directory=None) -> dict[Path, str]:
     """What each generated file should hold: {path: text}."""
     root = Path(root or files.ROOT)
     folder, directory = root / "notebooks", directory or root / "data" / "results"
-    found = {}
-    for path in notebooks.pages(root):
-        if path.is_file():
-            found[path] = notebooks.in_step(path.read_text("utf-8"), notebooks.names(folder))
-    front = root / "README.md"
+    found, front = notebooks.pages(root), root / "README.md"
     if front not in found:
         raise QtutorError("README.md is missing: restore it with 'git checkout README.md'.")
-    text = notebooks.with_map(found[front], folder)
-    text = with_block(text, "runs", runs.time_for_all(directory))
+    text = with_block(found[front], "runs", runs.time_for_all(directory))
     found[front] = with_block(text, "results", headline_table(directory, folder))
     found[root / PAGE] = page(directory, folder)
     return found
