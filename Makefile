@@ -17,9 +17,11 @@ JOBS    ?= 1
 LIMIT   ?= 1800
 
 # llama.cpp is compiled from llama-cpp-python's own source, with its command line tools, which look for the
-# shared libraries beside them: $ORIGIN is for the loader, hence the quoting.
-LLAMA_CMAKE := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=ON -DLLAMA_TOOLS_INSTALL=ON -DLLAMA_BUILD_SERVER=OFF \
-	-DLLAMA_OPENSSL=OFF -DGGML_CUDA=$(CUDA) -DCMAKE_INSTALL_RPATH=$$ORIGIN/../lib
+# shared libraries beside them: $ORIGIN is for the loader, hence the quoting.  Without its AMX kernels: GCC 12 compiles
+# the load of their tile configuration wrongly, and on a CPU that has AMX every quantized product then ends the process
+# with "illegal instruction".
+LLAMA_CMAKE := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__ -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=ON \
+	-DLLAMA_TOOLS_INSTALL=ON -DLLAMA_BUILD_SERVER=OFF -DLLAMA_OPENSSL=OFF -DGGML_CUDA=$(CUDA) -DCMAKE_INSTALL_RPATH=$$ORIGIN/../lib
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test quick test-gpu check notebooks times renumber results doctor install install-test clean
