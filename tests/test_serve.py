@@ -1,4 +1,4 @@
-"""serve: the server answers as the model does, and is gone afterwards, whatever happened; answers side by side."""
+"""serve: the server answers as the model does, and is gone afterwards, whatever happened."""
 
 import json
 import os
@@ -116,32 +116,6 @@ def test_settings_of_the_environment_do_not_reach_the_server(path, monkeypatch):
     monkeypatch.setenv("PORT", "1")
     with serve.Server(path, ctx=32, threads=1) as server, httpx.Client(trust_env=False) as client:
         assert client.get(f"{server.url}/models").status_code == 200
-
-
-def test_answers_table_and_explorer(path, tmp_path):
-    q2 = llamacpp.quantize(path, tmp_path / "q2.gguf", "Q2_K")
-    models = {name: llamacpp.Model(p, ctx=64, threads=1) for name, p in (("F32", path), ("Q2_K", q2), ("again", path))}
-    said = serve.answers(models, "The <b>", 6)
-    assert said["F32"] == said["again"] == models["F32"].generate("The <b>", 6)
-    html = serve.table({"F32": "a<b>c", "Q2_K": "a<x", "again": "a<b>c"})
-    assert "&lt;b&gt;" in html and "2 characters" in html and "word for word" in html and "<b>x</b>" in html
-    assert serve.parting("abc", "abd") == 2 and serve.parting("", "x") == 0
-    box = serve.explorer(models, ["The", "A list"], max_tokens=4)
-    prompt, controls, shown = box.children
-    first = shown.value
-    assert "the original" in first and "Q2_K" in first
-    prompt.value = "A list"
-    assert shown.value != first
-    controls.children[0].value = 8
-    longer = shown.value
-    controls.children[1].value = 1.0
-    assert shown.value != longer
-    prompt.value = "x " * 200  # more than the context: a sentence, not a traceback
-    assert "change it or ctx" in shown.value
-    for model in models.values():
-        model.close()
-    with pytest.raises(QtutorError):
-        serve.explorer({}, ["The"])
 
 
 def test_ports():

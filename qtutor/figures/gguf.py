@@ -1,4 +1,4 @@
-"""Pictures of the llama.cpp notebook: one block, bits and mixtures of the formats, quality by type, answers side by side."""
+"""Pictures of GGUF: one block, bits and mixtures of the formats, quality by type, answers side by side."""
 
 from __future__ import annotations
 
@@ -149,15 +149,14 @@ def answers_table(said: dict[str, str]) -> str:
     """HTML of the answers (name -> text, the original first): what the original said too in grey, the rest in bold."""
     import pandas as pd
 
-    def marked(text):
-        at = len(text) if text is original else len(os.path.commonprefix([text, original]))
+    original, rows = next(iter(said.values())), []
+    for number, text in enumerate(said.values()):
+        at = len(os.path.commonprefix([text, original])) if number else len(text)
         same, own = (html.escape(part).replace("\n", "↵ ") for part in (text[:at], text[at:]))  # keeps to its row
-        note = "the original" if text is original else "word for word" if text == original else f"{at} characters"
-        return {"same for": note, "answer": f"<span style='color:#767676'>{same}</span><b>{own}</b>"}
-
-    original = next(iter(said.values()), "")
-    table = pd.DataFrame([marked(text) for text in said.values()], index=[html.escape(name) for name in said])
-    table = table.rename(columns={"answer": "answer (bold: from where it differs from the original)"})
+        note = "the original" if not number else "word for word" if text == original else f"{at} characters"
+        rows.append({"same for": note, "answer (bold: from where it differs from the original)":
+                     f"<span style='color:#767676'>{same}</span><b>{own}</b>"})  # fmt: skip
+    table = pd.DataFrame(rows, index=[html.escape(name) for name in said])
     return table.style.set_properties(**{"text-align": "left", "white-space": "pre-wrap"}).to_html()
 
 
