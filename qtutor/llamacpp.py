@@ -30,8 +30,10 @@ import ctypes
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from math import prod
 from pathlib import Path
@@ -131,21 +133,25 @@ def tool(name: str) -> Path:
     )
 
 
-def run_tool(name: str, *arguments, until: str | None = None, tries: int = 20) -> str:
-    """Run one of llama.cpp's programs and return all that it printed.
+def run_tool(name: str, *arguments, until: str = "", tries: int = 20) -> tuple[str, float]:
+    """Run one of llama.cpp's programs; return all that it printed, and the seconds that it took.
 
     ``until`` is a regular expression that the answer has to match.  The programs print through a thread of their own,
     which is cut off when the program ends: on a busy machine the last lines, which hold the result, may be missing, and
     then the program is asked again.  Raises QtutorError where it fails, and where the answer stays away.
     """
-    env = os.environ | {"LC_ALL": "C"} | ({"LLAMA_ARG_REPACK": "0"} if gguf_file.kernels["plain"] else {})
     for _ in range(tries):
+        env = os.environ | {"LC_ALL": "C"} | ({"LLAMA_ARG_REPACK": "0"} if gguf_file.kernels["plain"] else {})
+        start = time.perf_counter()
         done = subprocess.run([tool(name), *map(str, arguments)], capture_output=True, env=env, check=False)
-        said = (done.stdout + b"\n" + done.stderr).decode("utf-8", "replace")
+        seconds, said = time.perf_counter() - start, (done.stdout + b"\n" + done.stderr).decode("utf-8", "replace")
+        if done.returncode == -getattr(signal, "SIGILL", 0) and not gguf_file.kernels["plain"]:
+            gguf_file.kernels["plain"] = True
+            continue
         if done.returncode:
             raise QtutorError(f"{name} ended with status {done.returncode}: run it by hand to see why.")
-        if until is None or re.search(until, said):
-            return said
+        if re.search(until, said):
+            return said, seconds
     raise QtutorError(f"{name} did not print {until!r} in {tries} runs: run it by hand to see why.")
 
 
