@@ -177,8 +177,8 @@ def hyperparameters(config: dict) -> dict:
         raise QtutorError("Only the Llama architecture can be exported here, and this model is "
                           f"{config.get('model_type')!r}: {CONVERTER} for it.")  # fmt: skip
     if config.get("hidden_act", "silu") != "silu":
-        raise QtutorError(f"config.json has hidden_act {config['hidden_act']!r} and llama.cpp computes every Llama with "
-                          "silu: train with silu.")  # fmt: skip
+        raise QtutorError(f"config.json has hidden_act {config['hidden_act']!r} and llama.cpp computes every Llama "
+                          "with silu: train with silu.")  # fmt: skip
     if config.get("quantization_config"):
         raise QtutorError("This checkpoint is quantized already (quantization_config in config.json): export the "
                           "original weights.")  # fmt: skip

@@ -171,7 +171,7 @@ def read(path: Path) -> Gguf:
 DAMAGED, SECONDS = 42, 120  #: what the child says with its exit status, and how long it may take
 _known: dict = {}  # stamp of a file -> what is in it
 _trusted: set = set()  # stamps of files that this process wrote
-computed: set = set()  #: with what models a child has computed here: quantized (True) or not
+computed: set = set()  # with what models a child has computed here: quantized (True) or not
 kernels = {"plain": False}  #: plain: llama.cpp's fastest kernels end the process here, so do without them
 
 
@@ -228,6 +228,13 @@ def look_first(path: Path, why: str | None = None) -> None:
         kernels["plain"] = why is None
     if why:
         raise QtutorError(f"{path.name} is not a sound GGUF file: {why}; export, quantize or copy it again.")
+
+
+def compute_first(found: Gguf) -> None:
+    """Let a child compute with the first model of its kind, quantized or not, before this process does."""
+    if bool(found.quantized) not in computed:
+        look_first(found.path)
+        computed.add(bool(found.quantized))
 
 
 def _child(path: Path, plain: bool) -> str | None:

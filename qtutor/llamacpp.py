@@ -403,9 +403,7 @@ class Model:
         if self.kv_type not in KV_TYPES:
             raise QtutorError(f"There is no cache type {kv_type!r}: choose one of {', '.join(KV_TYPES)}.")
         self.lib = lib = native()
-        if bool(self.gguf.quantized) not in gguf_file.computed:  # the first of its kind computes in a child first
-            gguf_file.look_first(self.gguf.path)
-            gguf_file.computed.add(bool(self.gguf.quantized))
+        gguf_file.compute_first(self.gguf)
         params = lib.llama_model_default_params()
         params.use_extra_bufts = not gguf_file.kernels["plain"]
         weights = sum(t.nbytes for t in self.gguf.tensors)

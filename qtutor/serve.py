@@ -22,9 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-from . import QtutorError, llamacpp
+from . import QtutorError, gguf_file, llamacpp
 
 # -------------------------------------------------------------------------------------------------------- the server
 
@@ -38,13 +37,21 @@ _STRAY = ("API_KEY", "CONFIG_FILE", "SSL_KEYFILE", "SSL_CERTFILE", "ROOT_PATH", 
 # The watch ends the server with the process that started it, even where that was killed and could not say goodbye.
 _CHILD = """
 import os, runpy, sys, threading, time
-parent = int(sys.argv.pop(1))
+parent, plain = int(sys.argv.pop(1)), sys.argv.pop(1) == "True"
 def watch():
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(0)
 if sys.platform != "win32":
     threading.Thread(target=watch, daemon=True).start()
+if plain:  # see qtutor.gguf_file.kernels
+    from llama_cpp import llama_cpp as api
+    usual = api.llama_model_default_params
+    def without_repacking():
+        params = usual()
+        params.use_extra_bufts = False
+        return params
+    api.llama_model_default_params = without_repacking
 runpy.run_module("llama_cpp.server", run_name="__main__", alter_sys=True)
 """
 
@@ -78,7 +85,9 @@ class Server:
         ok, why = available()
         if not ok:
             raise QtutorError(why)
-        self.path, self.alias, self.timeout = Path(llamacpp.check_gguf(path).path).resolve(), alias, timeout
+        found = llamacpp.check_gguf(path)
+        gguf_file.compute_first(found)
+        self.path, self.alias, self.timeout = found.path.resolve(), alias, timeout
         self._options = ["--model", self.path, "--model_alias", alias, "--n_ctx", ctx, "--host", "127.0.0.1",
                          "--n_threads", threads or llamacpp.n_threads(), "--verbose", "False"]  # fmt: skip
         if gpu_layers is not None:
@@ -99,7 +108,8 @@ class Server:
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 - not a pipe: a full one would block the server
             env = {key: value for key, value in os.environ.items() if key.upper() not in _STRAY}
             env |= {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-            command = [sys.executable, "-W", "ignore", "-c", _CHILD, os.getpid(), *self._options, "--port", self.port]
+            command = [sys.executable, "-W", "ignore", "-c", _CHILD, os.getpid(),
+                       gguf_file.kernels["plain"], *self._options, "--port", self.port]
             self.process = subprocess.Popen([str(part) for part in command], stdin=subprocess.DEVNULL,
                                             stdout=self._log, stderr=self._log, env=env)  # fmt: skip
             atexit.register(self.stop)

@@ -65,6 +65,15 @@ def test_completions_chat_and_stream_are_what_the_model_says(path):
     server.stop()
 
 
+def test_a_quantized_model_is_served(path, tmp_path):
+    import httpx
+
+    q4 = llamacpp.quantize(path, tmp_path / "q4.gguf", "Q4_0")
+    with serve.Server(q4, ctx=64, threads=1) as server, httpx.Client(trust_env=False, timeout=60) as client:
+        ask = {"prompt": "The for statement is used to iterate over the elements", "max_tokens": 4}
+        assert client.post(f"{server.url}/completions", json=ask).json()["usage"]["completion_tokens"] >= 1
+
+
 def test_an_error_in_the_block_stops_the_server(path):
     with pytest.raises(ZeroDivisionError), serve.Server(path, ctx=32, threads=1) as server:
         process, port = server.process, server.port
