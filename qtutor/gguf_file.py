@@ -189,9 +189,9 @@ def trust(path) -> Path:
 def check_gguf(path) -> Gguf:
     """What is in a GGUF file that native code may open; a file is looked at once.
 
-    A child process opens it first: it reads the whole structure, and where it is a model lets llama.cpp load it, compute
-    a few tokens and plan a quantization.  If a damaged or hostile file ends that process, or keeps it busy, the notebook
-    goes on.  Values are not judged: a flipped bit inside a weight is a slightly different model, not a broken file.
+    A child process opens it first: it reads the whole structure, and where it is a model lets llama.cpp load it,
+    compute a few tokens and plan a quantization.  If a damaged or hostile file ends that process, or keeps it busy, the
+    notebook goes on.  Values are not judged: a flipped bit inside a weight is a slightly different model.
 
     Raises QtutorError with one sentence.
     """

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import re
 import shutil
@@ -71,10 +72,8 @@ def native():
     try:
         import llama_cpp.llama_cpp as lib
     except Exception as err:  # a broken build raises OSError, RuntimeError or FileNotFoundError
-        raise QtutorError(
-            f"llama-cpp-python does not load here ({type(err).__name__}): install it with a C++ compiler, "
-            "pip install llama-cpp-python."
-        ) from None
+        raise QtutorError(f"llama-cpp-python does not load here ({type(err).__name__}): install it with a C++ "
+                          "compiler, pip install llama-cpp-python.") from None  # fmt: skip
 
     @lib.llama_log_callback
     def collect(level, text, user_data):
@@ -115,22 +114,12 @@ def tool(name: str) -> Path:
     They are compiled together with llama-cpp-python when CMAKE_ARGS asks for tools, and land in
     site-packages/bin.  Raises QtutorError where there is none.
     """
-    suffix = ".exe" if sys.platform == "win32" else ""
-    try:
-        from importlib.util import find_spec
-
-        spec = find_spec("llama_cpp")
-        beside = Path(spec.origin).parent.parent / "bin" / (name + suffix) if spec and spec.origin else None
-    except (ImportError, ValueError):
-        beside = None
-    if beside and beside.is_file():
-        return beside
-    if found := shutil.which(name):
+    spec = importlib.util.find_spec("llama_cpp")
+    beside = str(Path(spec.origin).parent.parent / "bin") if spec and spec.origin else ""
+    if found := shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])):
         return Path(found)
-    raise QtutorError(
-        f"{name} is not installed: reinstall llama-cpp-python with "
-        "CMAKE_ARGS='-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=ON -DLLAMA_TOOLS_INSTALL=ON'."
-    )
+    raise QtutorError(f"{name} is not installed: reinstall llama-cpp-python with "
+                      "CMAKE_ARGS='-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=ON -DLLAMA_TOOLS_INSTALL=ON'.")
 
 
 def run_tool(name: str, *arguments, until: str = "", tries: int = 20) -> tuple[str, float]:

@@ -94,8 +94,8 @@ def record(full: bool = True, *, windows: int | None = None, ctx: int = 512, cal
     """Measure the types (every one but F32 by default) on the course model and save ``gguf_quality``; return its path.
 
     ``windows``: so many windows of the evaluation text, spread evenly; by default all, and 4 where not ``full``.
-    ``calibration``: windows of docstrings for the importance matrix.  The logits of the F32 file are kept: 4 bytes times
-    the vocabulary for each token.
+    ``calibration``: windows of docstrings for the importance matrix.  The logits of the F32 file are kept: 4 bytes
+    times the vocabulary for each token.
     """
     names = [llamacpp.file_type(n).name for n in names or llamacpp.TYPES if n != "F32"]
     model, tokenizer = course_model.load(), course_model.load_tokenizer()
