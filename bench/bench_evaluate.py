@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -30,15 +28,9 @@ from qtutor import QtutorError, corpus, course_model, evaluate, gguf_export, lla
 
 def tool_seconds(arguments, what: str) -> tuple[float, float]:
     """Seconds that llama-perplexity takes, and the number it prints after ``what``."""
-    start = time.perf_counter()
-    done = subprocess.run([*map(str, arguments)], capture_output=True, text=True, check=False,
-                          env={**os.environ, "LC_ALL": "C"})  # fmt: skip
-    seconds = time.perf_counter() - start
-    said = done.stdout + done.stderr
-    if done.returncode:
-        raise QtutorError(f"llama-perplexity ended with status {done.returncode}: run it by hand to see why.")
-    found = re.search(re.escape(what) + r"\s*[=:] +(-?[\d.]+)", said)
-    return seconds, float(found[1]) if found else float("nan")
+    number = re.escape(what) + r"\s*[=:] +(-?[\d.]+)"
+    said, seconds = llamacpp.run_tool("llama-perplexity", *arguments, until=number)
+    return seconds, float(re.search(number, said)[1])
 
 
 def python_seconds(path, tokens, ctx: int, threads: int, base) -> tuple[float, float]:
@@ -64,7 +56,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--rounds", type=int, default=3, help="how often they take turns (default 3)")
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args(argv)
-    program, ctx, threads = llamacpp.tool("llama-perplexity"), options.ctx, options.threads
+    ctx, threads = options.ctx, options.threads
     import torch
 
     torch.set_num_threads(threads)
@@ -86,7 +78,7 @@ def main(argv=None) -> dict:
         common = ["-f", text, "-c", ctx, "-b", ctx, "-ub", ctx, "-t", threads, "-tb", threads, "-ngl", 0, "-fa", "on"]
         for n in cut:
             keep = ["--kl-divergence-base", folder / f"{n}.kld"]
-            tool_seconds([program, "-m", reference, *common, "--chunks", n, *keep], "PPL")
+            tool_seconds(["-m", reference, *common, "--chunks", n, *keep], "PPL")
         kept = {n: base[: n * (ctx - ctx // 2 - 1)] for n in cut}
         for mode, what in (("perplexity", "Final estimate: PPL"), ("KL divergence", "Mean    KLD")):
             times: dict = {"llama-perplexity": [], "Python": []}
@@ -95,7 +87,7 @@ def main(argv=None) -> dict:
                 for n in cut:
                     extra = ["--kl-divergence", "--kl-divergence-base", folder / f"{n}.kld"] if mode[0] == "K" else []
                     taken["llama-perplexity"][n], theirs = tool_seconds(
-                        [program, "-m", path, *common, "--chunks", n, *extra], what)
+                        ["-m", path, *common, "--chunks", n, *extra], what)
                     taken["Python"][n], ours = python_seconds(path, cut[n], ctx, threads,
                                                               kept[n] if mode[0] == "K" else None)  # fmt: skip
                 for who, seconds in taken.items():

@@ -15,6 +15,8 @@ Converting a Llama takes four steps, and each is a function below:
 4. write the tokenizer       the vocabulary, the merges, which tokens are special, the chat template, and ``pre``:
    the name of the regular expression that splits text before the merges, which llama.cpp has compiled in
 
+Every tensor of the checkpoint is accounted for: one that the file has no place for is refused by name.
+
 The format is specified at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the reference
 converter is ``convert_hf_to_gguf.py`` in llama.cpp.
 """
@@ -25,14 +27,16 @@ import json
 import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from . import QtutorError
+from . import QtutorError, files
 
 DTYPES = ("f32", "f16", "bf16")
+CONVERTER = "use llama.cpp's convert_hf_to_gguf.py"
 
 # llama.cpp's names for the pre-tokenizer regular expressions that Llama-family tokenizers use.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -41,7 +45,6 @@ _SPLIT_REGEX = {
     _CONTRACTIONS + r"\p{N}{1,3}" + _TAIL: "llama-bpe",
     _CONTRACTIONS + r"\p{N}" + _TAIL: "qwen2",
 }
-
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -53,11 +56,7 @@ _LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_TOP_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
+_TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _ROPE_NEEDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -89,82 +88,72 @@ def permute(weight: torch.Tensor, n_head: int) -> torch.Tensor:
     ``rotate_half``; llama.cpp rotates rows ``2i`` and ``2i + 1``.  ``weight`` is (n_head * d, ...); so is
     the result.  Same as ``LlamaModel.permute`` in llama.cpp's converter.
     """
-    rows = weight.shape[0]
-    return (
-        weight.reshape(n_head, 2, rows // n_head // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-    )
-
-
-def unpermute(weight: torch.Tensor, n_head: int) -> torch.Tensor:
-    """The inverse of :func:`permute`: from llama.cpp's pairs back to Hugging Face's halves."""
-    rows = weight.shape[0]
-    return (
-        weight.reshape(n_head, rows // n_head // 2, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-    )
+    half = weight.shape[0] // n_head // 2
+    return weight.reshape(n_head, 2, half, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 # ----------------------------------------------------------------------------------------- reading a model
 
 
-class _Source:
-    """A model's config (a plain dict) and its tensors by Hugging Face name, read one at a time."""
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint: its configuration, its tensors' names, how to read one, and what to call it."""
 
-    def __init__(self, config: dict, names, read, where: str, folder: Path | None = None):
-        self.config, self.names, self.read, self.where, self.folder = config, set(names), read, where, folder
+    config: dict
+    names: set
+    read: object
+    where: str
+    folder: Path | None = None
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except FileNotFoundError:
-        raise QtutorError(f"{path.parent.name}/ has no {path.name}: give a saved model.") from None
-    except (ValueError, OSError) as err:
-        raise QtutorError(f"{path.name} cannot be read ({err}): restore it from the original.") from None
+def read_json(path: Path) -> dict:
+    """The JSON object in a file of a checkpoint; raises QtutorError where there is none."""
+    found = files.read_json(path)
     if not isinstance(found, dict):
         raise QtutorError(f"{path.name} holds no JSON object: restore it from the original.")
     return found
 
 
-def _open_folder(folder: Path) -> _Source:
+def _open_folder(folder: Path) -> Source:
     """Open a checkpoint folder without building the model: safetensors are read tensor by tensor."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not folder.is_dir():
         raise QtutorError(f"There is no model folder at '{folder}': give the path of a saved model.")
-    config = _read_json(folder / "config.json")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        where = _read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+    config, index, names = read_json(folder / "config.json"), folder / "model.safetensors.index.json", None
+    shards = ["model.safetensors"]
+    if index.exists() and not (folder / shards[0]).exists():  # as transformers: a single file comes first
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
             raise QtutorError(f"{index.name} does not say which file holds which tensor: save the model again.")
-        files = sorted(set(where.values()))
-    else:
-        files = ["model.safetensors"]
+        shards = sorted(set(names.values()))
     where_is: dict[str, object] = {}
-    for file in files:
+    for file in shards:
         if not (folder / file).is_file():
             raise QtutorError(f"{folder.name}/ has no {file}: save the model with safetensors first.")
         try:
             handle = safe_open(folder / file, framework="pt")
             where_is.update(dict.fromkeys(handle.keys(), handle))
-        except (SafetensorError, OSError, ValueError) as err:
-            raise QtutorError(
-                f"{file} is damaged ({_first_line(err)}): copy or save the model again."
-            ) from None
+        except Exception as err:  # the Rust library has no class of its own for each
+            raise QtutorError(f"{file} is damaged ({_first_line(err)}): copy or save the model again.") from None
 
     def read(name: str) -> torch.Tensor:
         try:
             return where_is[name].get_tensor(name)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as err:
+        except Exception as err:
             raise QtutorError(f"{name} cannot be read ({_first_line(err)}): save the model again.") from None
 
-    return _Source(config, where_is, read, folder.name, folder)
+    return Source(config, set(where_is), read, folder.name, folder)
 
 
-def _open_model(model) -> _Source:
-    """Wrap a model object; fake-quantized or torchao tensors are read through ``dequantize()``."""
+def _open_model(model) -> Source:
+    """Wrap a model object; torchao tensors are read through ``dequantize()``."""
     state = model.state_dict()
+    fake = next((name for name, module in model.named_modules() if hasattr(module, "weight_fake_quant")), None)
+    packed = next((name for name in state if name.endswith(".codes")), None)
+    if fake or packed:
+        raise QtutorError(f"{fake or packed} is not an ordinary weight: pass fake_quant.bake(model), whose weights lie "
+                          "on the grid that training saw.")  # fmt: skip
 
     def read(name: str) -> torch.Tensor:
         tensor = state[name]
@@ -172,7 +161,7 @@ def _open_model(model) -> _Source:
             tensor = tensor.dequantize()
         return tensor.detach()
 
-    return _Source(model.config.to_dict(), state, read, type(model).__name__)
+    return Source(model.config.to_dict(), set(state), read, type(model).__name__)
 
 
 def _first_line(err: Exception) -> str:
@@ -182,17 +171,19 @@ def _first_line(err: Exception) -> str:
 # ------------------------------------------------------------------------------------------ hyperparameters
 
 
-def _hyperparameters(config: dict) -> dict:
-    """Check that ``config`` is a Llama's and return the numbers that GGUF needs."""
-    kind = config.get("model_type")
-    if kind != "llama":
-        raise QtutorError(
-            f"Only the Llama architecture can be exported here, and this model is {kind!r}: "
-            "use llama.cpp's convert_hf_to_gguf.py for it."
-        )
+def hyperparameters(config: dict) -> dict:
+    """The numbers of a Llama's config.json that GGUF needs, ``rope`` among them; QtutorError for another model."""
+    if config.get("model_type") != "llama":
+        raise QtutorError("Only the Llama architecture can be exported here, and this model is "
+                          f"{config.get('model_type')!r}: {CONVERTER} for it.")  # fmt: skip
+    if config.get("hidden_act", "silu") != "silu":
+        raise QtutorError(f"config.json has hidden_act {config['hidden_act']!r} and llama.cpp computes every Llama "
+                          "with silu: train with silu.")  # fmt: skip
+    if config.get("quantization_config"):
+        raise QtutorError("This checkpoint is quantized already (quantization_config in config.json): export the "
+                          "original weights.")  # fmt: skip
     try:
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
+        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         hyper = {
             "layers": int(config["num_hidden_layers"]),
             "hidden": hidden,
@@ -207,9 +198,9 @@ def _hyperparameters(config: dict) -> dict:
         }
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as err:
         raise QtutorError(f"config.json lacks a usable {err}: it does not describe a Llama model.") from None
-    for key in ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "ctx", "eps"):
-        if not 0 < hyper[key] < math.inf:
-            raise QtutorError(f"config.json has {key} = {hyper[key]}: it does not describe a Llama model.")
+    for key, value in hyper.items():
+        if key != "tied" and not 0 < value < math.inf:
+            raise QtutorError(f"config.json has {key} = {value}: it does not describe a Llama model.")
     # transformers 5 keeps RoPE settings in rope_parameters; checkpoints saved before have two keys
     settings = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
     if not all(isinstance(one, dict) for one in settings):
@@ -217,7 +208,7 @@ def _hyperparameters(config: dict) -> dict:
     rope = settings[0] | settings[1]
     kind = hyper["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "linear", "llama3"):
-        raise QtutorError(f"RoPE scaling {kind!r} is not known here: use llama.cpp's convert_hf_to_gguf.py.")
+        raise QtutorError(f"RoPE scaling {kind!r} is not known here: {CONVERTER}.")
     rope["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     for key in ("rope_theta", *_ROPE_NEEDS.get(kind, ())):
         try:
@@ -229,21 +220,16 @@ def _hyperparameters(config: dict) -> dict:
     return hyper | {"rope": rope, "theta": rope["rope_theta"]}
 
 
-def _expected(hyper: dict, names: set[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """GGUF name -> (Hugging Face name, shape), in the order in which they are written."""
-    d, f, q, kv = hyper["hidden"], hyper["ffn"], hyper["heads"], hyper["kv_heads"]
-    q, kv = q * hyper["head_dim"], kv * hyper["head_dim"]
-    shapes = {
-        "input_layernorm": (d,),
-        "self_attn.q_proj": (q, d),
-        "self_attn.k_proj": (kv, d),
-        "self_attn.v_proj": (kv, d),
-        "self_attn.o_proj": (d, q),
-        "post_attention_layernorm": (d,),
-        "mlp.gate_proj": (f, d),
-        "mlp.up_proj": (f, d),
-        "mlp.down_proj": (d, f),
-    }
+def expected(hyper: dict, names=()) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """GGUF name -> (Hugging Face name, shape), in the order in which they are written.
+
+    ``names``: of the checkpoint's tensors; biases that are among them (attention_bias, mlp_bias) are expected too.
+    """
+    d, f, q, kv = (hyper["hidden"], hyper["ffn"], hyper["heads"] * hyper["head_dim"],
+                   hyper["kv_heads"] * hyper["head_dim"])  # fmt: skip
+    shapes = {"input_layernorm": (d,), "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d),
+              "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, q), "post_attention_layernorm": (d,),
+              "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}  # fmt: skip
     wanted = {"model.embed_tokens.weight": (hyper["vocab"], d), "model.norm.weight": (d,)}
     if not hyper["tied"]:
         wanted["lm_head.weight"] = (hyper["vocab"], d)
@@ -251,9 +237,27 @@ def _expected(hyper: dict, names: set[str]) -> dict[str, tuple[str, tuple[int, .
         for stem, shape in shapes.items():
             base = f"model.layers.{layer}.{stem}"
             wanted[f"{base}.weight"] = shape
-            if f"{base}.bias" in names:  # attention_bias / mlp_bias
+            if f"{base}.bias" in names:
                 wanted[f"{base}.bias"] = shape[:1]
     return {gguf_name(name): (name, shape) for name, shape in wanted.items()}
+
+
+def _account(source: Source, hyper: dict) -> dict:
+    """:func:`expected` of the checkpoint; refuses one that lacks a tensor or has one that GGUF has no place for."""
+    wanted = expected(hyper, source.names)
+    names = {hf for hf, _ in wanted.values()}
+    if missing := [hf for hf, _ in wanted.values() if hf not in source.names]:
+        raise QtutorError(f"{source.where} lacks {missing[0]} ({len(missing)} missing): the checkpoint is incomplete.")
+    extra = sorted(name for name in source.names - names if not name.endswith("rotary_emb.inv_freq"))
+    if extra == ["lm_head.weight"]:  # config.json says tied; a model object lists the shared tensor twice
+        if torch.equal(source.read("lm_head.weight"), source.read("model.embed_tokens.weight")):
+            return wanted
+        raise QtutorError("lm_head.weight differs from the embedding and config.json says that they are tied: set "
+                          "tie_word_embeddings to false, or remove it.")  # fmt: skip
+    if extra:
+        raise QtutorError(f"{source.where} has a tensor {extra[0]} that a Llama's GGUF file has no place for: export "
+                          "the plain model (adapters merged, quantization undone).")  # fmt: skip
+    return wanted
 
 
 def _rope_freqs(hyper: dict) -> np.ndarray:
@@ -274,26 +278,23 @@ def _rope_freqs(hyper: dict) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------- tokenizer
 
 
-def _tokenizer_json(source: _Source, tokenizer) -> dict:
+def _tokenizer_json(source: Source, tokenizer) -> dict:
     """The tokenizer as the dict that ``tokenizer.json`` holds (the `tokenizers` library's own format)."""
-    if tokenizer is None:
-        if source.folder is None:
-            raise QtutorError("A model object has no tokenizer: pass tokenizer=..., or export from a folder.")
-        if not (source.folder / "tokenizer.json").exists():
-            raise QtutorError(
-                f"{source.folder.name}/ has no tokenizer.json: save a fast tokenizer into the model folder."
-            )
-        return _read_json(source.folder / "tokenizer.json")
-    if isinstance(tokenizer, (str, os.PathLike)):
-        path = Path(tokenizer)
-        return _read_json(path / "tokenizer.json" if path.is_dir() else path)
+    if tokenizer is None and source.folder is None:
+        raise QtutorError("A model object has no tokenizer: pass tokenizer=..., or export from a folder.")
+    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+        path = Path(tokenizer or source.folder)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.exists():
+            raise QtutorError(f"{path.parent.name}/ has no {path.name}: save a fast tokenizer into the model folder.")
+        return read_json(path)
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not hasattr(backend, "to_str"):
         raise QtutorError("This tokenizer has no tokenizer.json behind it: use a fast (Rust) tokenizer.")
     return json.loads(backend.to_str())
 
 
-def _chat_template(source: _Source, tokenizer) -> str | list | None:
+def _chat_template(source: Source, tokenizer) -> str | list | None:
     """The Jinja template that turns messages into a prompt, where there is one; several have names: a list of dicts.
 
     A folder keeps it in chat_template.jinja, or (saved before transformers 4.50) in tokenizer_config.json.
@@ -301,7 +302,7 @@ def _chat_template(source: _Source, tokenizer) -> str | list | None:
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
         folder = source.folder if tokenizer is None else Path(tokenizer)
         jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        found = _read_json(config).get("chat_template") if config.is_file() else None
+        found = read_json(config).get("chat_template") if config.is_file() else None
         if found is None and jinja.is_file():
             try:
                 found = jinja.read_text(encoding="utf-8")
@@ -311,7 +312,7 @@ def _chat_template(source: _Source, tokenizer) -> str | list | None:
         found = getattr(tokenizer, "chat_template", None)
     if isinstance(found, dict):
         found = [{"name": name, "template": text} for name, text in found.items()]
-    return found if isinstance(found, (str, list)) and found else None
+    return found or None
 
 
 def pre_tokenizer_name(tokenizer: dict) -> str:
@@ -322,10 +323,9 @@ def pre_tokenizer_name(tokenizer: dict) -> str:
     """
     steps = tokenizer.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
-    kinds = [step.get("type") for step in steps]
-    plain = not steps[-1].get("add_prefix_space") and not tokenizer.get("normalizer")
-    if kinds[-1] == "ByteLevel" and plain:
-        regex = steps[-1].get("use_regex", True)
+    kinds, last = [step.get("type") for step in steps], steps[-1]
+    if kinds[-1] == "ByteLevel" and not last.get("add_prefix_space") and not tokenizer.get("normalizer"):
+        regex = last.get("use_regex", True)
         if kinds == ["ByteLevel"] and regex:
             return "gpt-2"
         if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and regex:
@@ -334,18 +334,8 @@ def pre_tokenizer_name(tokenizer: dict) -> str:
             name = _SPLIT_REGEX.get(steps[0].get("pattern", {}).get("Regex"))
             if name:
                 return name
-    raise QtutorError(
-        f"llama.cpp's name for this pre-tokenizer ({' + '.join(map(str, kinds))}) is not known here: "
-        "use llama.cpp's convert_hf_to_gguf.py."
-    )
-
-
-def _first_id(*candidates) -> int | None:
-    for value in candidates:
-        value = value[0] if isinstance(value, (list, tuple)) and value else value
-        if isinstance(value, int):
-            return value
-    return None
+    raise QtutorError(f"llama.cpp's name for this pre-tokenizer ({' + '.join(map(str, kinds))}) is not known here: "
+                      f"{CONVERTER}.")  # fmt: skip
 
 
 def _vocabulary(tok: dict, n_vocab: int) -> tuple[list[str], list[int]]:
@@ -358,74 +348,83 @@ def _vocabulary(tok: dict, n_vocab: int) -> tuple[list[str], list[int]]:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     if max(tokens) >= n_vocab:
-        raise QtutorError(
-            f"The tokenizer has ids up to {max(tokens)} but the model only {n_vocab} embeddings: "
-            "they do not belong together."
-        )
-    return (
-        [tokens.get(i, f"[PAD{i}]") for i in range(n_vocab)],
-        [int(types.get(i, TokenType.UNUSED)) for i in range(n_vocab)],
-    )
+        raise QtutorError(f"The tokenizer has ids up to {max(tokens)} but the model only {n_vocab} embeddings: they do "
+                          "not belong together.")  # fmt: skip
+    return ([tokens.get(i, f"[PAD{i}]") for i in range(n_vocab)],
+            [int(types.get(i, TokenType.UNUSED)) for i in range(n_vocab)])  # fmt: skip
 
 
-def _add_tokenizer(writer, tok: dict, config: dict, n_vocab: int) -> None:
+def add_tokenizer(writer, tok: dict, config: dict, n_vocab: int) -> None:
+    """Write a byte-level BPE tokenizer (the dict of tokenizer.json) into the metadata of a GGUFWriter."""
     from tokenizers import Tokenizer
 
     model = tok.get("model", {})
     if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise QtutorError("Only byte-level BPE tokenizers can be exported here: use convert_hf_to_gguf.py.")
-    tokens, types = _vocabulary(tok, n_vocab)
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(tok))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
-    bos, eos = _first_id(config.get("bos_token_id")), _first_id(config.get("eos_token_id"))
-    pad = _first_id(config.get("pad_token_id"))
-    for number, add in ((bos, writer.add_bos_token_id), (eos, writer.add_eos_token_id), (pad, writer.add_pad_token_id)):
-        if number is not None and 0 <= number < n_vocab:  # llama.cpp's converter, too, skips what is no token
-            add(number)
-    # llama.cpp's tokenizer must add what Hugging Face's adds by default: ask it rather than guess
-    ids = Tokenizer.from_str(json.dumps(tok)).encode("a").ids
-    writer.add_add_bos_token(bos is not None and ids[0] == bos)
-    writer.add_add_eos_token(eos is not None and len(ids) > 1 and ids[-1] == eos)
+        raise QtutorError(f"Only byte-level BPE tokenizers can be exported here: {CONVERTER}.")
+    try:
+        tokens, types = _vocabulary(tok, n_vocab)
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        if not merges:
+            raise ValueError("it has no merges")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre_tokenizer_name(tok))
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        writer.add_token_merges(merges)
+        special = {}
+        for name in ("bos", "eos", "pad"):
+            number = config.get(f"{name}_token_id")
+            special[name] = number[0] if isinstance(number, (list, tuple)) and number else number
+            if isinstance(special[name], int) and 0 <= special[name] < n_vocab:  # as llama.cpp's converter
+                getattr(writer, f"add_{name}_token_id")(special[name])
+        # llama.cpp's tokenizer must add what Hugging Face's adds by default: ask it rather than guess
+        ids = Tokenizer.from_str(json.dumps(tok)).encode("a").ids
+        writer.add_add_bos_token(ids[0] == special["bos"])
+        writer.add_add_eos_token(len(ids) > 1 and ids[-1] == special["eos"])
+    except QtutorError:
+        raise
+    except Exception as err:  # a part is missing or of another kind; the Rust library has no narrower class
+        raise QtutorError(f"The tokenizer cannot be used ({type(err).__name__}: {_first_line(err)}): save it "
+                          "again.") from None  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def _prepare(tensor: torch.Tensor, name: str, hyper: dict, dtype: str):
-    """Permute, convert and check one tensor; return the array to write and its GGML type."""
-    from gguf import GGMLQuantizationType as T
-
+def _prepare(tensor: torch.Tensor, name: str, hyper: dict, dtype: str) -> np.ndarray:
+    """Permute, convert and check one tensor; return the array to write."""
+    if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise QtutorError(f"{name} is stored as {tensor.dtype}, without its scales: export the original weights.")
     x = tensor.to("cpu", torch.float32)
     if not torch.isfinite(x).all():
         raise QtutorError(f"{name} holds NaN or infinity: export a model whose weights are finite.")
-    if ".attn_q." in name:
-        x = permute(x, hyper["heads"])
-    elif ".attn_k." in name:
-        x = permute(x, hyper["kv_heads"])
+    if ".attn_q." in name or ".attn_k." in name:
+        x = permute(x, hyper["heads" if ".attn_q." in name else "kv_heads"])
     x = x.contiguous()
     if dtype == "f32" or x.ndim == 1:
-        return x.numpy(), T.F32
+        return x.numpy()
     if dtype == "bf16":  # numpy has no bfloat16: hand over the same bits as bytes, the last axis doubled
-        return x.to(torch.bfloat16).view(torch.uint8).numpy(), T.BF16
+        return x.to(torch.bfloat16).view(torch.uint8).numpy()
     half = x.to(torch.float16)
     if not torch.isfinite(half).all():
         raise QtutorError(f"{name} has values beyond float16's 65504: export with dtype='bf16' or 'f32'.")
-    return half.numpy(), T.F16
+    return half.numpy()
 
 
-def _add_metadata(writer, hyper: dict, dtype: str, name: str, license: str | None) -> None:
+def add_metadata(writer, hyper: dict, dtype: str, name: str, folder: Path | None = None, license: str | None = None):
+    """Write a Llama's hyper-parameters into a GGUFWriter; the licence is that of the folder's model card by default."""
     from gguf import LlamaFileType, RopeScalingType
 
+    card = folder / "README.md" if folder else None
+    if not license and card and card.is_file():
+        front = card.read_text(encoding="utf-8", errors="replace").split("---")
+        match = re.search(r"^license:\s*([\w.\-]+)", front[1], re.M) if len(front) > 2 else None
+        license = match[1] if match else None
     writer.add_type("model")
     writer.add_name(name)
     if license:
         writer.add_license(license)
-    file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}[dtype]
-    writer.add_file_type(LlamaFileType[file_type])
+    writer.add_file_type(LlamaFileType[{"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}[dtype]])
     writer.add_quantization_version(2)
     writer.add_block_count(hyper["layers"])
     writer.add_context_length(hyper["ctx"])
@@ -444,51 +443,32 @@ def _add_metadata(writer, hyper: dict, dtype: str, name: str, license: str | Non
     writer.add_vocab_size(hyper["vocab"])
 
 
-def _license_of(folder: Path | None) -> str | None:
-    """The ``license:`` line of a model card's front matter, where the folder has one."""
-    card = folder / "README.md" if folder else None
-    if card is None or not card.is_file():
-        return None
-    front = card.read_text(encoding="utf-8", errors="replace").split("---")
-    match = re.search(r"^license:\s*([\w.\-]+)", front[1], re.M) if len(front) > 2 else None
-    return match[1] if match else None
-
-
-def _write(partial: Path, source: _Source, hyper: dict, dtype: str, tok: dict, chat, name: str, license) -> None:
+def _write(partial: Path, source: Source, dtype: str, tokenizer, name: str, license) -> None:
     from gguf import GGMLQuantizationType as T
     from gguf import GGUFWriter, size_label
     from tqdm.auto import tqdm
 
-    wanted = _expected(hyper, source.names)
-    missing = [hf for hf, _ in wanted.values() if hf not in source.names]
-    if missing:
-        raise QtutorError(
-            f"{source.where} lacks {missing[0]} ({len(missing)} missing): the checkpoint is incomplete."
-        )
+    hyper = hyperparameters(source.config)
+    tok, chat = _tokenizer_json(source, tokenizer), _chat_template(source, tokenizer)
+    wanted = _account(source, hyper)
     total = sum(math.prod(shape) for _, shape in wanted.values())
-    matrix, size = {"f32": (T.F32, 4), "f16": (T.F16, 2), "bf16": (T.BF16, 2)}[dtype]
+    matrix = {"f32": (T.F32, np.float32), "f16": (T.F16, np.float16), "bf16": (T.BF16, np.uint8)}[dtype]
     writer = GGUFWriter(partial, "llama")
     try:
-        _add_metadata(writer, hyper, dtype, name, license)
+        add_metadata(writer, hyper, dtype, name, source.folder, license)
         writer.add_size_label(size_label(total, total, 0, 0))  # e.g. "7.3M", shown by llama.cpp's tools
-        try:
-            _add_tokenizer(writer, tok, source.config, hyper["vocab"])
-        except QtutorError:
-            raise
-        except Exception as err:  # a part is missing or of another kind; the Rust library has no narrower class
-            raise QtutorError(f"The tokenizer cannot be used ({type(err).__name__}: {_first_line(err)}): save it "
-                              "again.") from None  # fmt: skip
+        add_tokenizer(writer, tok, source.config, hyper["vocab"])
         if chat:
             writer.add_chat_template(chat)
         extra = {"rope_freqs.weight": _rope_freqs(hyper)} if hyper["rope_type"] == "llama3" else {}
         for key, array in extra.items():
             writer.add_tensor_info(key, array.shape, array.dtype, array.nbytes)
         for key, (_, shape) in wanted.items():
-            kind, width = (T.F32, 4) if len(shape) == 1 else (matrix, size)
+            kind, stored = (T.F32, np.float32) if len(shape) == 1 else matrix
             # for a type that numpy lacks, gguf wants the shape of the bytes
             shape_in = (*shape[:-1], shape[-1] * 2) if kind == T.BF16 else shape
-            np_type = {T.F32: np.float32, T.F16: np.float16, T.BF16: np.uint8}[kind]
-            writer.add_tensor_info(key, shape_in, np.dtype(np_type), math.prod(shape) * width, raw_dtype=kind)
+            size = math.prod(shape_in) * np.dtype(stored).itemsize
+            writer.add_tensor_info(key, shape_in, np.dtype(stored), size, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -498,52 +478,28 @@ def _write(partial: Path, source: _Source, hyper: dict, dtype: str, tok: dict, c
         for key, (hf, shape) in tqdm(wanted.items(), desc="export", leave=False, disable=total < 100e6):
             tensor = source.read(hf)
             if tuple(tensor.shape) != shape:
-                raise QtutorError(f"{hf} is {tuple(tensor.shape)} but config.json says {shape}.")
-            writer.write_tensor_data(_prepare(tensor, key, hyper, dtype)[0])
+                raise QtutorError(f"{hf} is {tuple(tensor.shape)} but config.json says {shape}: restore the original.")
+            writer.write_tensor_data(_prepare(tensor, key, hyper, dtype))
     finally:
         writer.close()
 
 
-def export(
-    model_dir_or_model, path, dtype: str = "f32", tokenizer=None, *, name: str | None = None,
-    license: str | None = None,
-) -> Path:
+def export(model, path, dtype: str = "f32", tokenizer=None, *, name: str | None = None,
+           license: str | None = None) -> Path:
     """Write a Hugging Face Llama as a GGUF file that llama.cpp runs, and return its path.
 
-    ``model_dir_or_model`` is a folder (config.json, safetensors, tokenizer.json; nothing is executed and
-    no model is built) or a ``LlamaForCausalLM``.  ``dtype`` is the type of the matrices: ``"f32"``,
-    ``"f16"`` or ``"bf16"``; 1-D tensors stay F32.  ``tokenizer`` is a fast tokenizer, a
-    ``tokenizers.Tokenizer`` or a path, and is required with a model object.  ``name`` and ``license`` go
-    to the metadata; by default the folder's name and the model card's licence.
+    ``model`` is a folder (config.json, safetensors, tokenizer.json; nothing is executed and no model is built) or a
+    ``LlamaForCausalLM``.  ``dtype`` is the type of the matrices: ``"f32"``, ``"f16"`` or ``"bf16"``; 1-D tensors stay
+    F32.  ``tokenizer`` is a fast tokenizer, a ``tokenizers.Tokenizer`` or a path, and is required with a model object.
+    ``name`` and ``license`` go to the metadata; by default the folder's name and the model card's licence.
 
-    The file appears under ``path`` only when it is complete.  Raises QtutorError for another architecture, a
-    missing or unsuitable tokenizer, missing or misshapen tensors, NaN, damaged safetensors and a target
-    that cannot be written.
+    The file appears under ``path`` only when it is complete.  Raises QtutorError for another architecture, a missing or
+    unsuitable tokenizer, missing, unexpected, quantized or misshapen tensors, NaN, and a target that cannot be written.
     """
     if dtype not in DTYPES:
         raise QtutorError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}: quantize afterwards.")
-    path = Path(path)
-    is_folder = isinstance(model_dir_or_model, (str, os.PathLike))
-    if not is_folder and not hasattr(model_dir_or_model, "state_dict"):
-        raise QtutorError("Give export() a model folder or a Hugging Face model object.")
-    source = _open_folder(Path(model_dir_or_model)) if is_folder else _open_model(model_dir_or_model)
-    hyper = _hyperparameters(source.config)
-    tok, chat = _tokenizer_json(source, tokenizer), _chat_template(source, tokenizer)
-    if path.is_dir():
-        raise QtutorError(f"'{path}' is a folder: give the name of the .gguf file to write.")
+    source = _open_folder(Path(model)) if isinstance(model, (str, os.PathLike)) else _open_model(model)
     name = name or (source.folder.resolve().name if source.folder else source.where)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(partial, source, hyper, dtype, tok, chat, name, license or _license_of(source.folder))
-        os.replace(partial, path)
-    except OSError as err:
-        raise QtutorError(
-            f"'{path}' cannot be written ({err.strerror or err}): choose another folder or free some space."
-        ) from None
-    finally:
-        try:
-            partial.unlink(missing_ok=True)
-        except OSError:
-            pass  # the folder itself is not one: there is nothing to remove
-    return path
+    with files.whole(path) as partial:
+        _write(partial, source, dtype, tokenizer, name, license)
+    return Path(path)

@@ -226,7 +226,7 @@ class _LlamaCppRuns:
         self.lib, self.prompt, self.batch, self.n_vocab = model._open(), prompt, batch, model.n_vocab
         self.power = "cuda" if getattr(model, "on_gpu", False) else "cpu"
         tokens = batch * (prompt + new)
-        need = tokens * llamacpp._kv_bytes(model.gguf.metadata, 2)
+        need = tokens * llamacpp.kv_bytes(model.gguf.metadata, 2)
         if need > psutil.virtual_memory().available:
             raise QtutorError(f"A cache of {tokens} tokens needs {need / GIB:.1f} GiB: use a smaller batch or prompt.")
         params = model._context_params(threads, False)

@@ -1,4 +1,4 @@
-"""Let quantized models answer: several side by side, or one over HTTP as a server of OpenAI's API.
+"""A GGUF model over HTTP: a server of OpenAI's API that a notebook starts, and that ends with it.
 
 llama-cpp-python brings a server that speaks the protocol most programs already speak (``/v1/completions``,
 ``/v1/chat/completions``, streaming).  In a terminal it is one line, and it runs until you stop it:
@@ -10,14 +10,11 @@ kernel, and (but not on Windows) also where the kernel is killed.
 
     with serve.Server("model-Q4_K_M.gguf") as server:
         httpx.post(f"{server.url}/completions", json={"prompt": "The for statement", "max_tokens": 16})
-
-:func:`explorer` is the widget of notebook 08: one prompt, several types, the first place where they part marked.
 """
 
 from __future__ import annotations
 
 import atexit
-import html
 import importlib.util
 import os
 import socket
@@ -25,9 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-from . import QtutorError, llamacpp
+from . import QtutorError, gguf_file, llamacpp
 
 # -------------------------------------------------------------------------------------------------------- the server
 
@@ -41,13 +37,21 @@ _STRAY = ("API_KEY", "CONFIG_FILE", "SSL_KEYFILE", "SSL_CERTFILE", "ROOT_PATH", 
 # The watch ends the server with the process that started it, even where that was killed and could not say goodbye.
 _CHILD = """
 import os, runpy, sys, threading, time
-parent = int(sys.argv.pop(1))
+parent, plain = int(sys.argv.pop(1)), sys.argv.pop(1) == "True"
 def watch():
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(0)
 if sys.platform != "win32":
     threading.Thread(target=watch, daemon=True).start()
+if plain:  # see qtutor.gguf_file.kernels
+    from llama_cpp import llama_cpp as api
+    usual = api.llama_model_default_params
+    def without_repacking():
+        params = usual()
+        params.use_extra_bufts = False
+        return params
+    api.llama_model_default_params = without_repacking
 runpy.run_module("llama_cpp.server", run_name="__main__", alter_sys=True)
 """
 
@@ -81,7 +85,9 @@ class Server:
         ok, why = available()
         if not ok:
             raise QtutorError(why)
-        self.path, self.alias, self.timeout = Path(llamacpp.check_gguf(path).path).resolve(), alias, timeout
+        found = llamacpp.check_gguf(path)
+        gguf_file.compute_first(found)
+        self.path, self.alias, self.timeout = found.path.resolve(), alias, timeout
         self._options = ["--model", self.path, "--model_alias", alias, "--n_ctx", ctx, "--host", "127.0.0.1",
                          "--n_threads", threads or llamacpp.n_threads(), "--verbose", "False"]  # fmt: skip
         if gpu_layers is not None:
@@ -102,7 +108,8 @@ class Server:
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 - not a pipe: a full one would block the server
             env = {key: value for key, value in os.environ.items() if key.upper() not in _STRAY}
             env |= {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-            command = [sys.executable, "-W", "ignore", "-c", _CHILD, os.getpid(), *self._options, "--port", self.port]
+            command = [sys.executable, "-W", "ignore", "-c", _CHILD, os.getpid(),
+                       gguf_file.kernels["plain"], *self._options, "--port", self.port]
             self.process = subprocess.Popen([str(part) for part in command], stdin=subprocess.DEVNULL,
                                             stdout=self._log, stderr=self._log, env=env)  # fmt: skip
             atexit.register(self.stop)
@@ -165,67 +172,3 @@ class Server:
     def __repr__(self) -> str:
         where = f"at {self.url}" if self.process is not None else "stopped"
         return f"Server({self.path.name}, {where})"
-
-
-# ------------------------------------------------------------------------------------------------------ side by side
-
-
-def answers(models: dict, prompt: str, max_tokens: int = 32, temperature: float = 0.0, seed: int = 0) -> dict[str, str]:
-    """What each model says: name -> text.  ``models``: name -> an open :class:`qtutor.llamacpp.Model`."""
-    return {name: model.generate(prompt, max_tokens, temperature, seed) for name, model in models.items()}
-
-
-def parting(text: str, reference: str) -> int:
-    """How many characters of ``text`` are the same as in ``reference`` before the first that differs."""
-    return len(os.path.commonprefix([text, reference]))
-
-
-def table(said: dict[str, str]) -> str:
-    """HTML of the answers, one row a model: what the first model said as well in grey, the rest in black.
-
-    Line breaks are shown as an arrow, so that an answer keeps to its row.
-    """
-    reference = next(iter(said.values()), "")
-    rows, cell = [], "text-align:left; vertical-align:top; line-height:1.4; padding:0.2em 0.6em"
-    for number, (name, text) in enumerate(said.items()):
-        at = len(text) if number == 0 else parting(text, reference)
-        same, own = (html.escape(part).replace("\n", "↵ ") for part in (text[:at], text[at:]))
-        note = "the original" if number == 0 else "word for word" if text == reference else \
-            f"{at} character{'s' * (at != 1)}"
-        rows.append(f"<tr><th style='{cell}; white-space:nowrap'>{html.escape(name)}</th>"
-                    f"<td style='{cell}; white-space:nowrap'>{note}</td><td style='{cell}; font-family:monospace'>"
-                    f"<span style='color:#767676'>{same}</span><b>{own}</b></td></tr>")  # fmt: skip
-    titles = ("type", "same for", "answer (bold: from where it parts from the original)")
-    head = "".join(f"<th style='{cell}'>{title}</th>" for title in titles)
-    return f"<table class='qtutor-answers'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def explorer(models: dict, prompts, max_tokens: int = 24):
-    """A widget: choose or write a prompt, and every model answers it.
-
-    ``models`` as in :func:`answers`, the original first; ``prompts``: those to choose from.
-    """
-    import ipywidgets
-
-    models, prompts = dict(models), list(prompts)
-    if not models or not prompts:
-        raise QtutorError("The explorer needs at least one model and one prompt: pass both.")
-    wide = ipywidgets.Layout(width="95%")
-    prompt = ipywidgets.Combobox(value=prompts[0], options=prompts, description="prompt", ensure_option=False,
-                                 continuous_update=False, layout=wide)  # fmt: skip
-    length = ipywidgets.IntSlider(max_tokens, 4, 64, 4, description="tokens", continuous_update=False)
-    warmth = ipywidgets.FloatSlider(value=0, min=0, max=1.5, step=0.1, description="temperature",
-                                    continuous_update=False, style={"description_width": "initial"})  # fmt: skip
-    seed = ipywidgets.BoundedIntText(0, 0, 999, description="seed", layout=ipywidgets.Layout(width="160px"))
-    shown = ipywidgets.HTML()
-
-    def answer(_=None):
-        try:
-            shown.value = table(answers(models, prompt.value, length.value, warmth.value, seed.value))
-        except QtutorError as error:
-            shown.value = f"<p>{html.escape(str(error))}</p>"
-
-    for control in (prompt, length, warmth, seed):
-        control.observe(answer, names="value")
-    answer()
-    return ipywidgets.VBox([prompt, ipywidgets.HBox([length, warmth, seed]), shown])

@@ -8,7 +8,7 @@ import pytest
 from qtutor import QtutorError, energy, gguf_export, llamacpp
 from qtutor.decide import capacity
 from qtutor.decide.capacity import GIB
-from qtutor.results import ROOT
+from qtutor.files import ROOT
 
 MODEL_DIR = ROOT / "data" / "model"
 pytestmark = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
@@ -116,17 +116,17 @@ def test_a_plan_takes_no_disk_and_leaves_nothing(tmp_path, monkeypatch):
 
 def _allocated(path, ctx, kv_type, users):
     """MiB of KV cache and compute buffer that llama.cpp logs for a real context."""
-    lib = llamacpp._native()
+    lib = llamacpp.native()
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     model = lib.llama_model_load_from_file(os.fsencode(path), params)
     options = lib.llama_context_default_params()
     options.n_ctx, options.n_seq_max, options.n_batch, options.n_ubatch = ctx * users, users, 2048, 512
     options.flash_attn_type, options.op_offload = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED, False
-    options.type_k = options.type_v = llamacpp._GGML_ID[kv_type]
-    llamacpp._log.clear()
+    options.type_k = options.type_v = llamacpp.GGML[kv_type].number
+    llamacpp.log.clear()
     context = lib.llama_init_from_model(model, options)
-    log = "".join(llamacpp._log)
+    log = "".join(llamacpp.log)
     lib.llama_free(context), lib.llama_model_free(model)
 
     def find(kind):

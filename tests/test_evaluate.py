@@ -222,6 +222,13 @@ def test_bad_input_is_one_sentence(call):
 # ---------------------------------------------------------------------------------------------- llama-perplexity
 
 
+PPL, SAME_TOP = r"PPL = [\d.]+ \+/- [\d.]+\n", r"\nSame top p: +[\d.]+ ± +[\d.]+"
+
+
+def _asked(*arguments, until):
+    return llamacpp.run_tool("llama-perplexity", *arguments, until=until)[0]
+
+
 @pytest.fixture(scope="module")
 def ggufs(tiny, tmp_path_factory):
     from qtutor import gguf_export
@@ -231,21 +238,10 @@ def ggufs(tiny, tmp_path_factory):
     return folder, base, llamacpp.quantize(base, folder / "q2.gguf", "Q2_K")
 
 
-def _run(last, program, *arguments):
-    """What it prints, with a line that matches ``last``: it may outrun its own log thread and lose the last lines."""
-    for _ in range(10):
-        done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=100,
-                              env={**os.environ, "LC_ALL": "C"})  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        if re.search(last, done.stdout + done.stderr):
-            return done.stdout + done.stderr
-    raise AssertionError(f"no {last!r} in what {program} printed, ten times:\n{(done.stdout + done.stderr)[-4000:]}")
-
-
 @pytest.mark.skipif(not llamacpp.available()[0], reason="llama-cpp-python does not load")
 def test_same_numbers_as_llama_perplexity(ggufs):
     try:
-        program = llamacpp.tool("llama-perplexity")
+        llamacpp.tool("llama-perplexity")
     except QtutorError as error:
         pytest.skip(str(error))
     folder, base, quantized = ggufs
@@ -255,10 +251,9 @@ def test_same_numbers_as_llama_perplexity(ggufs):
     text.write_text(corpus.eval_text()[:8000], encoding="utf-8")
     ctx, logits = 128, folder / "logits.kld"
     common = ("-f", text, "-c", ctx, "-b", ctx, "-t", 2, "-ngl", 0, "-ctk", "f32", "-ctv", "f32", "-fa", "off")
-    said = _run(r"PPL = .+\n", program, "-m", base, *common, "--kl-divergence-base", logits)
+    said = _asked(*common, "-m", base, "--kl-divergence-base", logits, until=PPL)
     perplexity, se = map(float, re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", said).groups())
-    said = _run(r"\nSame top p: .+\n", program, "-m", quantized, *common, "--kl-divergence-base", logits,
-                "--kl-divergence")  # fmt: skip
+    said = _asked(*common, "-m", quantized, "--kl-divergence-base", logits, "--kl-divergence", until=SAME_TOP)
 
     def printed(key):
         found = re.search("^" + re.escape(key) + r"\s*: +(-?[\d.]+(?:e[-+]\d+)?%?(?: +± +[\d.]+)?)", said, re.M)
@@ -292,7 +287,7 @@ def test_same_numbers_as_llama_perplexity_as_people_run_it(tmp_path):
     Perplexity of the F32 file, then KLD of Q4_0 and of Q3_K_M, each to three digits.
     """
     try:
-        program = llamacpp.tool("llama-perplexity")
+        llamacpp.tool("llama-perplexity")
     except QtutorError as error:
         pytest.skip(str(error))
     from qtutor import corpus, gguf_export
@@ -303,7 +298,7 @@ def test_same_numbers_as_llama_perplexity_as_people_run_it(tmp_path):
     text.write_text(corpus.eval_text()[:14_000], encoding="utf-8", newline="")
     common = ("-f", text, "-c", 512, "-b", 512, "-t", 1, "-tb", 1, "-ngl", 0, "-fa", "on")
     keep = ("--kl-divergence-base", tmp_path / "logits.kld")
-    said = _run(r"PPL = .+\n", program, "-m", base, *common, *keep)
+    said = _asked(*common, "-m", base, *keep, until=PPL)
     perplexity, se = map(float, re.search(r"PPL = ([\d.]+) \+/- ([\d.]+)", said).groups())
     how = dict(ctx=512, second_half_only=True)
     with llamacpp.Model(base, ctx=512, threads=1, exact=False) as one:
@@ -314,7 +309,7 @@ def test_same_numbers_as_llama_perplexity_as_people_run_it(tmp_path):
     assert (mine.value, mine.se) == (pytest.approx(perplexity, rel=1e-3), pytest.approx(se, rel=1e-3))
     for name in ("Q4_0", "Q3_K_M"):
         quantized = llamacpp.quantize(base, tmp_path / f"{name}.gguf", name)
-        said = _run(r"\nSame top p: .+\n", program, "-m", quantized, *common, *keep, "--kl-divergence")
+        said = _asked(*common, "-m", quantized, *keep, "--kl-divergence", until=SAME_TOP)
         kld, kld_mean_se = map(float, re.search(r"Mean +KLD: +([\d.]+) ± +([\d.]+)", said).groups())
         top = float(re.search(r"Same top p: +([\d.]+)", said)[1])
         with llamacpp.Model(quantized, ctx=512, threads=1, exact=False) as two:

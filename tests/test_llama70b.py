@@ -49,7 +49,7 @@ def test_types_are_those_of_the_quantizer(name, tmp_path):
 
 def _loads(path) -> bool:
     """llama.cpp loads it, with its own check that every block is valid."""
-    lib = llamacpp._native()
+    lib = llamacpp.native()
     params = lib.llama_model_default_params()
     params.check_tensors, params.n_gpu_layers = True, 0
     model = lib.llama_model_load_from_file(os.fsencode(path), params)
@@ -74,7 +74,7 @@ def test_blocks_decode_to_normal_weights(kind):
     assert abs(weights.mean()) < 0.05 * llama70b.STD
     assert 0.8 * llama70b.STD < weights.std() < 1.1 * llama70b.STD
     # the same draw, before it was quantized
-    _, per_block, _ = llamacpp.GGML_TYPES[llamacpp._GGML_ID[kind]]
+    _, per_block, _ = llamacpp.GGML[kind]
     drawn = np.random.default_rng(3).standard_normal((512, per_block), dtype=np.float32) * llama70b.STD
     assert np.corrcoef(weights.ravel(), drawn.ravel())[0, 1] > 0.9
 
@@ -196,7 +196,7 @@ def test_our_generation_is_the_model_s(tiny):
     """The measured context computes what llamacpp.Model computes: the same tokens, the same logits."""
     import ctypes
 
-    lib = llamacpp._native()
+    lib = llamacpp.native()
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     model = lib.llama_model_load_from_file(os.fsencode(tiny), params)

@@ -1,4 +1,4 @@
-"""serve: the server answers as the model does, and is gone afterwards, whatever happened; answers side by side."""
+"""serve: the server answers as the model does, and is gone afterwards, whatever happened."""
 
 import json
 import os
@@ -65,6 +65,15 @@ def test_completions_chat_and_stream_are_what_the_model_says(path):
     server.stop()
 
 
+def test_a_quantized_model_is_served(path, tmp_path):
+    import httpx
+
+    q4 = llamacpp.quantize(path, tmp_path / "q4.gguf", "Q4_0")
+    with serve.Server(q4, ctx=64, threads=1) as server, httpx.Client(trust_env=False, timeout=60) as client:
+        ask = {"prompt": "The for statement is used to iterate over the elements", "max_tokens": 4}
+        assert client.post(f"{server.url}/completions", json=ask).json()["usage"]["completion_tokens"] >= 1
+
+
 def test_an_error_in_the_block_stops_the_server(path):
     with pytest.raises(ZeroDivisionError), serve.Server(path, ctx=32, threads=1) as server:
         process, port = server.process, server.port
@@ -116,32 +125,6 @@ def test_settings_of_the_environment_do_not_reach_the_server(path, monkeypatch):
     monkeypatch.setenv("PORT", "1")
     with serve.Server(path, ctx=32, threads=1) as server, httpx.Client(trust_env=False) as client:
         assert client.get(f"{server.url}/models").status_code == 200
-
-
-def test_answers_table_and_explorer(path, tmp_path):
-    q2 = llamacpp.quantize(path, tmp_path / "q2.gguf", "Q2_K")
-    models = {name: llamacpp.Model(p, ctx=64, threads=1) for name, p in (("F32", path), ("Q2_K", q2), ("again", path))}
-    said = serve.answers(models, "The <b>", 6)
-    assert said["F32"] == said["again"] == models["F32"].generate("The <b>", 6)
-    html = serve.table({"F32": "a<b>c", "Q2_K": "a<x", "again": "a<b>c"})
-    assert "&lt;b&gt;" in html and "2 characters" in html and "word for word" in html and "<b>x</b>" in html
-    assert serve.parting("abc", "abd") == 2 and serve.parting("", "x") == 0
-    box = serve.explorer(models, ["The", "A list"], max_tokens=4)
-    prompt, controls, shown = box.children
-    first = shown.value
-    assert "the original" in first and "Q2_K" in first
-    prompt.value = "A list"
-    assert shown.value != first
-    controls.children[0].value = 8
-    longer = shown.value
-    controls.children[1].value = 1.0
-    assert shown.value != longer
-    prompt.value = "x " * 200  # more than the context: a sentence, not a traceback
-    assert "change it or ctx" in shown.value
-    for model in models.values():
-        model.close()
-    with pytest.raises(QtutorError):
-        serve.explorer({}, ["The"])
 
 
 def test_ports():

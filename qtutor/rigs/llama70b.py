@@ -71,7 +71,7 @@ QUICK = FULL | {"prompt": 128, "generate": 24, "repeats": 3, "least_s": 0.0, "ct
 
 def _ggml():
     """libggml's quantizer, with argument types: ctypes would guess wrong ones."""
-    llamacpp._native()
+    llamacpp.native()
     from llama_cpp import llama_cpp
 
     # libllama links libggml, and on most systems its handle finds the functions there: the build that computes, too
@@ -96,10 +96,10 @@ def _ggml():
 def quantize_blocks(kind: str, weights, threads: int | None = None) -> np.ndarray:
     """``weights`` (float, any shape; their number a multiple of the type's block) as GGML blocks of type ``kind``,
     uint8 (n, bytes per block), by llama.cpp's own quantizer.  Raises QtutorError for another type or number."""
-    if kind not in llamacpp._quantizable():
-        raise QtutorError(f"There is no tensor type {kind!r}: choose one of {', '.join(llamacpp._quantizable())}.")
-    number = llamacpp._GGML_ID[kind]
-    _, per_block, width = llamacpp.GGML_TYPES[number]
+    if kind not in llamacpp.STORED:
+        raise QtutorError(f"There is no tensor type {kind!r}: choose one of {', '.join(llamacpp.STORED)}.")
+    number = llamacpp.GGML[kind].number
+    _, per_block, width = llamacpp.GGML[kind]
     weights = np.ascontiguousarray(weights, np.float32)
     if weights.size == 0 or weights.size % per_block:
         raise QtutorError(f"{weights.size} weights are no whole number of {kind} blocks of {per_block}.")
@@ -129,7 +129,7 @@ def quantize_blocks(kind: str, weights, threads: int | None = None) -> np.ndarra
 
 def blocks(kind: str, n: int, seed: int = 0, std: float = STD, threads: int | None = None) -> np.ndarray:
     """``n`` blocks of N(0, std) weights: :func:`quantize_blocks` of numpy's generator at ``seed``."""
-    per_block = llamacpp.GGML_TYPES.get(llamacpp._GGML_ID.get(kind), ("", 1, 1))[1]
+    per_block = llamacpp.GGML[kind].weights if kind in llamacpp.GGML else 1
     weights = np.random.default_rng(seed).standard_normal((n, per_block), dtype=np.float32) * np.float32(std)
     return quantize_blocks(kind, weights, threads)
 
@@ -168,9 +168,10 @@ def write(path, config="Llama-2-70B", type: str = "Q6_K", seed: int = 0, threads
                               "choose another folder or free some space.")  # fmt: skip
         name = config if isinstance(config, str) and config in capacity.MODELS else "llama"
         stub = capacity.write_stub(partial, config, planned, f"{name} {type}, random weights",
-                                   ftype=llamacpp._type(type).ftype)  # fmt: skip
+                                   ftype=llamacpp.file_type(type).ftype)  # fmt: skip
         _fill(stub, seed, threads or min(8, llamacpp.n_threads()))
         os.replace(partial, path)
+        llamacpp.trust(path)
     except OSError as err:
         raise QtutorError(f"'{path}' cannot be written ({err.strerror or err}): choose another folder or free some "
                           "space.") from None  # fmt: skip
@@ -191,7 +192,7 @@ def _fill(stub: llamacpp.Gguf, seed: int, threads: int) -> None:
             pool, first = np.ones(t.nbytes // 4, np.float32).view(np.uint8), 0
         else:
             if t.type not in pools:
-                _, per_block, width = llamacpp.GGML_TYPES[llamacpp._GGML_ID[t.type]]
+                _, per_block, width = llamacpp.GGML[t.type]
                 # about as many weights whatever the block, and never a round number of rows
                 n = POOL_BLOCKS * 256 // per_block + (0 if per_block == 256 else 1)
                 n = min(n, -(-max(x.nbytes for x in stub.tensors) // width))
@@ -342,7 +343,7 @@ def _buffers() -> dict:
     ``host`` is memory of the computer, ``device`` the GPU's; on a CPU everything is ``host``.
     """
     found: dict = {}
-    for name, kind, mib in _BUFFER.findall("".join(llamacpp._log)):
+    for name, kind, mib in _BUFFER.findall("".join(llamacpp.log)):
         where = "host" if "CPU" in name or "Host" in name else "device"
         found[where, kind] = found.get((where, kind), 0.0) + float(mib)
     return found
@@ -358,14 +359,14 @@ class _Context:
         params.n_batch, params.n_ubatch = 2048, 512  # llama-bench's own
         params.kv_unified = False
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.type_k = params.type_v = llamacpp._GGML_ID[kv_type]
+        params.type_k = params.type_v = llamacpp.GGML[kv_type].number
         params.n_threads = params.n_threads_batch = threads or llamacpp.n_threads()
         params.no_perf = True
         self.lib, self.n_vocab = lib, lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
         self._ctx = lib.llama_init_from_model(model, params)
         if not self._ctx:
             raise QtutorError(f"The device has no room for a context of {sequences} x {per_sequence} tokens "
-                              f"({llamacpp._reason('no reason given')}): use a smaller type or context.")  # fmt: skip
+                              f"({llamacpp.reason('no reason given')}): use a smaller type or context.")  # fmt: skip
         self._batch = lib.llama_batch_init(params.n_batch, 0, 1)
         self._room = params.n_batch
         self._rng = np.random.default_rng(0)
@@ -385,7 +386,7 @@ class _Context:
         status = self.lib.llama_decode(self._ctx, batch)
         if status != 0:
             raise QtutorError(f"llama.cpp could not run the model (status {status}): "
-                              f"{llamacpp._reason('no reason given')}.")  # fmt: skip
+                              f"{llamacpp.reason('no reason given')}.")  # fmt: skip
 
     def prompt(self, tokens: int, sequences: int = 1, past: int = 0):
         """Random tokens for each sequence, ``tokens`` long, in batches of at most 2048; waits for the result."""
@@ -460,11 +461,11 @@ def _load(lib, gguf: llamacpp.Gguf, gpu) -> tuple[object, float]:
     params.main_gpu = 0
     if gpu:
         params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # read through pinned buffers: faster than page faults of a map
-    llamacpp._log.clear()
+    llamacpp.log.clear()
     start = time.perf_counter()
     model = lib.llama_model_load_from_file(os.fsencode(gguf.path), params)
     if not model:
-        raise QtutorError(f"{gguf.path.name} cannot be loaded: {llamacpp._reason('no reason given')}.")
+        raise QtutorError(f"{gguf.path.name} cannot be loaded: {llamacpp.reason('no reason given')}.")
     return model, time.perf_counter() - start
 
 
@@ -473,7 +474,7 @@ def _measure_here(path: Path, job: dict, say) -> None:
     gguf = llamacpp.check_gguf(path)
     gpu = Gpu.open()
     before, idle = (gpu.used(), gpu.watts()) if gpu else (0, None)
-    lib = llamacpp._native()
+    lib = llamacpp.native()
     if gpu and not lib.llama_supports_gpu_offload():
         gpu.close()
         gpu = None
@@ -623,7 +624,7 @@ def _ceiling(gguf, row: dict, read: int, gb_per_s: float, kv_type: str) -> dict:
     batch = row.get("batch", 1)
     past = row.get("depth") or (row["prompt_tokens"] if row["kind"] == "batch" else 0)
     cached = past + row["generate_tokens"] / 2
-    step = read + batch * cached * llamacpp._kv_bytes(gguf.metadata, 1) * width / block
+    step = read + batch * cached * llamacpp.kv_bytes(gguf.metadata, 1) * width / block
     ceiling = batch * gb_per_s * 1e9 / step
     return {"ceiling_tokens_per_s": ceiling, "ceiling_share": row["decode_tokens_per_s"] / ceiling}
 
@@ -677,7 +678,7 @@ def ready(folder, type: str = "Q6_K", config="Llama-2-70B") -> tuple[bool, str]:
     total = gpu.total()
     gpu.close()
     need = capacity.fits(config, type, FULL["ctx"]).total_gib
-    if not llamacpp._native().llama_supports_gpu_offload():
+    if not llamacpp.native().llama_supports_gpu_offload():
         return False, "This llama.cpp was built without CUDA: install llama-cpp-python with CMAKE_ARGS=-DGGML_CUDA=ON."
     if total / GIB < need:
         return False, f"The GPU has {total / GIB:.0f} GiB, and {type} needs {need:.0f}."
@@ -698,7 +699,7 @@ def record(folder, types=TYPES, config="Llama-2-70B", budget_s: float = 420.0, t
     from .. import results
 
     folder, began = Path(folder), time.perf_counter()
-    types = [llamacpp._type(t).name for t in types]
+    types = [llamacpp.file_type(t).name for t in types]
     if not folder.is_dir():
         raise QtutorError(f"There is no folder '{folder}': give one with room for the model, such as /dev/shm.")
     rows: list[dict] = []

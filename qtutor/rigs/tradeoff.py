@@ -437,7 +437,7 @@ def _print_peaks(name: str, batches: str, sizes: str, path: str) -> None:
 
     technique, sizes, peaks = TECHNIQUES[name], Sizes(int(sizes), seconds=0), {}
     if path:
-        llamacpp._native()
+        llamacpp.native()
     else:
         course_model.config()
         from transformers import LlamaForCausalLM  # noqa: F401

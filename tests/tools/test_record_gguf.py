@@ -1,19 +1,21 @@
-"""gguf_quality: the published table as published, errors against simulation, and a recording of a small model."""
+"""record_gguf: errors against simulation, a recording of a few types, and what is recorded in the project."""
 
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny_llama
 
-from qtutor import QtutorError, gguf_export, llamacpp, results
-from qtutor.rigs import gguf_quality
+from qtutor import QtutorError, files, gguf_export, llamacpp, results
+from tools import record_gguf
 
 needs_llamacpp = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
 
 
 def test_published_table():
-    table = gguf_quality.published().set_index(["type", "imatrix"])
+    """The notebook's reference: llama.cpp's scoreboard."""
+    table = pd.read_csv(files.DATA / "reference" / "llama3_8b_types.csv", comment="#").set_index(["type", "imatrix"])
     assert len(table) == 34 and table.index.is_unique
     assert set(table.index.get_level_values(0)) <= set(llamacpp.TYPES)
     # llama-quantize --help gives the increase of perplexity over FP16 of the same table
@@ -22,7 +24,7 @@ def test_published_table():
         assert table.loc[(name, False), "perplexity"] - base == pytest.approx(increase, abs=1e-4)
     assert table.loc[("Q4_K_M", False), "same_top"] == pytest.approx(0.91901)
     assert np.isnan(table.loc[("Q4_K_M", True), "same_top"])
-    assert 4.8 < table.loc[("Q4_K_M", False), "bits_per_weight"] < 5.0
+    assert 4.8 < 8 * table.loc[("Q4_K_M", False), "gib"] * 2**30 / 8_030_261_248 < 5.0
     assert (table["kld_mean_se"] > 0).all() and (table["delta_p_rms"] < 1).all()
 
 
@@ -31,50 +33,36 @@ def test_error_of_a_percentile_is_of_the_right_size():
     for _ in range(300):
         sample = rng.exponential(size=4000)
         values.append(np.percentile(sample, 99))
-        errors.append(gguf_quality.percentile_se(sample, 99))
+        errors.append(record_gguf.percentile_se(sample, 99))
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.15)
     # of an exponential: sqrt(q / (1 - q) / n)
     assert np.mean(errors) == pytest.approx(np.sqrt(0.99 / 0.01 / 4000), rel=0.15)
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    """The recording of a small model on a little text, as ``record`` does it for the course model."""
-    if not llamacpp.available()[0]:
-        pytest.skip(llamacpp.available()[1])
-    folder = tmp_path_factory.mktemp("quality")
+@needs_llamacpp
+def test_recording(tmp_path):
     names = ["Q8_0", "Q4_0", "IQ2_XS", "TQ1_0", "MXFP4"]
-    return folder, json.loads(gguf_quality.record(2, ctx=64, calibration=4, names=names, threads=1, directory=folder,
-                                                  progress=False).read_text("utf-8"))  # fmt: skip
-
-
-def test_recording(recorded):
-    folder, data = recorded
+    path = record_gguf.record(False, windows=2, ctx=64, calibration=4, names=names, directory=tmp_path)
+    data = json.loads(path.read_text("utf-8"))
     rows = {(row["type"], row["imatrix"]): row for row in data["rows"]}
     assert list(rows) == [("Q8_0", False), ("Q4_0", False), ("Q4_0", True), ("IQ2_XS", True), ("TQ1_0", False),
                           ("MXFP4", False)]  # fmt: skip
     assert [r["type"] for r in rows.values() if r["imatrix_ignored"]] == ["Q8_0", "TQ1_0", "MXFP4"]
     gain = rows["Q4_0", False]["kld_mean"] - rows["Q4_0", True]["kld_mean"]
-    assert rows["Q4_0", True]["imatrix_gain"] == pytest.approx(gain, rel=1e-3) and rows["Q4_0", True]["n"] == 126
+    informed = rows["Q4_0", True]
+    assert informed["imatrix_gain"] == pytest.approx(gain, rel=1e-3) and informed["scored_tokens"] == 126
     assert rows["IQ2_XS", True]["imatrix_gain"] is None and rows["Q8_0", False]["kld_mean"] < gain + 1
     for row in rows.values():
         assert row["windows"] == 2 and row["calibration_tokens"] == 256 and len(row["text"]) == 12
         for key in ("perplexity", "kld_mean", "kld_p999", "delta_p_rms", "same_top"):
-            assert row[key + "_se" if key != "kld_mean" else "kld_mean_se"] >= 0
+            assert row[key + "_se"] >= 0
     assert results.validate(data)["profile"] == "quick" and data["name"] == "gguf_quality"
 
 
-def test_table_and_picture(recorded):
-    import matplotlib.pyplot as plt
-
-    table = gguf_quality.table(recorded[1]["rows"])
-    assert list(table.index)[0] == "Q8_0" and "Q4_0 + imatrix" in table.index
-    assert all("±" in value for value in table.drop(columns=["bits per weight", "file (MB)"]).to_numpy().ravel())
-    fig = gguf_quality.picture(recorded[1]["rows"])
-    assert fig.axes[0].get_yscale() == "log" and fig.axes[0].get_xlabel() == "bits per weight of the file"
-    plt.close(fig)
-    fig = gguf_quality.picture(gguf_quality.published())
-    plt.close(fig)
+@needs_llamacpp
+def test_a_misspelt_type_is_found_before_the_work():
+    with pytest.raises(QtutorError, match="Q9"):
+        record_gguf.record(False, names=["Q9"])
 
 
 @needs_llamacpp
@@ -82,24 +70,11 @@ def test_same_tensors(tmp_path):
     f32 = gguf_export.export(tiny_llama.model(layers=1), tmp_path / "f.gguf", tokenizer=tiny_llama.tokenizer())
     one = llamacpp.quantize(f32, tmp_path / "a.gguf", "Q4_0")
     other = llamacpp.quantize(f32, tmp_path / "b.gguf", "Q4_0", threads=1)
-    assert gguf_quality.same_tensors(one, other) and not gguf_quality.same_tensors(one, f32)
+    assert record_gguf.same_tensors(one, other) and not record_gguf.same_tensors(one, f32)
     data = bytearray(other.read_bytes())
     data[-40] ^= 1
     other.write_bytes(data)
-    assert not gguf_quality.same_tensors(one, other)
-
-
-def test_families_and_windows():
-    assert {gguf_quality.family(name) for name in llamacpp.TYPES if name != "F32"} == set(gguf_quality.FAMILIES)
-    assert gguf_quality.family("Q1_0") == gguf_quality.family("TQ2_0") != gguf_quality.family("Q8_0")
-    ids = np.arange(1000)
-    assert gguf_quality.spread_windows(ids, None, 100).tolist() == ids.tolist()
-    assert gguf_quality.spread_windows(ids, 2, 100).tolist() == [*range(100), *range(500, 600)]
-    for call in (lambda: gguf_quality.spread_windows(ids, 0, 100), lambda: gguf_quality.percentile_se([1.0], 99),
-                 lambda: gguf_quality.record(1, names=["Q9"]),
-                 lambda: next(gguf_quality.measure_types(None, None, None, None, None, ["Q9"]))):  # fmt: skip
-        with pytest.raises(QtutorError):
-            call()
+    assert not record_gguf.same_tensors(one, other)
 
 
 def test_what_is_recorded_in_the_project_is_complete():

@@ -1,0 +1,60 @@
+"""Pictures of GGUF: they draw what is in the block, the formats, the mixtures and the recorded table."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import tiny_llama
+
+from qtutor import QtutorError, gguf_blocks, gguf_export, llamacpp, results
+from qtutor.figures import gguf as pictures
+
+needs_llamacpp = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
+
+
+@needs_llamacpp
+def test_pictures(tmp_path):
+    f32 = gguf_export.export(tiny_llama.model(layers=2), tmp_path / "m.gguf", tokenizer=tiny_llama.tokenizer())
+    block = np.arange(210, dtype=np.uint8)
+    mixtures = {name: gguf_blocks.mixture(f32, name) for name in ("Q4_K_M", "IQ2_XS", "Q2_K")}
+    for fig in (pictures.byte_map("Q6_K", block), pictures.bits_picture(), pictures.mixture_picture(mixtures)):
+        ax = fig.axes[0]
+        assert ax.get_title() and ax.get_ylabel() + ax.get_yticklabels()[0].get_text()
+        fig.canvas.draw()
+        plt.close(fig)
+    with pytest.raises(QtutorError, match="10"):
+        pictures.byte_map("Q4_K", np.zeros(10, np.uint8))
+
+
+def test_table_and_picture_of_quality():
+    data = results.load("gguf_quality", "cpu").frame()
+    table = pictures.quality_table(data)
+    assert list(table.index)[0] in ("F16", "BF16") and "Q4_0 + imatrix" in table.index
+    assert all("±" in value for value in table[["perplexity", "KLD mean", "same top (%)"]].to_numpy().ravel())
+    fig = pictures.quality_picture(data, "a title")
+    assert fig.axes[0].get_yscale() == "log" and fig.axes[0].get_xlabel() == "bits per weight of the file"
+    plt.close(fig)
+    assert {pictures.family(name) for name in llamacpp.TYPES if name != "F32"} == set(pictures.FAMILIES)
+    assert pictures.family("Q1_0") == pictures.family("TQ2_0") != pictures.family("Q8_0")
+
+
+@needs_llamacpp
+def test_answers_and_explorer(tmp_path):
+    path = gguf_export.export(tiny_llama.model(layers=1), tmp_path / "m.gguf", tokenizer=tiny_llama.tokenizer())
+    q2 = llamacpp.quantize(path, tmp_path / "q2.gguf", "Q2_K")
+    models = {name: llamacpp.Model(p, ctx=64, threads=1) for name, p in (("F32", path), ("Q2_K", q2), ("again", path))}
+    html = pictures.answers_table({"F32": "a<b>c", "Q2_K": "a<x", "again": "a<b>c"})
+    assert "&lt;b&gt;" in html and "2 characters" in html and "word for word" in html and "<b>x</b>" in html
+    box = pictures.explorer(models, ["The", "A list"], max_tokens=4)
+    prompt, controls, shown = box.children
+    first = shown.value
+    assert "the original" in first and "Q2_K" in first
+    prompt.value = "A list"
+    assert shown.value != first
+    controls.children[0].value = 8
+    longer = shown.value
+    controls.children[1].value = 1.0
+    assert shown.value != longer
+    prompt.value = "x " * 200  # more than the context: a sentence, not a traceback
+    assert "change it or ctx" in shown.value
+    for model in models.values():
+        model.close()

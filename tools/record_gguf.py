@@ -1,0 +1,124 @@
+"""Record ``gguf_quality``: what each llama.cpp type costs the course model, with and without an importance matrix.
+
+    python -m tools.record_gguf            # the whole evaluation text: a quarter of an hour on two cores
+
+Not every type uses the importance matrix.  Those that do not (``Q8_0``, the ternary, 1-bit and block float types) give
+the same file with and without it: they have one row, marked ``imatrix_ignored``.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from qtutor import QtutorError, corpus, course_model, evaluate, gguf_export, llamacpp, results
+
+CALIBRATION = ("logging", "unittest", "email", "asyncio", "concurrent", "http", "json", "xml")  # in every Python
+
+
+def percentile_se(values, percent: float) -> float:
+    """Standard error of a percentile of ``values`` (n,), without assuming a distribution.
+
+    How many of n values fall below the true percentile is binomial, with standard deviation sqrt(n q (1 - q)): half
+    the distance between the values so many ranks to either side is the error of the percentile.  With few values
+    the upper rank ends at the largest one, and the error is then a lower bound.
+    """
+    values, q = np.sort(np.asarray(values, dtype=np.float64).ravel()), percent / 100
+    middle, spread = q * (len(values) - 1), math.sqrt(len(values) * q * (1 - q))
+    low, high = np.interp([middle - spread, middle + spread], np.arange(len(values)), values)
+    return float(high - low) / 2
+
+
+def over_windows(values, ctx: int) -> float | None:
+    """Standard error over whole windows: what neighbours share no longer makes it look small; None for one window."""
+    return evaluate.standard_error(values, block=ctx - 1) if len(values) >= 2 * (ctx - 1) else None
+
+
+def measure(path, name: str, imatrix: bool, base, tokens, ctx: int, bos):
+    """One row of the table, and the :class:`qtutor.evaluate.Comparison` it comes from.
+
+    ``base``: logits of the unquantized file, float32 (n, vocab), made with ``exact=False`` from the same ``tokens``.
+    """
+    with llamacpp.Model(path, ctx=ctx, exact=False) as model:
+        found = evaluate.compare_models(base, model, tokens, ctx, bos=bos)
+    quality = {key: value for key, value in found.row().items() if key != "n"}
+    row = {"type": name, "imatrix": imatrix, "bits_per_weight": llamacpp.bits_per_weight(path),
+           "file_bytes": Path(path).stat().st_size, "ctx": ctx, **quality, "scored_tokens": len(found.token_kld),
+           "kld_p999_se": percentile_se(found.token_kld, 99.9),
+           "kld_mean_se_windows": over_windows(found.token_kld, ctx)}  # fmt: skip
+    return row, found
+
+
+def same_tensors(one, other) -> bool:
+    """True when two GGUF files hold the same tensors, byte for byte (their metadata may differ)."""
+    one, other = llamacpp.check_gguf(one), llamacpp.check_gguf(other)
+    if [(t.name, t.type, t.shape) for t in one.tensors] != [(t.name, t.type, t.shape) for t in other.tensors]:
+        return False
+    a, b = np.memmap(one.path, mode="r"), np.memmap(other.path, mode="r")
+    return all(np.array_equal(a[x.offset : x.offset + x.nbytes], b[y.offset : y.offset + y.nbytes])
+               for x, y in zip(one.tensors, other.tensors, strict=True))  # fmt: skip
+
+
+def measure_types(f32, base, tokens, importance, folder: Path, names, ctx: int, bos):
+    """Yield a row for each of ``names``, first without and then with the importance matrix.
+
+    A type that ignores the matrix gets no second row.  Where there are two rows, the second has ``imatrix_gain``:
+    the mean KLD that the matrix took away, with the error of paired values.
+    """
+    extra = {"imatrix_ignored": False, "imatrix_gain": None, "imatrix_gain_se": None, "imatrix_gain_se_windows": None}
+    for name in tqdm(names, desc="types", leave=False):
+        plain, informed, without = folder / "plain.gguf", folder / "informed.gguf", None
+        llamacpp.quantize(f32, informed, name, imatrix=importance)
+        if not llamacpp.TYPES[name].needs_imatrix:
+            llamacpp.quantize(f32, plain, name)
+            ignored = same_tensors(plain, informed)
+            row, without = measure(plain, name, False, base, tokens, ctx, bos)
+            yield row | extra | {"imatrix_ignored": ignored}
+            if ignored:
+                continue
+        row, found = measure(informed, name, True, base, tokens, ctx, bos)
+        gain = {}
+        if without is not None:
+            better = without.token_kld - found.token_kld
+            gain = {"imatrix_gain": float(better.mean()), "imatrix_gain_se": evaluate.standard_error(better),
+                    "imatrix_gain_se_windows": over_windows(better, ctx)}  # fmt: skip
+        yield row | extra | gain
+
+
+def record(full: bool = True, *, windows: int | None = None, ctx: int = 512, calibration: int = 200, names=None,
+           directory=None) -> Path:
+    """Measure the types (every one but F32 by default) on the course model and save ``gguf_quality``; return its path.
+
+    ``windows``: so many windows of the evaluation text, spread evenly; by default all, and 4 where not ``full``.
+    ``calibration``: windows of docstrings for the importance matrix.  The logits of the F32 file are kept: 4 bytes
+    times the vocabulary for each token.
+    """
+    names = [llamacpp.file_type(n).name for n in names or llamacpp.TYPES if n != "F32"]
+    model, tokenizer = course_model.load(), course_model.load_tokenizer()
+    cut = evaluate.windows(corpus.tokens("eval", tokenizer), ctx)
+    windows = min(windows or (len(cut) if full else 4), len(cut))
+    tokens = cut[:: len(cut) // windows][:windows].ravel()
+    text = corpus.tokens("train", tokenizer, packages=CALIBRATION, progress=False)[: calibration * ctx]
+    about = {"windows": windows, "calibration_tokens": len(text) // ctx * ctx,
+             "text": corpus.fingerprint(corpus.eval_text())}  # fmt: skip
+    importance = llamacpp.imatrix(model, text, ctx=ctx)
+    with tempfile.TemporaryDirectory(prefix="qtutor-quality-") as folder:
+        f32 = gguf_export.export(model, Path(folder) / "f32.gguf", tokenizer=tokenizer, name="course-model")
+        with llamacpp.Model(f32, ctx=ctx, exact=False) as original:
+            bos = evaluate.bos_of(original)
+            base = evaluate.logits_of(original, tokens, ctx, bos=bos)
+        rows = [row | about for row in measure_types(f32, base, tokens, importance, Path(folder), names, ctx, bos)]
+    return results.save("gguf_quality", rows, profile="full" if full else "quick", directory=directory)
+
+
+RECORDS = {"gguf_quality": record}
+
+if __name__ == "__main__":
+    try:
+        print(record())
+    except QtutorError as error:
+        raise SystemExit(str(error)) from None
