@@ -1,4 +1,4 @@
-"""Joules, money and grams of CO2e: what a token costs beside the time it takes.
+"""Joules: what a token costs beside the time it takes.
 
 *Energy* is power times time, and the only honest way to know it is a counter in the hardware.  NVIDIA data-centre GPUs
 have one that NVML reads; Intel and AMD processors have one called RAPL, which Linux shows to whoever may read it.  A
@@ -7,21 +7,17 @@ design power and the time that this process kept it busy, and every figure says 
 
     with energy.track_energy() as used:
         model.generate(...)
-    print(used)                            # 41.2 J in 0.21 s (196 W; NVML energy counter)
+    print(used)                            # 41.2 J in 2.1 s (19.6 W; NVML energy counter)
+    used.per(tokens)                       # joules a token; None where the block was too short to know
 
-NVML's readings move in steps (20 to 100 ms, by model): a single short call reads as zero or as a whole step.
-:func:`energy_per` therefore repeats the work for a second or more, several times, and reports the spread.
+NVML renews its readings about ten times a second, so a block of one second is known to 10 % and one of ten seconds to
+1 %: ``relative_error``.  A figure covers the whole board of one GPU (not the host, not the cooling); with RAPL the
+processor packages with everything that runs on them; as an estimate, this process's share of the processor.  Counters
+include idle power, because the bill includes it too.
 
-What a figure covers: on a GPU the whole board of that GPU and nothing else (not the host, not the cooling); with RAPL
-the processor packages with everything that runs on them; as an estimate, this process's share of the processor.
-Idle power is included where a counter is read, because the bill includes it too.
-
-Money and CO2e need two numbers that no program can measure: the price of an hour and what the grid emits for a kWh.
-Both are parameters; :data:`PRICES` and :func:`grid` offer defaults, each with its source and date.
-
-References: NVML API, nvmlDeviceGetTotalEnergyConsumption; how often it is updated: Yang, Adamek and Armour 2023
-(https://arxiv.org/abs/2312.02741); Linux, Documentation/power/powercap; codecarbon
-(https://github.com/mlco2/codecarbon, MIT licence), whose tables of processor power and of national grids are used here.
+References: Yang, Adamek and Armour 2023 (https://arxiv.org/abs/2312.02741) on NVML's renewals; Linux,
+Documentation/power/powercap; codecarbon (https://github.com/mlco2/codecarbon, MIT licence), whose table of processor
+power is used here.
 """
 
 from __future__ import annotations
@@ -31,7 +27,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -44,135 +40,161 @@ from . import QtutorError, measure
 JOULES_PER_KWH = 3.6e6
 WATTS_PER_THREAD = 4.0  # codecarbon's figure for a processor that it does not know: codecarbon/core/cpu.py
 POWERCAP = Path("/sys/class/powercap")
-
-
-# -------------------------------------------------------------------------------------------------------- meters
+NVML_STEP_S = 0.1  # 20 to 100 ms, by model
 
 
 @dataclass
 class Energy:
     """What :func:`track_energy` found: ``joules`` in ``seconds``, and the ``source`` of the figure.
 
-    ``joules`` is NaN until the block has ended, and where the device has no counter and no estimate is possible.
+    ``joules`` is NaN until the block has ended, and where nothing could be read: ``source`` then says why.
+    ``relative_error`` is the share of ``joules`` that may be missing or too much, because the source is renewed only
+    every ``step_s`` seconds.
     """
 
     joules: float = math.nan
     seconds: float = math.nan
     source: str = ""
+    step_s: float = 0.0
 
-    @property
-    def watts(self) -> float:
-        """Mean power over the block."""
-        return self.joules / self.seconds if self.seconds else math.nan
+    watts = property(lambda self: self.joules / self.seconds)
+    relative_error = property(lambda self: self.step_s / self.seconds)
 
-    @property
-    def estimated(self) -> bool:
-        """True where no counter was read."""
-        return self.source.startswith("estimate")
+    def per(self, amount: float, within: float = 0.2) -> float | None:
+        """Joules for one of ``amount`` calls or tokens (for ``amount`` seconds: watts).
+
+        None where the joules are not known, or only with a larger ``relative_error`` than ``within``.
+        """
+        return self.joules / amount if math.isfinite(self.joules) and self.relative_error <= within else None
 
     def __str__(self) -> str:
         return f"{self.joules:.3g} J in {self.seconds:.3g} s ({self.watts:.3g} W; {self.source})"
 
 
-class _NvmlCounter:
-    """The GPU's own energy counter, in millijoules since the driver was loaded."""
+# Sources of energy.  Each has a name, the seconds between two renewals, and read(): joules since some moment, or None
+# where they cannot be read.  track_energy() reads twice.
 
-    source = "NVML energy counter"
+
+class Board:
+    """NVML's view of one GPU.  A reading is None where the driver, or this model of GPU, does not offer it."""
+
+    source, step_s = "NVML energy counter", NVML_STEP_S
 
     def __init__(self, nvml, handle):
-        self.nvml, self.handle = nvml, handle
-        self._read()
+        self._nvml, self._handle = nvml, handle
 
-    def _read(self) -> float:
-        return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1000
+    def _ask(self, name: str, *args):
+        try:
+            return getattr(self._nvml, name)(self._handle, *args)
+        except (self._nvml.NVMLError, AttributeError):  # AttributeError: a pynvml that is older than the function
+            return None
 
-    def start(self) -> None:
-        self.began = self._read()
+    def read(self) -> float | None:
+        """Joules since the driver was loaded."""
+        millijoules = self._ask("nvmlDeviceGetTotalEnergyConsumption")
+        return None if millijoules is None else millijoules / 1000
 
-    def stop(self) -> float:
-        return self._read() - self.began
+    def watts(self) -> float | None:
+        """Power now."""
+        milliwatts = self._ask("nvmlDeviceGetPowerUsage")
+        return None if milliwatts is None else milliwatts / 1000
+
+    def mhz(self) -> int | None:
+        """Clock of the multiprocessors now."""
+        return self._ask("nvmlDeviceGetClockInfo", 1)
+
+    def memory(self) -> tuple[int, int] | None:
+        """(bytes in use by everybody, bytes in all)."""
+        found = self._ask("nvmlDeviceGetMemoryInfo")
+        return found and (found.used, found.total)
 
 
-class _NvmlPower:
+def board(device=None) -> Board | None:
+    """The GPU ``device`` (by default the current one) as NVML sees it; None without NVML or a GPU."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        import torch
+
+        # NVML numbers GPUs its own way: the UUID is the same on both sides
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        return Board(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"))
+    except Exception:  # no library, no driver, a part of a GPU (MIG): whatever it is, there is nothing to read
+        return None
+
+
+class _SampledPower:
     """For GPUs before Volta, which have no energy counter: power, read again and again, times time."""
 
-    source = "NVML power, sampled"
+    source, step_s = "NVML power, sampled", NVML_STEP_S
 
-    def __init__(self, nvml, handle, interval_s: float = 0.02):
-        self.nvml, self.handle, self.interval = nvml, handle, interval_s
-        self._sample()
+    def __init__(self, gpu: Board):
+        self.gpu, self.seen, self.done = gpu, [], threading.Event()
 
-    def _sample(self) -> tuple[float, float]:
-        return time.perf_counter(), self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1000
-
-    def start(self) -> None:
-        self.samples, self.done = [self._sample()], threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
+    def _sample(self) -> None:
+        self.seen.append((time.perf_counter(), self.gpu.watts()))
 
     def _watch(self) -> None:
-        while not self.done.wait(self.interval):
-            self.samples.append(self._sample())
+        while not self.done.wait(0.02):
+            self._sample()
 
-    def stop(self) -> float:
+    def read(self) -> float | None:
+        self._sample()
+        if len(self.seen) == 1:  # the first reading: begin to watch
+            self.thread = threading.Thread(target=self._watch, daemon=True)
+            self.thread.start()
+            return 0.0
         self.done.set()
         self.thread.join()
-        self.samples.append(self._sample())
-        at, watts = np.array(self.samples).T
-        return float((np.diff(at) * (watts[1:] + watts[:-1]) / 2).sum())  # trapezoids
+        at, watts = zip(*self.seen, strict=True)
+        return None if None in watts else float(np.trapezoid(watts, at))
 
 
 class _Rapl:
     """Running Average Power Limit: the processor's counters, one a package (and one for its memory), in microjoules."""
 
-    source = "RAPL energy counter"
+    source, step_s = "RAPL energy counter", 0.001
 
     def __init__(self, root: Path | None = None):
-        self.domains = []
-        for folder in sorted((root or POWERCAP).glob("intel-rapl:*")):  # AMD processors carry this name too
-            name = (folder / "name").read_text().strip()
-            # a package contains its cores, but not its memory; "psys" would count the packages again
-            if name.startswith("package") or name == "dram":
-                self.domains.append((folder / "energy_uj", int((folder / "max_energy_range_uj").read_text())))
-        if not self.domains:
+        names = {f: (f / "name").read_text().strip() for f in sorted((root or POWERCAP).glob("intel-rapl:*"))}
+        # a package contains its cores, but not its memory; "psys" would count the packages again
+        folders = [f for f, name in names.items() if name.startswith("package") or name == "dram"]
+        if not folders:
             raise OSError("no RAPL domains")
-        self._read()  # a file that only root may read raises here
+        self.counters = [f / "energy_uj" for f in folders]
+        self.ranges = [int((f / "max_energy_range_uj").read_text()) + 1 for f in folders]
+        self.last, self.joules = [int(path.read_text()) for path in self.counters], 0.0  # only root may: raises here
 
-    def _read(self) -> list[int]:
-        return [int(path.read_text()) for path, _ in self.domains]
-
-    def start(self) -> None:
-        self.began = self._read()
-
-    def stop(self) -> float:
-        """Microjoules wrap around at the domain's range; a block shorter than one turn (minutes) is counted right."""
-        turns = zip(self._read(), self.began, self.domains, strict=True)
-        return sum((now - before) % (limit + 1) for now, before, (_, limit) in turns) / 1e6
+    def read(self) -> float | None:
+        try:
+            now = [int(path.read_text()) for path in self.counters]
+        except (OSError, ValueError):
+            return None
+        # each wraps around at its range; a block shorter than one turn (minutes) is counted right
+        self.joules += sum((b - a) % turn for a, b, turn in zip(self.last, now, self.ranges, strict=True)) / 1e6
+        self.last = now
+        return self.joules
 
 
 class _CpuEstimate:
     """Design power of the processor, shared among its threads, times the CPU seconds that this process used."""
 
+    step_s = 0.0
+
     def __init__(self):
         self.watts_per_thread, how = _watts_per_thread()
         self.source = f"estimate: {how} x CPU time"
 
-    def start(self) -> None:
-        self.began = time.process_time()  # of all threads of this process, and of nobody else
-
-    def stop(self) -> float:
-        return (time.process_time() - self.began) * self.watts_per_thread
+    def read(self) -> float:
+        return time.process_time() * self.watts_per_thread  # of all threads of this process, and of nobody else
 
 
-class _NoMeter:
-    def __init__(self, why: str):
-        self.source = f"none: {why}"
+class _Nothing:
+    source, step_s = "none: NVML reads neither energy nor power here", 0.0
 
-    def start(self) -> None:
-        pass
-
-    def stop(self) -> float:
-        return math.nan
+    def read(self) -> None:
+        return None
 
 
 @lru_cache(maxsize=1)
@@ -182,58 +204,30 @@ def _watts_per_thread() -> tuple[float, str]:
     The table of codecarbon knows the design power (TDP) of a whole chip.  A virtual machine sees the chip's name but
     only some of its threads, so there, as where the name is unknown, codecarbon's figure for a single thread is used.
     """
-    import psutil
-
-    default = WATTS_PER_THREAD, f"{WATTS_PER_THREAD:g} W a busy CPU thread (codecarbon's default)"
     try:
-        virtual = "hypervisor" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        virtual = False
-    if virtual:
-        return default
-    logger = logging.getLogger("codecarbon")
-    level = logger.level
-    try:
+        import psutil
         from codecarbon.core.cpu import TDP
 
-        logger.setLevel(logging.ERROR)  # it says at length when it does not know a processor
-        found = TDP()
-        threads = psutil.cpu_count() or 1
-        if found.tdp and found.tdp != threads * WATTS_PER_THREAD:
-            return found.tdp / threads, f"{found.tdp:g} W (TDP of {found.model}, codecarbon) / {threads} threads"
+        logging.getLogger("codecarbon").setLevel(logging.ERROR)  # it says at length that it does not know a processor
+        chip, threads = TDP(), psutil.cpu_count() or 1
+        known = chip.tdp and chip.tdp != threads * WATTS_PER_THREAD
+        if known and "hypervisor" not in Path("/proc/cpuinfo").read_text():
+            return chip.tdp / threads, f"{chip.tdp:g} W (TDP of {chip.model}, codecarbon) / {threads} threads"
     except Exception:  # not installed, or it cannot read this processor: there is a default
         pass
-    finally:
-        logger.setLevel(level)
-    return default
-
-
-def _nvml_meter(device):
-    """The best meter of a GPU.  NVML numbers GPUs its own way: the UUID is the same on both sides."""
-    try:
-        import pynvml
-        import torch
-
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-    except Exception as error:  # no library, no driver, a part of a GPU (MIG): whatever it is, there is no counter
-        return _NoMeter(f"NVML is not usable here ({type(error).__name__})")
-    for kind in (_NvmlCounter, _NvmlPower):
-        try:
-            return kind(pynvml, handle)
-        except pynvml.NVMLError:
-            continue
-    return _NoMeter("this GPU reports neither energy nor power")
+    return WATTS_PER_THREAD, f"{WATTS_PER_THREAD:g} W a busy CPU thread (codecarbon's default)"
 
 
 def _meter(device):
-    if measure._on_gpu(device):
-        return _nvml_meter(device)
-    try:
-        return _Rapl()
-    except (OSError, ValueError):  # not there, or only for root
-        return _CpuEstimate()
+    if not measure.on_gpu(device):
+        try:
+            return _Rapl()
+        except (OSError, ValueError):  # not there, or only for root
+            return _CpuEstimate()
+    gpu = board(device)
+    if gpu and gpu.read() is not None:
+        return gpu
+    return _SampledPower(gpu) if gpu and gpu.watts() is not None else _Nothing()
 
 
 def source_of(device=None) -> str:
@@ -247,103 +241,38 @@ def track_energy(device=None) -> Iterator[Energy]:
 
     ``device``: where the work happens; by default the current CUDA GPU if this process has used one, else the CPU.
     The GPU is synchronized at both ends.  Sources, in this order: on a GPU NVML's energy counter, or its power sampled
-    every 20 ms; on a CPU RAPL where it may be read, else an estimate (see the module).  Never raises for a missing
-    counter: ``joules`` is NaN then and ``source`` says why.
+    every 20 ms; on a CPU RAPL where it may be read, else an estimate (see the module).  Never raises for a counter
+    that is missing, lost, stands still or runs backwards: ``joules`` is NaN then and ``source`` says why.
     """
     meter = _meter(device)
-    used = Energy(source=meter.source)
+    used = Energy(source=meter.source, step_s=meter.step_s)
     measure.synchronize(device)
-    meter.start()
-    began = time.perf_counter()
+    before, began = meter.read(), time.perf_counter()
     try:
         yield used
     finally:
         measure.synchronize(device)
-        used.seconds = time.perf_counter() - began
-        used.joules = meter.stop()
+        used.seconds, after = time.perf_counter() - began, meter.read()
+        if before is None or after is None:
+            used.source = used.source if used.source.startswith("none") else f"none: {used.source} was lost"
+        elif after < before or (after == before and meter.step_s):
+            how = "ran backwards" if after < before else f"did not move in {used.seconds:.2g} s"
+            used.source = f"none: {used.source} {how}"
+        else:
+            used.joules = after - before
 
 
-# ----------------------------------------------------------------------------------------------------- per token
+def timed(fn, warmup: int = 3, repeats: int = 5, seconds: float = 1.0, device=None, clock=None,
+          before=None) -> tuple[measure.Timing, Energy]:  # fmt: skip
+    """:func:`measure.time_ms` together with the energy of exactly the calls that were timed.
 
-
-@dataclass(frozen=True)
-class EnergyPer:
-    """Joules a token: mean of ``rounds``, its standard error, 10th and 90th percentile; mean ``watts`` on the way."""
-
-    joules_per_token: float
-    se: float
-    low: float
-    high: float
-    watts: float
-    rounds: int
-    seconds: float
-    tokens_per_s: float
-    source: str
-
-    @property
-    def estimated(self) -> bool:
-        """True where no counter was read."""
-        return self.source.startswith("estimate")
-
-    def row(self) -> dict:
-        """Flat dict for a table or a results file; None where there is no figure."""
-        found = {"joules_per_token": self.joules_per_token, "joules_per_token_se": self.se, "watts": self.watts}
-        found = {key: value if math.isfinite(value) else None for key, value in found.items()}
-        return found | {"energy_source": self.source, "energy_estimated": self.estimated}
-
-    def __str__(self) -> str:
-        return f"{self.joules_per_token:.3g} ± {self.se:.1g} J a token ({self.watts:.3g} W; {self.source})"
-
-
-def energy_per(fn: Callable[[], object], tokens: float = 1, seconds: float = 1.0, rounds: int = 5, warmup: int = 1,
-               device=None) -> EnergyPer:  # fmt: skip
-    """Joules a token of ``fn()``, which handles ``tokens`` tokens a call.
-
-    Each of ``rounds`` rounds repeats ``fn`` for at least ``seconds``, so that the counter's steps do not matter: with
-    steps of 0.1 s, a round of 1 s is read to 10 % and five of them to about 4 %.  Raises QtutorError for ``tokens``
-    or ``seconds`` that are not positive, ``rounds < 1`` or ``warmup < 1`` (a warm-up call decides how many calls make
-    a round).
+    ``device`` is where the energy is read, ``clock`` where the time is: "cpu" for a library that waits for its own
+    work, such as llama.cpp on a GPU; by default the same.
     """
-    if not tokens > 0 or not seconds > 0 or rounds < 1 or warmup < 1:
-        raise QtutorError("energy_per needs tokens > 0, seconds > 0, and at least one round and one warm-up call.")
-    for _ in range(warmup):
-        fn()
-    measure.synchronize(device)
-    began = time.perf_counter()
-    fn()
-    measure.synchronize(device)
-    calls = max(1, math.ceil(seconds / max(time.perf_counter() - began, 1e-6)))
-    joules, spent = [], []
-    for _ in range(rounds):
-        done = 0
-        with track_energy(device) as used:
-            began = time.perf_counter()
-            while done < calls or time.perf_counter() - began < seconds:  # the first call may have been a slow one
-                fn()
-                done += 1
-                if done % calls == 0:
-                    measure.synchronize(device)  # a GPU's queue hides the time that its work takes
-        joules.append(used.joules / done / tokens)
-        spent.append((used.seconds, used.watts, done))
-    total, calls_done = sum(s for s, _, _ in spent), sum(d for _, _, d in spent)
-    se = float(np.std(joules, ddof=1) / math.sqrt(rounds)) if rounds > 1 else math.nan
-    low, high = np.percentile(joules, [10, 90])
-    watts = sum(s * w for s, w, _ in spent) / total
-    return EnergyPer(float(np.mean(joules)), se, float(low), float(high), float(watts), rounds, total,
-                     calls_done * tokens / total, used.source)  # fmt: skip
-
-
-def generation_energy(model, prompt_tokens: int = 128, new_tokens: int = 32, batch: int = 1, device=None,
-                      seconds: float = 1.0, rounds: int = 3, graph: bool = False, threads: int | None = None) -> dict:
-    """Energy of reading a prompt and of writing, apart: ``{"prefill": EnergyPer, "decode": EnergyPer}``.
-
-    Joules per prompt token and per generated token.  Arguments as in :func:`qtutor.measure.generation_speed`.
-    """
-    with measure.Generation(model, prompt_tokens, new_tokens, batch, device, graph=graph, threads=threads) as runs:
-        how = dict(seconds=seconds, rounds=rounds, device=runs.power)
-        prefill = energy_per(runs.prefill, tokens=batch * prompt_tokens, **how)
-        runs.prefill()
-        return {"prefill": prefill, "decode": energy_per(runs.decode, tokens=batch * new_tokens, **how)}
+    measure.time_ms(fn, warmup, 0, clock or device, before=before)
+    with track_energy(device) as used:
+        timing = measure.time_ms(fn, 0, repeats, clock or device, seconds, before)
+    return timing, used
 
 
 # -------------------------------------------------------------------------------------------- money and emissions
