@@ -765,44 +765,61 @@ def imatrix(model_or_gguf, tokens, ctx: int = 512) -> dict[str, np.ndarray]:
 # ----------------------------------------------------------------------------------------------------- running
 
 
-def _kv_bytes(meta: dict, width: int) -> int:
+def _kv_bytes(meta: dict, width: float) -> int:
     """Bytes of keys and values a token, for a Llama's metadata; 0 where the architecture is another."""
     if not _is_dense_llama(meta):
         return 0
     heads = meta["llama.attention.head_count"]
     dim = meta.get("llama.attention.key_length", meta["llama.embedding_length"] // heads)
-    return 2 * meta["llama.block_count"] * meta.get("llama.attention.head_count_kv", heads) * dim * width
+    return int(2 * meta["llama.block_count"] * meta.get("llama.attention.head_count_kv", heads) * dim * width)
+
+
+# The types that llama.cpp takes for keys and values: --cache-type-k and --cache-type-v in common/arg.cpp
+KV_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
+_BUFFER = re.compile(r"(\S+) +(model|KV|compute) buffer size *= *([\d.]+) MiB")
 
 
 class Model:
     """A GGUF model in memory, with a context of ``ctx`` tokens.  Use it in a ``with`` block.
 
-    ``exact=True`` computes on the CPU, with keys and values in F32 and attention without the fused kernel: logits
-    of an F32 file then agree with PyTorch's to 1e-4 (for some hundreds of tokens: the rotary angles drift apart
-    by rounding as positions grow).  ``exact=False`` is how people run llama.cpp (F16 cache, flash
-    attention): two to three times faster and a little different.  ``threads`` defaults to the physical cores.
-    ``gpu_layers`` is the number of layers to put on a GPU, by default all where the build has one, and none
-    where the computation is to be exact; ``on_gpu`` says whether any went there.
+    Args:
+        path: of the GGUF file.
+        ctx: tokens of a sequence.
+        threads: by default the physical cores, and one for the decoding of a small model.
+        exact: compute on the CPU, with keys and values in F32 and attention without the fused kernel: logits of an
+            F32 file then agree with PyTorch's to 1e-4 (for some hundreds of tokens: the rotary angles drift apart by
+            rounding as positions grow).  ``False`` is how people run llama.cpp (F16 cache, flash attention): two to
+            three times faster and a little different.
+        gpu_layers: layers to put on a GPU, by default all where the build has one, and none where ``exact``;
+            ``on_gpu`` says whether any went there.
+        sequences: that :meth:`step` runs side by side, each of ``ctx`` tokens, as the slots of llama-server do.
+        kv_type: one of KV_TYPES for keys and values, instead of F32 (``exact``) or F16.
 
     Raises QtutorError for a file that :func:`check_gguf` refuses, weights that are not finite, a context that
     does not fit in memory, and every use after :meth:`close`.
     """
 
     def __init__(self, path, ctx: int = 512, threads: int | None = None, *, exact: bool = True,
-                 gpu_layers: int | None = None):
-        self._model = self._ctx = self._batch = None
-        self.gguf, self.ctx = check_gguf(path), int(ctx)
+                 gpu_layers: int | None = None, sequences: int = 1, kv_type: str | None = None):
+        self._model = self._ctx = None
+        self.gguf, self.ctx, self.sequences = check_gguf(path), int(ctx), int(sequences)
         if "tokenizer.ggml.model" not in self.gguf.metadata:
             raise QtutorError(f"{self.gguf.path.name} holds no model with a tokenizer: give another file.")
-        self._check_memory(exact)
+        self.kv_type = str(kv_type or ("F32" if exact else "F16")).upper()
+        if self.kv_type not in KV_TYPES:
+            raise QtutorError(f"There is no cache type {kv_type!r}: choose one of {', '.join(KV_TYPES)}.")
         self.lib = lib = _native()
         _probe(self.gguf, bool(lib.llama_supports_gpu_offload()))
         params = lib.llama_model_default_params()
-        params.check_tensors = True  # NaN or infinity in a scale: an error, not a wrong answer
+        weights = sum(t.nbytes for t in self.gguf.tensors)
+        params.check_tensors = weights < 2**33  # NaN in a scale is an error, not a wrong answer; but it reads them all
         if exact or gpu_layers is not None:
             # A GPU computes F32 products in TF32, with 10 bits of mantissa: not exact.
             params.n_gpu_layers = gpu_layers or 0
         self.on_gpu = bool(lib.llama_supports_gpu_offload()) and params.n_gpu_layers != 0
+        if self.on_gpu:
+            params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # read through pinned buffers: faster than page faults of a map
+        self._check_memory()
         _log.clear()
         self._model = lib.llama_model_load_from_file(os.fsencode(self.gguf.path), params)
         if not self._model:
@@ -813,35 +830,41 @@ class Model:
         if not self._ctx:
             reason = _reason("it gave no reason")
             self.close()
-            raise QtutorError(f"llama.cpp cannot make a context of {ctx} tokens: {reason}.")
-        self._batch = self._new_batch()
+            raise QtutorError(f"llama.cpp cannot make a context of {self.sequences} x {ctx} tokens: {reason}.")
+        self._buffers = _BUFFER.findall("".join(_log))
+        self._new_batch()
 
-    def _check_memory(self, exact: bool) -> None:
+    def _check_memory(self) -> None:
         import psutil
 
-        if self.ctx < 1:
-            raise QtutorError(f"ctx={self.ctx} is not a context length: give at least 1.")
+        if self.ctx < 1 or self.sequences < 1:
+            raise QtutorError(f"A context of {self.sequences} x {self.ctx} tokens is none: give at least 1.")
         meta = self.gguf.metadata
         logits = 4 * len(meta.get("tokenizer.ggml.tokens", ()))
-        need = self.ctx * (_kv_bytes(meta, 4 if exact else 2) + logits)
-        if need > psutil.virtual_memory().available:
-            raise QtutorError(
-                f"A context of {self.ctx} tokens needs {need / 2**30:.1f} GiB beside the weights: make ctx smaller."
-            )
+        _, block, width = GGML_TYPES[_GGML_ID[self.kv_type]]
+        need = self.ctx * (self.sequences * _kv_bytes(meta, width / block) + logits)
+        if not self.on_gpu and need > psutil.virtual_memory().available:
+            raise QtutorError(f"A context of {self.sequences} x {self.ctx} tokens needs {need / 2**30:.1f} GiB beside "
+                              "the weights: make ctx smaller.")  # fmt: skip
 
     def _context_params(self, threads, exact):
         lib = self.lib
         params = lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = self.ctx
+        params.n_seq_max = self.sequences
+        params.n_ctx = params.n_batch = self.ctx * self.sequences
+        params.n_ubatch = min(512, params.n_batch)  # tokens computed at once: llama.cpp's own choice
         self.threads_prompt = params.n_threads_batch = threads or n_threads()
         # one token of a small model is microseconds of work a layer: waking a second thread costs more
         small = self.gguf.n_weights < 50e6
         self.threads_generate = params.n_threads = threads or (1 if small else n_threads())
         params.no_perf = True
+        params.type_k = params.type_v = _GGML_ID[self.kv_type]
+        if self.kv_type not in _FLOATS:  # quantized values are read by the fused kernel only
+            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        elif exact:
+            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if exact:
             params.op_offload = False  # else a GPU build sends large products there all the same
-            params.type_k = params.type_v = lib.GGML_TYPE_F32
-            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         return params
 
     def __enter__(self):
@@ -858,9 +881,6 @@ class Model:
 
     def close(self) -> None:
         """Free the native memory; harmless when repeated."""
-        if self._batch:
-            self.lib.llama_batch_free(self._batch[0])
-        self._batch = None
         if self._ctx:
             self.lib.llama_free(self._ctx)
         if self._model:
@@ -906,38 +926,67 @@ class Model:
             raise QtutorError(f"Token ids must be integers in 0..{self.n_vocab - 1}: check the tokenizer.")
         return np.ascontiguousarray(ids, dtype=np.int32)
 
-    def _new_batch(self):
-        """One llama_batch for the life of the model, and numpy views of its arrays: token, position, output wanted.
+    def _new_batch(self) -> None:
+        """One llama_batch for the life of the model, over numpy arrays: token, position, sequence, output wanted.
 
         Setting four fields a token through ctypes takes longer than a small model takes to compute the token.
         """
-        batch = self.lib.llama_batch_init(self.ctx, 0, 1)
-        for i in range(self.ctx):
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0  # everything belongs to sequence 0
+        n = self.ctx * self.sequences
+        self._token, self._position, self._sequence = (np.zeros(n, np.int32) for _ in range(3))
+        self._output, self._ones = np.zeros(n, np.int8), np.ones(n, np.int32)
+        self._pointers = self._sequence.ctypes.data + np.arange(n, dtype=np.uintp) * np.uintp(4)
+        fields = {"token": self._token, "pos": self._position, "n_seq_id": self._ones, "seq_id": self._pointers,
+                  "logits": self._output}  # fmt: skip
+        kinds = dict(self.lib.llama_batch._fields_)
+        self._batch = self.lib.llama_batch(**{name: ctypes.cast(array.ctypes.data, kinds[name])
+                                              for name, array in fields.items()})  # fmt: skip
 
-        def view(pointer, kind):
-            return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(kind)), (self.ctx,))
-
-        return (batch, view(batch.token, ctypes.c_int32), view(batch.pos, ctypes.c_int32),
-                view(batch.logits, ctypes.c_int8))  # fmt: skip
-
-    def _decode(self, ids: np.ndarray, past: int, first: int) -> np.ndarray:
-        """Run ``ids`` after ``past`` cached tokens; float32 logits from position ``first`` on (-1: the last)."""
-        lib, n = self._open(), len(ids)
-        first = first % n
-        batch, token, position, output = self._batch
-        batch.n_tokens = n
-        token[:n], position[:n], output[:n] = ids, np.arange(past, past + n), 0
-        output[first:n] = 1  # the output matrix is not applied to the others
+    def _decode(self, ids: np.ndarray, at: int, first: int) -> np.ndarray:
+        """Run ``ids`` (sequences, n) at positions ``at``...; logits from each one's position ``first`` on (-1: the
+        last), float32 (sequences * (n - first), vocab): llama.cpp's own memory, which the next call overwrites."""
+        lib, (rows, n) = self._open(), ids.shape
+        batch = self._batch
+        batch.n_tokens = size = rows * n
+        self._token[:size] = ids.reshape(-1)
+        self._position[:size].reshape(rows, n)[:] = np.arange(at, at + n)
+        self._sequence[:size].reshape(rows, n)[:] = np.arange(rows)[:, None]
+        output = self._output[:size].reshape(rows, n)
+        output[:], output[:, first:] = 0, 1  # the output matrix is not applied to the others
         _log.clear()
         status = lib.llama_decode(self._ctx, batch)
         if status != 0:
             raise QtutorError(f"llama.cpp could not run the model (status {status}): {_reason('no reason')}.")
         pointer = ctypes.cast(lib.llama_get_logits(self._ctx), ctypes.POINTER(ctypes.c_float))
-        return np.ctypeslib.as_array(pointer, (n - first, self.n_vocab)).copy()
+        return np.ctypeslib.as_array(pointer, (rows * (n - first % n), self.n_vocab))
 
-    def _clear(self) -> None:
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self._ctx), False)
+    def step(self, ids, at: int) -> np.ndarray:
+        """Run ``ids`` (sequences, n) at positions ``at`` to ``at + n - 1`` of each sequence, after what is cached.
+
+        Returns the logits of each sequence's last position, float32 (sequences, vocab): a view of llama.cpp's memory,
+        which the next call overwrites.  Raises QtutorError for another shape and beyond the context.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim != 2 or len(ids) != self.sequences or not 0 < ids.shape[1] <= self.ctx - at or at < 0:
+            raise QtutorError(f"step() takes ids of shape ({self.sequences}, n) at positions below {self.ctx}, and got "
+                              f"{ids.shape} at {at}.")  # fmt: skip
+        return self._decode(self._ids(ids).reshape(ids.shape), at, -1)
+
+    def clear(self) -> None:
+        """Forget every token."""
+        self._open().llama_memory_clear(self.lib.llama_get_memory(self._ctx), False)
+
+    def rewind(self, at: int) -> None:
+        """Forget what lies at positions ``at`` and beyond, in every sequence."""
+        self._open().llama_memory_seq_rm(self.lib.llama_get_memory(self._ctx), -1, at, -1)
+
+    def memory(self) -> dict[str, float]:
+        """llama.cpp's own account in MiB: ``device_model_mib``, ``host_model_mib``, and the same of ``kv`` and
+        ``compute``.  ``host`` is the computer's memory, ``device`` a GPU's; on a CPU everything is ``host``."""
+        found = {f"{where}_{kind}_mib": 0.0 for kind in ("model", "kv", "compute") for where in ("device", "host")}
+        for name, kind, mib in self._buffers:
+            where = "host" if "CPU" in name or "Host" in name else "device"
+            found[f"{where}_{kind.lower()}_mib"] += float(mib)
+        return found
 
     def logits(self, tokens, first: int = 0) -> np.ndarray:
         """Logits after each token of one window, from an empty cache: float32, (n - first, vocab), n <= ctx.
@@ -950,8 +999,8 @@ class Model:
             raise QtutorError(f"logits() takes 1 to {self.ctx} tokens and got {len(ids)}: cut windows, or raise ctx.")
         if not 0 <= first < len(ids):
             raise QtutorError(f"first={first} must be one of the {len(ids)} positions: give 0 for all of them.")
-        self._clear()
-        return self._decode(ids, 0, first)
+        self.clear()
+        return self._decode(ids[None], 0, first).copy()
 
     def generate(self, prompt, max_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
         """Continue ``prompt`` (text or token ids) and return the new text only.
@@ -967,8 +1016,8 @@ class Model:
         if temperature < 0:
             raise QtutorError("temperature is 0 (greedy) or positive.")
         rng, out = np.random.default_rng(seed), []
-        self._clear()
-        logits, past = self._decode(ids, 0, -1)[0], len(ids)
+        self.clear()
+        logits, past = self._decode(ids[None], 0, -1)[0], len(ids)
         while len(out) < max_tokens:
             token = int(logits.argmax())
             if temperature > 0:
@@ -980,39 +1029,5 @@ class Model:
             out.append(token)
             if past >= self.ctx:
                 break
-            logits, past = self._decode(np.array([token], np.int32), past, -1)[0], past + 1
+            logits, past = self._decode(np.array([[token]], np.int32), past, -1)[0], past + 1
         return self.detokenize(out)
-
-
-def bench(path, prompt: int = 512, generate: int = 64, repeats: int = 3, threads=None) -> dict:
-    """Tokens per second as people run llama.cpp (F16 cache, flash attention): median of ``repeats``, after one
-    run to warm up.
-
-    ``prefill_tokens_per_s``: one batch of ``prompt`` tokens (limited by arithmetic).  ``decode_tokens_per_s``:
-    one token at a time (limited by reading the weights from memory).  The same test as llama-bench's.
-    """
-    if prompt < 1 or generate < 1 or repeats < 1:
-        raise QtutorError("bench() needs at least one prompt token, one generated token and one repeat.")
-    rng = np.random.default_rng(0)
-    times: dict[str, list[float]] = {"prompt": [], "generate": []}
-    with Model(path, ctx=max(prompt, generate), threads=threads, exact=False) as model:
-        ids = rng.integers(0, model.n_vocab, max(prompt, generate), dtype=np.int32)
-        for _ in range(repeats + 1):
-            model._clear()
-            start = time.perf_counter()
-            model._decode(ids[:prompt], 0, -1)
-            times["prompt"].append(time.perf_counter() - start)
-            model._clear()
-            start = time.perf_counter()
-            for i in range(generate):
-                model._decode(ids[i : i + 1], i, -1)
-            times["generate"].append(time.perf_counter() - start)
-    return {
-        "prefill_tokens_per_s": prompt / float(np.median(times["prompt"][1:])),
-        "decode_tokens_per_s": generate / float(np.median(times["generate"][1:])),
-        "prompt_tokens": prompt,
-        "generate_tokens": generate,
-        "repeats": repeats,
-        "prompt_threads": model.threads_prompt,
-        "generate_threads": model.threads_generate,
-    }

@@ -304,9 +304,36 @@ def test_sampling_is_repeatable_by_seed_and_stops_at_the_context(f32):
         assert model.generate("The", 0) == ""
 
 
-def test_bench_reports_positive_rates(q4):
-    result = llamacpp.bench(q4, prompt=16, generate=2, repeats=1)
-    assert result["prefill_tokens_per_s"] > 0 and result["decode_tokens_per_s"] > 0
+def test_sequences_side_by_side_compute_what_each_does_alone(f32, tokens):
+    ids = tokens[:36].reshape(3, 12)
+    with llamacpp.Model(f32, ctx=64) as model:
+        alone = [model.logits(row) for row in ids]
+    with llamacpp.Model(f32, ctx=64, sequences=3) as model:
+        prompt = model.step(ids[:, :10], 0).copy()
+        assert prompt.shape == (3, 512) and np.abs(prompt - [one[9] for one in alone]).max() < 1e-4
+        first = model.step(ids[:, 10:11], 10).copy()
+        assert np.abs(first - [one[10] for one in alone]).max() < 1e-4
+        model.rewind(10)
+        again = model.step(ids[:, 10:12], 10)
+        assert np.abs(again - [one[11] for one in alone]).max() < 1e-4
+        model.clear()
+        assert np.abs(model.step(ids[:, :1], 0) - [one[0] for one in alone]).max() < 1e-4
+        refused("shape", model.step, ids[:2], 0)
+        refused("below 64", model.step, ids, 60)
+        assert model.generate("The", 3)
+
+
+def test_memory_is_llama_cpps_account_and_follows_the_cache_type(f32):
+    found = {}
+    for kind in ("F32", "F16", "Q8_0", "Q4_0"):
+        with llamacpp.Model(f32, ctx=256, sequences=2, exact=False, kv_type=kind) as model:
+            found[kind] = model.memory()
+            assert np.isfinite(model.step(np.ones((2, 5), int), 0)).all()
+    kv = 2 * 2 * 2 * 64 * 512 / 2**20  # keys and values, layers, kv heads, head size, tokens
+    for kind, width in {"F32": 4, "F16": 2, "Q8_0": 34 / 32, "Q4_0": 18 / 32}.items():
+        assert found[kind]["host_kv_mib"] + found[kind]["device_kv_mib"] == pytest.approx(kv * width, abs=0.02)
+    assert found["F32"]["host_model_mib"] > 1 and found["F32"]["host_compute_mib"] > 0
+    refused("no cache type", llamacpp.Model, f32, kv_type="Q2_K")
 
 
 def test_nothing_is_printed(f32, tmp_path, capfd):
