@@ -826,12 +826,30 @@ class Model:
             raise QtutorError(f"llama.cpp cannot load {self.gguf.path.name}: {_reason('it gave no reason')}.")
         self.vocab = lib.llama_model_get_vocab(self._model)
         self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
-        self._ctx = lib.llama_init_from_model(self._model, self._context_params(threads, exact))
-        if not self._ctx:
-            reason = _reason("it gave no reason")
+        self._options, self._log_of_weights = (threads, exact), "".join(_log)
+        _log.clear()
+        try:
+            self._new_context()
+        except QtutorError:
             self.close()
-            raise QtutorError(f"llama.cpp cannot make a context of {self.sequences} x {ctx} tokens: {reason}.")
-        self._buffers = _BUFFER.findall("".join(_log))
+            raise
+
+    def resize(self, ctx: int, sequences: int = 1) -> None:
+        """Make another context on the same weights; every token is forgotten.  Raises QtutorError without room."""
+        self._open()
+        self.ctx, self.sequences = int(ctx), int(sequences)
+        self._check_memory()
+        self.lib.llama_free(self._ctx)
+        self._ctx = None
+        _log.clear()
+        self._new_context()
+
+    def _new_context(self) -> None:
+        self._ctx = self.lib.llama_init_from_model(self._model, self._context_params(*self._options))
+        if not self._ctx:
+            raise QtutorError(f"llama.cpp cannot make a context of {self.sequences} x {self.ctx} tokens: "
+                              f"{_reason('it gave no reason')}.")  # fmt: skip
+        self._buffers = _BUFFER.findall(self._log_of_weights + "".join(_log))
         self._new_batch()
 
     def _check_memory(self) -> None:
@@ -1031,3 +1049,6 @@ class Model:
                 break
             logits, past = self._decode(np.array([[token]], np.int32), past, -1)[0], past + 1
         return self.detokenize(out)
+
+
+native, kv_bytes = _native, _kv_bytes
