@@ -51,9 +51,10 @@ class Timing:
         """Throughput when one call handles ``amount`` (tokens, operations): amount per second at the median."""
         return amount / self.median_ms * 1000
 
-    def per_second_se(self, amount: float) -> float | None:
-        """Standard error of the throughput of a call; None for a single call."""
-        return float(np.std(amount * 1000 / np.array(self.ms), ddof=1) / math.sqrt(self.n)) if self.n > 1 else None
+    def mean_per_second(self, amount: float) -> tuple[float, float | None]:
+        """(mean, standard error) of each call's own throughput; no error for a single call."""
+        speeds = amount * 1000 / np.array(self.ms)
+        return float(speeds.mean()), float(speeds.std(ddof=1) / math.sqrt(self.n)) if self.n > 1 else None
 
     def __str__(self) -> str:
         return f"{self.median_ms:.3g} ms ({self.p10:.3g} to {self.p90:.3g}, n={self.n})"
