@@ -111,7 +111,7 @@ def _on_file(types, directory) -> list[dict]:
 
 
 def run_tools(path, type: str, job: dict, limit_s: float = 120.0) -> list[dict]:
-    """The same tests by llama.cpp's own programs: rows of kind ``tool``; [] where there are none.
+    """The same tests by llama.cpp's own programs: rows of kind ``tool``, with ``not_run`` for one that fails.
 
     On a GPU machine the PATH is looked at first: it may hold a build for the GPU beside pip's for the CPU.
     """
@@ -131,9 +131,10 @@ def run_tools(path, type: str, job: dict, limit_s: float = 120.0) -> list[dict]:
                                   timeout=limit_s, check=False)  # fmt: skip
         except (QtutorError, OSError, subprocess.SubprocessError):
             continue
-        for line in done.stdout.splitlines():
-            if line.startswith("{"):
-                rows.append({"kind": "tool", "tool": name, "type": type} | _tool_columns(json.loads(line)))
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        found = [_tool_columns(json.loads(line)) for line in lines] if done.returncode == 0 else [
+            {"not_run": f"{name} ended with code {done.returncode}"}]  # fmt: skip
+        rows += [{"kind": "tool", "tool": name, "type": type} | columns for columns in found]
     return rows
 
 

@@ -137,7 +137,7 @@ class Run:
 
     def prefill(self, tokens: int, past: int = 0) -> None:
         """Read ``tokens`` tokens in every sequence."""
-        self.model.step(self.ids[:, past : past + tokens], past)
+        self.logits = self.model.step(self.ids[:, past : past + tokens], past)
 
     def decode(self, tokens: int, past: int = 0) -> None:
         """``tokens`` steps, in each one token for every sequence; each step waits for the one before, as it must."""
