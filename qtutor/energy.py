@@ -252,8 +252,9 @@ def track_energy(device=None) -> Iterator[Energy]:
         yield used
     finally:
         measure.synchronize(device)
-        used.seconds, after = time.perf_counter() - began, meter.read()
-        if before is None or after is None:
+        used.seconds = time.perf_counter() - began
+        after = None if before is None else meter.read()
+        if after is None:
             used.source = used.source if used.source.startswith("none") else f"none: {used.source} was lost"
         elif after < before or (after == before and meter.step_s):
             how = "ran backwards" if after < before else f"did not move in {used.seconds:.2g} s"
