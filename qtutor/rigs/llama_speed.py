@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from .. import QtutorError, energy, files, llamacpp
 from ..measure import GIB
@@ -87,8 +86,8 @@ def _ceiling(file, row: dict, read: int, gb_per_s: float) -> dict:
     """
     batch = row.get("batch", 1)
     past = row.get("depth") or (row["prefill_tokens"] if row["kind"] == "batch" else 0)
-    block, width = GGML_QUANT_SIZES[GGMLQuantizationType[row["kv_type"]]]
-    cached = (past + row["decode_tokens"] / 2) * llamacpp.kv_bytes(file.metadata, width / block)
+    kind = llamacpp.GGML[row["kv_type"]]
+    cached = (past + row["decode_tokens"] / 2) * llamacpp.kv_bytes(file.metadata, kind.nbytes / kind.weights)
     ceiling = batch * gb_per_s * 1e9 / (read + batch * cached)
     return {"ceiling_tokens_per_s": ceiling, "ceiling_share": row["decode_tokens_per_s"] / ceiling}
 
@@ -156,7 +155,7 @@ def _phase(name: str, run, tokens: int, gpu: bool, before=None, repeats: int = 1
 
 def _loaded(path, job: dict, gpu) -> llamacpp.Model:
     """The model on the GPU, or one sentence of why it cannot be there."""
-    weights = sum(t.nbytes for t in llamacpp.check_gguf(path).tensors)
+    weights = sum(t.nbytes for t in llamacpp.check_gguf(llamacpp.trust(path)).tensors)  # measure() has checked it
     if gpu and weights > (free := gpu.memory()[1] - gpu.memory()[0]):
         raise QtutorError(f"The weights ({weights / GIB:.1f} GiB) are larger than the free GPU memory "
                           f"({free / GIB:.1f} GiB): use a smaller type.")  # fmt: skip

@@ -59,22 +59,12 @@ def _ggml():
     return lib
 
 
-def _layout(kind: str) -> tuple[int, int, int]:
-    """(GGML's number, weights per block, bytes per block) of a tensor type."""
-    import gguf
-
-    known = {name for t in llamacpp.TYPES.values() for name in (t.base, *(name for _, name in t.overrides))}
-    known &= set(gguf.GGMLQuantizationType.__members__)
-    if kind not in known:
-        raise QtutorError(f"There is no tensor type {kind!r}: choose one of {', '.join(sorted(known))}.")
-    number = gguf.GGMLQuantizationType[kind]
-    return int(number), *gguf.GGML_QUANT_SIZES[number]
-
-
 def quantize_blocks(kind: str, weights) -> np.ndarray:
     """``weights`` (float, any shape; their number a multiple of the type's block) as GGML blocks of type ``kind``,
     uint8 (n, bytes per block), by llama.cpp's own quantizer.  Raises QtutorError for another type or number."""
-    number, per_block, width = _layout(kind)
+    if kind not in llamacpp.STORED:
+        raise QtutorError(f"There is no tensor type {kind!r}: choose one of {', '.join(llamacpp.STORED)}.")
+    number, per_block, width = llamacpp.GGML[kind]
     weights = np.ascontiguousarray(weights, np.float32)
     if weights.size == 0 or weights.size % per_block:
         raise QtutorError(f"{weights.size} weights are no whole number of {kind} blocks of {per_block}.")
@@ -87,7 +77,7 @@ def quantize_blocks(kind: str, weights) -> np.ndarray:
 
 def blocks(kind: str, n: int, seed: int = 0) -> np.ndarray:
     """``n`` blocks of N(0, STD) weights: :func:`quantize_blocks` of numpy's generator at ``seed``."""
-    shape = (n, _layout(kind)[1])
+    shape = (n, llamacpp.GGML[kind].weights)
     return quantize_blocks(kind, np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) * np.float32(STD))
 
 
@@ -111,7 +101,7 @@ def write(path, config="Llama-2-70B", type: str = "Q6_K", seed: int = 0, threads
         stub = capacity.write_stub(partial, config, planned, f"{name} {type}, random weights",
                                    ftype=llamacpp.TYPES[size.type].ftype)  # fmt: skip
         _fill(stub, seed, threads or min(8, llamacpp.n_threads()))
-    return Path(path)
+    return llamacpp.trust(path)  # no child has to look at it first
 
 
 def _fill(stub: llamacpp.Gguf, seed: int, threads: int) -> None:
@@ -122,7 +112,7 @@ def _fill(stub: llamacpp.Gguf, seed: int, threads: int) -> None:
         if len(t.shape) == 1:  # norms are 1; RoPE factors of 1 leave every frequency as it is
             pool, first = np.ones(t.nbytes // 4, np.float32).view(np.uint8), 0
         else:
-            _, per_block, width = _layout(t.type)
+            _, per_block, width = llamacpp.GGML[t.type]
             if t.type not in pools:
                 # about as many weights whatever the block, and never a round number of rows
                 n = POOL_BLOCKS * 256 // per_block + (0 if per_block == 256 else 1)

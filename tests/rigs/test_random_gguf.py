@@ -113,7 +113,7 @@ def test_the_real_shape_is_the_real_size():
     (lambda folder: random_gguf.write(folder / "a.gguf", random_gguf.TINY, "Q9"), "no quantization type"),
     (lambda folder: random_gguf.write(folder, random_gguf.TINY, "Q8_0"), "is a folder"),
     (lambda folder: random_gguf.write(folder / "a.gguf", "Llama-9", "Q8_0"), "no model"),
-    (lambda folder: random_gguf.blocks("Q8_1", 4), "no tensor type"),
+    (lambda folder: random_gguf.quantize_blocks("Q8_1", np.zeros(32)), "no tensor type"),
     (lambda folder: random_gguf.quantize_blocks("Q6_K", np.zeros(255)), "255 weights are no whole number"),
 ])  # fmt: skip
 def test_one_sentence(call, words, tmp_path):
