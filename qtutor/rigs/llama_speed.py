@@ -155,7 +155,7 @@ def _phase(name: str, run, tokens: int, gpu: bool, before=None, repeats: int = 1
 
 def _loaded(path, job: dict, gpu) -> llamacpp.Model:
     """The model on the GPU, or one sentence of why it cannot be there."""
-    weights = sum(t.nbytes for t in llamacpp.check_gguf(llamacpp.trust(path)).tensors)  # measure() has checked it
+    weights = sum(t.nbytes for t in llamacpp.check_gguf(path).tensors)
     if gpu and weights > (free := gpu.memory()[1] - gpu.memory()[0]):
         raise QtutorError(f"The weights ({weights / GIB:.1f} GiB) are larger than the free GPU memory "
                           f"({free / GIB:.1f} GiB): use a smaller type.")  # fmt: skip
@@ -222,6 +222,7 @@ def _measure_here(path, job: dict, say) -> None:
 def main(argv) -> int:
     """What the child process runs: the path and the settings as JSON; a row a line on the standard output."""
     try:
+        llamacpp.trust(argv[0])  # measure() has checked it
         _measure_here(Path(argv[0]), json.loads(argv[1]), lambda row: print(json.dumps(row), flush=True))
     except QtutorError as err:
         print(json.dumps({"error": str(err)}), flush=True)
