@@ -1,13 +1,13 @@
 """Joules: what a token costs beside the time it takes.
 
-*Energy* is power times time, and the only honest way to know it is a counter in the hardware.  NVIDIA data-centre GPUs
-have one that NVML reads; Intel and AMD processors have one called RAPL, which Linux shows to whoever may read it.  A
-laptop, a container and a rented virtual machine often have neither: then there is an *estimate*, from the processor's
-design power and the time that this process kept it busy, and every figure says that it is one.
+The only honest way to know energy is a counter in the hardware.  NVIDIA data-centre GPUs have one that NVML reads;
+Intel and AMD processors have one called RAPL, which Linux shows to whoever may read it.  A laptop, a container and a
+rented virtual machine often have neither: then there is an *estimate*, from the time that this process kept the
+processor busy, and every figure says that it is one.
 
     with energy.track_energy() as used:
         model.generate(...)
-    print(used)                            # 41.2 J in 2.1 s (19.6 W; NVML energy counter)
+    print(used)                            # 412 J in 2.1 s (196 W; NVML energy counter)
     used.per(tokens)                       # joules a token; None where the block was too short to know
 
 NVML renews its readings about ten times a second, so a block of one second is known to 10 % and one of ten seconds to
@@ -16,17 +16,16 @@ processor packages with everything that runs on them; as an estimate, this proce
 include idle power, because the bill includes it too.
 
 References: Yang, Adamek and Armour 2023 (https://arxiv.org/abs/2312.02741) on NVML's renewals; Linux,
-Documentation/power/powercap; codecarbon (https://github.com/mlco2/codecarbon, MIT licence), whose table of processor
-power is used here.
+Documentation/power/powercap; codecarbon (https://github.com/mlco2/codecarbon), core/cpu.py, for the watts of a thread.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -38,7 +37,7 @@ import numpy as np
 from . import QtutorError, measure
 
 JOULES_PER_KWH = 3.6e6
-WATTS_PER_THREAD = 4.0  # codecarbon's figure for a processor that it does not know: codecarbon/core/cpu.py
+WATTS_PER_THREAD = 4.0  # codecarbon's figure for a processor that it does not know
 POWERCAP = Path("/sys/class/powercap")
 NVML_STEP_S = 0.1  # 20 to 100 ms, by model
 
@@ -71,42 +70,31 @@ class Energy:
         return f"{self.joules:.3g} J in {self.seconds:.3g} s ({self.watts:.3g} W; {self.source})"
 
 
-# Sources of energy.  Each has a name, the seconds between two renewals, and read(): joules since some moment, or None
-# where they cannot be read.  track_energy() reads twice.
-
-
 class Board:
-    """NVML's view of one GPU.  A reading is None where the driver, or this model of GPU, does not offer it."""
-
-    source, step_s = "NVML energy counter", NVML_STEP_S
+    """NVML's view of one GPU: joules since the driver was loaded, watts and MHz now, (bytes in use by everybody, bytes
+    in all).  A reading is None where the driver, or this model of GPU, does not offer it."""
 
     def __init__(self, nvml, handle):
         self._nvml, self._handle = nvml, handle
 
-    def _ask(self, name: str, *args):
+    def _ask(self, name: str, *args, scale: int = 1):
         try:
-            return getattr(self._nvml, name)(self._handle, *args)
+            return getattr(self._nvml, name)(self._handle, *args) / scale
         except (self._nvml.NVMLError, AttributeError):  # AttributeError: a pynvml that is older than the function
             return None
 
-    def read(self) -> float | None:
-        """Joules since the driver was loaded."""
-        millijoules = self._ask("nvmlDeviceGetTotalEnergyConsumption")
-        return None if millijoules is None else millijoules / 1000
+    def joules(self) -> float | None:
+        return self._ask("nvmlDeviceGetTotalEnergyConsumption", scale=1000)
 
     def watts(self) -> float | None:
-        """Power now."""
-        milliwatts = self._ask("nvmlDeviceGetPowerUsage")
-        return None if milliwatts is None else milliwatts / 1000
+        return self._ask("nvmlDeviceGetPowerUsage", scale=1000)
 
-    def mhz(self) -> int | None:
-        """Clock of the multiprocessors now."""
-        return self._ask("nvmlDeviceGetClockInfo", 1)
+    def mhz(self) -> float | None:
+        return self._ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM)
 
-    def memory(self) -> tuple[int, int] | None:
-        """(bytes in use by everybody, bytes in all)."""
-        found = self._ask("nvmlDeviceGetMemoryInfo")
-        return found and (found.used, found.total)
+    def memory(self) -> tuple[int, int]:
+        found = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
+        return found.used, found.total
 
 
 def board(device=None) -> Board | None:
@@ -124,115 +112,78 @@ def board(device=None) -> Board | None:
         return None
 
 
-class _SampledPower:
+#: ``read()``: joules since some moment, or None; renewed every ``step_s`` seconds.  A source is read twice.
+_Source = namedtuple("_Source", "name step_s read")
+
+
+def _sampled_power(gpu: Board) -> _Source:
     """For GPUs before Volta, which have no energy counter: power, read again and again, times time."""
+    seen, ended = [], threading.Event()
 
-    source, step_s = "NVML power, sampled", NVML_STEP_S
+    def watch():
+        while not ended.is_set():
+            seen.append((time.perf_counter(), gpu.watts()))
+            ended.wait(0.02)
+        seen.append((time.perf_counter(), gpu.watts()))
 
-    def __init__(self, gpu: Board):
-        self.gpu, self.seen, self.done = gpu, [], threading.Event()
+    thread = threading.Thread(target=watch, daemon=True)
 
-    def _sample(self) -> None:
-        self.seen.append((time.perf_counter(), self.gpu.watts()))
-
-    def _watch(self) -> None:
-        while not self.done.wait(0.02):
-            self._sample()
-
-    def read(self) -> float | None:
-        self._sample()
-        if len(self.seen) == 1:  # the first reading: begin to watch
-            self.thread = threading.Thread(target=self._watch, daemon=True)
-            self.thread.start()
+    def read():
+        if not thread.ident:
+            thread.start()
             return 0.0
-        self.done.set()
-        self.thread.join()
-        at, watts = zip(*self.seen, strict=True)
+        ended.set()
+        thread.join()
+        at, watts = zip(*seen, strict=True)
         return None if None in watts else float(np.trapezoid(watts, at))
 
+    return _Source("NVML power, sampled", NVML_STEP_S, read)
 
-class _Rapl:
+
+def _rapl(root: Path | None = None) -> _Source:
     """Running Average Power Limit: the processor's counters, one a package (and one for its memory), in microjoules."""
+    names = {f: (f / "name").read_text().strip() for f in sorted((root or POWERCAP).glob("intel-rapl:*"))}
+    # a package contains its cores, but not its memory; "psys" would count the packages again
+    folders = [f for f, name in names.items() if name.startswith("package") or name == "dram"]
+    turns = [int((f / "max_energy_range_uj").read_text()) + 1 for f in folders]
+    began = [int((f / "energy_uj").read_text()) for f in folders]  # where only root may read, this raises
+    if not folders:
+        raise OSError("no RAPL domains")
 
-    source, step_s = "RAPL energy counter", 0.001
-
-    def __init__(self, root: Path | None = None):
-        names = {f: (f / "name").read_text().strip() for f in sorted((root or POWERCAP).glob("intel-rapl:*"))}
-        # a package contains its cores, but not its memory; "psys" would count the packages again
-        folders = [f for f, name in names.items() if name.startswith("package") or name == "dram"]
-        if not folders:
-            raise OSError("no RAPL domains")
-        self.counters = [f / "energy_uj" for f in folders]
-        self.ranges = [int((f / "max_energy_range_uj").read_text()) + 1 for f in folders]
-        self.last, self.joules = [int(path.read_text()) for path in self.counters], 0.0  # only root may: raises here
-
-    def read(self) -> float | None:
+    def read():
         try:
-            now = [int(path.read_text()) for path in self.counters]
+            now = [int((f / "energy_uj").read_text()) for f in folders]
         except (OSError, ValueError):
             return None
         # each wraps around at its range; a block shorter than one turn (minutes) is counted right
-        self.joules += sum((b - a) % turn for a, b, turn in zip(self.last, now, self.ranges, strict=True)) / 1e6
-        self.last = now
-        return self.joules
+        return sum((b - a) % turn for a, b, turn in zip(began, now, turns, strict=True)) / 1e6
+
+    return _Source("RAPL energy counter", 0.001, read)
 
 
-class _CpuEstimate:
-    """Design power of the processor, shared among its threads, times the CPU seconds that this process used."""
-
-    step_s = 0.0
-
-    def __init__(self):
-        self.watts_per_thread, how = _watts_per_thread()
-        self.source = f"estimate: {how} x CPU time"
-
-    def read(self) -> float:
-        return time.process_time() * self.watts_per_thread  # of all threads of this process, and of nobody else
+def _estimate() -> _Source:
+    """A figure for one busy thread, times the CPU seconds of this process (all its threads, and nobody else's)."""
+    name = f"estimate: {WATTS_PER_THREAD:g} W a busy CPU thread (codecarbon's default) x CPU time"
+    return _Source(name, 0.0, lambda: WATTS_PER_THREAD * time.process_time())
 
 
-class _Nothing:
-    source, step_s = "none: NVML reads neither energy nor power here", 0.0
-
-    def read(self) -> None:
-        return None
-
-
-@lru_cache(maxsize=1)
-def _watts_per_thread() -> tuple[float, str]:
-    """Watts of one busy hardware thread, and in words where that comes from.
-
-    The table of codecarbon knows the design power (TDP) of a whole chip.  A virtual machine sees the chip's name but
-    only some of its threads, so there, as where the name is unknown, codecarbon's figure for a single thread is used.
-    """
-    try:
-        import psutil
-        from codecarbon.core.cpu import TDP
-
-        logging.getLogger("codecarbon").setLevel(logging.ERROR)  # it says at length that it does not know a processor
-        chip, threads = TDP(), psutil.cpu_count() or 1
-        known = chip.tdp and chip.tdp != threads * WATTS_PER_THREAD
-        if known and "hypervisor" not in Path("/proc/cpuinfo").read_text():
-            return chip.tdp / threads, f"{chip.tdp:g} W (TDP of {chip.model}, codecarbon) / {threads} threads"
-    except Exception:  # not installed, or it cannot read this processor: there is a default
-        pass
-    return WATTS_PER_THREAD, f"{WATTS_PER_THREAD:g} W a busy CPU thread (codecarbon's default)"
-
-
-def _meter(device):
+def _source(device) -> _Source:
     if not measure.on_gpu(device):
         try:
-            return _Rapl()
+            return _rapl()
         except (OSError, ValueError):  # not there, or only for root
-            return _CpuEstimate()
+            return _estimate()
     gpu = board(device)
-    if gpu and gpu.read() is not None:
-        return gpu
-    return _SampledPower(gpu) if gpu and gpu.watts() is not None else _Nothing()
+    if gpu and gpu.joules() is not None:
+        return _Source("NVML energy counter", NVML_STEP_S, gpu.joules)
+    if gpu and gpu.watts() is not None:
+        return _sampled_power(gpu)
+    return _Source("none: NVML reads neither energy nor power here", 0.0, lambda: None)
 
 
 def source_of(device=None) -> str:
     """Where :func:`track_energy` would take its figure from on this device, in words."""
-    return _meter(device).source
+    return _source(device).name
 
 
 @contextmanager
@@ -240,27 +191,30 @@ def track_energy(device=None) -> Iterator[Energy]:
     """Measure the energy of a block: ``with track_energy() as used: ...; used.joules``.
 
     ``device``: where the work happens; by default the current CUDA GPU if this process has used one, else the CPU.
-    The GPU is synchronized at both ends.  Sources, in this order: on a GPU NVML's energy counter, or its power sampled
-    every 20 ms; on a CPU RAPL where it may be read, else an estimate (see the module).  Never raises for a counter
-    that is missing, lost, stands still or runs backwards: ``joules`` is NaN then and ``source`` says why.
+    Sources, in this order: on a GPU NVML's energy counter, or its power sampled every 20 ms; on a CPU RAPL where it may
+    be read, else an estimate.  Never raises for a counter that is missing, lost, stands still or runs backwards:
+    ``joules`` is NaN then and ``source`` says why.
     """
-    meter = _meter(device)
-    used = Energy(source=meter.source, step_s=meter.step_s)
+    source = _source(device)
+    used = Energy(source=source.name, step_s=source.step_s)
     measure.synchronize(device)
-    before, began = meter.read(), time.perf_counter()
+    before, began = source.read(), time.perf_counter()
     try:
         yield used
     finally:
         measure.synchronize(device)
         used.seconds = time.perf_counter() - began
-        after = None if before is None else meter.read()
+        after, why = None if before is None else source.read(), None
         if after is None:
-            used.source = used.source if used.source.startswith("none") else f"none: {used.source} was lost"
-        elif after < before or (after == before and meter.step_s):
-            how = "ran backwards" if after < before else f"did not move in {used.seconds:.2g} s"
-            used.source = f"none: {used.source} {how}"
+            why = "was lost"
+        elif after < before:
+            why = "ran backwards"
+        elif after == before and source.step_s:
+            why = f"did not move in {used.seconds:.2g} s"
         else:
             used.joules = after - before
+        if why and not source.name.startswith("none"):
+            used.source = f"none: {source.name} {why}"
 
 
 def timed(fn, warmup: int = 3, repeats: int = 5, seconds: float = 1.0, device=None, clock=None,

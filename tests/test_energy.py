@@ -98,7 +98,7 @@ def test_rapl_adds_packages_and_memory_and_wraps(tmp_path):
         "intel-rapl_0": ("package-0", 1_000_000, 10_000_000), "intel-rapl_0_0": ("core", 500, 10_000_000),
         "intel-rapl_0_1": ("dram", 9_999_000, 9_999_999), "intel-rapl_1": ("psys", 7, 10_000_000),
     })  # fmt: skip
-    meter = energy._Rapl(root)
+    meter = energy._rapl(root)
     before = meter.read()
     (root / "intel-rapl:0" / "energy_uj").write_text("3500000")  # 2.5 J
     (root / "intel-rapl:0:0" / "energy_uj").write_text("9999999")  # part of the package: not again
@@ -119,10 +119,9 @@ def test_rapl_that_may_not_be_read_becomes_an_estimate(tmp_path, monkeypatch):
 
 def test_the_estimate_is_cpu_time_times_watts(monkeypatch):
     clock = iter([10.0, 12.5])
-    meter = energy._CpuEstimate()
+    meter = energy._estimate()
     monkeypatch.setattr(energy.time, "process_time", lambda: next(clock))
-    assert -(meter.read() - meter.read()) == pytest.approx(2.5 * meter.watts_per_thread)
-    assert 0.5 < meter.watts_per_thread < 100
+    assert -(meter.read() - meter.read()) == pytest.approx(2.5 * 4)
 
 
 class _Nvml(types.ModuleType):
@@ -242,8 +241,7 @@ def test_track_energy_ends_with_an_error():
 def test_timed_counts_the_timed_calls_only(monkeypatch):
     """Two joules a call: the warm-up is in neither figure."""
     calls = []
-    played = types.SimpleNamespace(source="played", step_s=0.0, read=lambda: 2.0 * len(calls))
-    monkeypatch.setattr(energy, "_meter", lambda device: played)
+    monkeypatch.setattr(energy, "_source", lambda device: energy._Source("played", 0.0, lambda: 2.0 * len(calls)))
     timing, used = energy.timed(lambda: (calls.append(1), energy.time.sleep(0.002)), warmup=3, repeats=4,
                                 seconds=0.03, device="cpu")  # fmt: skip
     assert timing.n == len(calls) - 3 >= 4 and used.per(timing.n) == pytest.approx(2)
