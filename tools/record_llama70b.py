@@ -74,13 +74,14 @@ def record(folder=MEMORY, types=TYPES, config=MODEL, budget_s: float = 420.0, to
             random_gguf.write(model, config, type)
             write_s = time.perf_counter() - start
             say(f"{type}: {model.stat().st_size:,} bytes written in {write_s:.0f} s")
-            measured = llama_speed.measure(model, type, device_bandwidth=found,
-                                           on_row=lambda row: say("  " + _short(row)), **settings)  # fmt: skip
+            measured = llama_speed.measure(model, type, device_bandwidth=found, **settings)
             measured[0]["write_s"] = write_s
             if measured[0]["fits"] and (tools == "all" or (tools == "first" and type == types[0])):
                 measured += run_tools(model, type, llama_speed.FULL | settings)
         finally:
             model.unlink(missing_ok=True)
+        for row in measured:
+            say("  " + _short(row))
         rows += measured
         longest = max(longest, time.perf_counter() - start)
         kept = _on_file({row["type"] for row in rows}, directory)

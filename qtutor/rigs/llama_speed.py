@@ -18,10 +18,7 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -38,13 +35,12 @@ QUICK = FULL | {"prompt": 128, "generate": 24, "repeats": 3, "least_s": 0.0, "ct
 
 
 def measure(path, type: str | None = None, limit_s: float = 300.0, threads: int | None = None,
-            device_bandwidth: dict | None = None, on_row=None, **settings) -> list[dict]:  # fmt: skip
-    """Measure a GGUF model in a child process and return rows; see the module's docstring for what is measured.
+            device_bandwidth: dict | None = None, **settings) -> list[dict]:  # fmt: skip
+    """Measure a GGUF model in a child process, which is ended after ``limit_s``, and return rows.
 
     ``type`` names the rows (by default read off the file).  ``settings`` override :data:`FULL`, e.g.
-    ``batches=(1, 8)``.  ``device_bandwidth`` is the result of :func:`qtutor.measure.bandwidth`; with it, each row with
-    a decoding speed gets ``ceiling_tokens_per_s`` and the ``ceiling_share`` that was reached.  ``on_row`` is called
-    with each row as it arrives.  The child process is ended after ``limit_s``.
+    ``batches=(1, 8)``.  With ``device_bandwidth``, the result of :func:`qtutor.measure.bandwidth`, rows get
+    ``ceiling_tokens_per_s`` and the ``ceiling_share`` that was reached.
 
     Rows have a ``kind``: ``model`` (one; ``fits`` is False, with ``not_run``, where memory did not suffice), ``depth``
     and ``batch``; their columns are those of ``results.COLUMNS``, None where this machine cannot measure it.  Raises
@@ -60,22 +56,14 @@ def measure(path, type: str | None = None, limit_s: float = 300.0, threads: int 
         raise QtutorError(f"There is no cache type {job['kv_type']!r}: choose one of {', '.join(llamacpp.KV_TYPES)}.")
     if job["depth"] + job["depth_generate"] > job["ctx"] or max(job["prompt"], job["generate"]) > job["ctx"]:
         raise QtutorError(f"The settings need more than ctx={job['ctx']} tokens of context: make ctx larger.")
-    rows: list[dict] = []
-
-    def add(row):
-        if device_bandwidth and row.get("decode_tokens_per_s"):
-            read = rows[0]["read_bytes_per_token"] if rows else row["read_bytes_per_token"]
-            row |= _ceiling(file, row, read, device_bandwidth["bandwidth_gb_per_s"])
-        rows.append(row)
-        if on_row:
-            on_row(row)
-
-    why = _child([os.fspath(path), json.dumps(job)], limit_s, add)
-    if why and not rows:
-        add({"kind": "model", "type": job["type"], "fits": False, "not_run": why, "file_bytes": file.file_bytes,
-             "weights_gib": sum(t.nbytes for t in file.tensors) / GIB})  # fmt: skip
-    elif why:
-        add({"kind": "note", "type": job["type"], "not_run": why})
+    rows, why = _child([os.fspath(path), json.dumps(job)], limit_s)
+    for row in rows if device_bandwidth else ():
+        if row.get("decode_tokens_per_s"):
+            row |= _ceiling(file, row, rows[0]["read_bytes_per_token"], device_bandwidth["bandwidth_gb_per_s"])
+    if why:
+        note = {"kind": "note" if rows else "model", "type": job["type"], "fits": False, "not_run": why}
+        weights = sum(t.nbytes for t in file.tensors)
+        rows.append(note | {"file_bytes": file.file_bytes, "weights_gib": weights / GIB})
     return rows
 
 
@@ -92,36 +80,22 @@ def _ceiling(file, row: dict, read: int, gb_per_s: float) -> dict:
     return {"ceiling_tokens_per_s": ceiling, "ceiling_share": row["decode_tokens_per_s"] / ceiling}
 
 
-def _child(argv, limit_s: float, on_row) -> str | None:
-    """Run this module in a fresh process; hand over its rows as they come; return why it stopped early, or None."""
+def _child(argv, limit_s: float) -> tuple[list[dict], str | None]:
+    """Run this module in a fresh process: its rows, and why it stopped early or None."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(files.ROOT), os.environ.get("PYTHONPATH")]))}
-    error = None
-    with tempfile.TemporaryFile("w+") as stderr:
-        process = subprocess.Popen([sys.executable, "-m", "qtutor.rigs.llama_speed", *argv], stdout=subprocess.PIPE,
-                                   stderr=stderr, text=True, env=env)  # fmt: skip
-        timer = threading.Timer(limit_s, process.kill)
-        timer.start()
-        try:
-            for line in process.stdout:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # a library's chatter
-                if "error" in row:
-                    error = row["error"]
-                else:
-                    on_row(row)
-            code = process.wait()
-        finally:
-            timer.cancel()
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        stderr.seek(0)
-        last = [line.strip() for line in stderr.read().splitlines() if line.strip()][-1:]
-    if error or code == 0:
-        return error
-    return f"The measuring process ended with code {code} ({last[0][:200] if last else 'time is up or out of memory'})."
+    try:
+        done = subprocess.run([sys.executable, "-m", "qtutor.rigs.llama_speed", *argv], capture_output=True,
+                              timeout=limit_s, env=env, check=False)  # fmt: skip
+        out, last = done.stdout, done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        why = f"The measuring process ended with code {done.returncode} ({last[:200] or 'out of memory'})."
+        why = why if done.returncode else None
+    except subprocess.TimeoutExpired as late:
+        out, why = late.stdout or b"", f"The measuring process took longer than {limit_s:g} s."
+    lines = [line for line in out.splitlines() if line[:1] + line[-1:] == b"{}"]  # all else is a library's chatter
+    rows = [json.loads(line) for line in lines]
+    if rows and "error" in rows[-1]:
+        why = rows.pop()["error"]
+    return rows, why
 
 
 # ------------------------------------------------------------------------------------------------ in the child process
@@ -144,7 +118,7 @@ class Run:
             self.logits = self.model.step(self.ids[:, at : at + 1], at)
 
 
-def _phase(name: str, run, tokens: int, gpu: bool, before=None, repeats: int = 1, seconds: float = 0.0) -> dict:
+def _phase(name: str, run, tokens: int, gpu, before=None, repeats: int = 1, seconds: float = 0.0) -> dict:
     """Columns of "prefill" or "decode": ``run()`` handles ``tokens`` tokens; ``before()`` runs ahead of it, untimed."""
     timing, used = energy.timed(run, 0, repeats, seconds, "cuda" if gpu else "cpu", clock="cpu", before=before)
     known = (lambda amount: used.per(amount, ENERGY_WITHIN)) if gpu else (lambda amount: None)
@@ -189,8 +163,8 @@ def _measure_here(path, job: dict, say) -> None:
         run.decode(4)  # kernels chosen, clocks up, graphs captured: not measured
         often = {"before": model.clear, "repeats": job["repeats"], "seconds": job["least_s"]}
         row |= {"prefill_tokens": prompt, "decode_tokens": n, "ctx": job["ctx"]} | kv
-        row |= _phase("prefill", lambda: run.prefill(prompt), prompt, bool(gpu), **often)
-        row |= _phase("decode", lambda: run.decode(n), n, bool(gpu), **often)
+        row |= _phase("prefill", lambda: run.prefill(prompt), prompt, gpu, **often)
+        row |= _phase("decode", lambda: run.decode(n), n, gpu, **often)
         if not np.isfinite(run.logits).all():
             raise QtutorError("The logits of this model are not finite: make random_gguf.STD smaller.")
         say(row | {"gpu_used_gib": used()})
@@ -198,8 +172,8 @@ def _measure_here(path, job: dict, say) -> None:
             model.clear()
             n = job["depth_generate"]
             row = {"kind": "depth", "type": job["type"], "depth": depth, "decode_tokens": n} | kv
-            row |= _phase("prefill", lambda: run.prefill(depth), depth, bool(gpu))
-            row |= _phase("decode", lambda: run.decode(n, depth), n, bool(gpu))
+            row |= _phase("prefill", lambda: run.prefill(depth), depth, gpu)
+            row |= _phase("decode", lambda: run.decode(n, depth), n, gpu)
             say(row | {"gpu_used_gib": used()})
         prompt, n = job["batch_prompt"], job["batch_generate"]
         for batch in job["batches"]:
@@ -214,21 +188,14 @@ def _measure_here(path, job: dict, say) -> None:
             run.prefill(8)
             run.decode(4, 8)
             model.clear()
-            row |= {"fits": True} | _phase("prefill", lambda: run.prefill(prompt), prompt * batch, bool(gpu))  # noqa: B023
-            row |= _phase("decode", lambda: run.decode(n, prompt), n * batch, bool(gpu))  # noqa: B023
+            row |= {"fits": True} | _phase("prefill", lambda: run.prefill(prompt), prompt * batch, gpu)  # noqa: B023
+            row |= _phase("decode", lambda: run.decode(n, prompt), n * batch, gpu)  # noqa: B023
             say(row | {"ms_per_step": 1000 * batch / row["decode_tokens_per_s"], "gpu_used_gib": used()})
 
 
-def main(argv) -> int:
-    """What the child process runs: the path and the settings as JSON; a row a line on the standard output."""
+if __name__ == "__main__":  # the child: a path and the settings; a row a line on the standard output
     try:
-        llamacpp.trust(argv[0])  # measure() has checked it
-        _measure_here(Path(argv[0]), json.loads(argv[1]), lambda row: print(json.dumps(row), flush=True))
+        llamacpp.trust(sys.argv[1])  # measure() has checked it
+        _measure_here(sys.argv[1], json.loads(sys.argv[2]), lambda row: print(json.dumps(row), flush=True))
     except QtutorError as err:
         print(json.dumps({"error": str(err)}), flush=True)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -5,10 +5,9 @@ the values in them: a matrix product takes as long with random numbers as with l
 file in which every tensor has exactly the type that llama.cpp's quantizer would give it (``capacity.plan``), filled
 with valid random blocks.  **The text of such a model is nonsense; what it takes to write it is the real thing.**
 
-The blocks come from llama.cpp's own quantizer, run on normally distributed weights (standard deviation 0.02, what
-Llamas begin training with), so activations neither overflow nor vanish and the bits are as varied as real ones, which
-matters for the power that a GPU draws.  One pool of blocks a type is repeated over the file, with a length that is a
-prime number, so that no two rows of a matrix are alike for thousands of rows.
+llama.cpp's own quantizer makes the blocks of normally distributed weights, as Llamas begin training with: activations
+neither overflow nor vanish, and the bits are as varied as real ones, which matters for the power that a GPU draws.  One
+pool of blocks a type is repeated over the file; no two rows of a matrix are alike for thousands of rows.
 """
 
 from __future__ import annotations
@@ -40,17 +39,13 @@ def _ggml():
     llamacpp.native()  # starts it: the conversions read tables that are made then
     from llama_cpp import llama_cpp
 
-    # libllama links libggml, and on most systems its handle finds the functions there: the build that computes, too
-    lib = llama_cpp._lib
-    if not hasattr(lib, "ggml_quantize_chunk"):
-        try:  # where LLAMA_CPP_LIB_PATH names another folder there may be no libggml beside the bindings
-            from llama_cpp import _ggml
-
-            lib = _ggml.libggml
-        except (ImportError, AttributeError, OSError):
-            lib = None
-    if not hasattr(lib, "ggml_quantize_chunk"):
-        raise QtutorError("This llama-cpp-python does not export ggml_quantize_chunk: install 0.3.36 or later.")
+    lib = llama_cpp._lib  # libllama links libggml, and on most systems its handle finds the functions there
+    try:
+        if not hasattr(lib, "ggml_quantize_chunk"):
+            from llama_cpp._ggml import libggml as lib
+        lib.ggml_quantize_chunk  # noqa: B018
+    except (ImportError, AttributeError, OSError):
+        raise QtutorError("This llama-cpp-python has no ggml_quantize_chunk: install 0.3.36 or later.") from None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
     lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
@@ -88,8 +83,7 @@ def write(path, config="Llama-2-70B", type: str = "Q6_K", seed: int = 0, threads
     give the same bytes.  The vocabulary is made up, of the right length.  ``threads`` write side by side (by default
     as many as there are cores, at most 8): 56 GB take ten to thirty seconds in memory-backed storage.
 
-    The file appears under ``path`` only when complete.  Raises QtutorError for an unknown type or shape, and before
-    it writes anything where the folder has too little room.
+    Raises QtutorError for an unknown type or shape, and before it writes anything where the folder has too little room.
     """
     planned, size = {t.name: t.type for t in capacity.plan(config, type)}, capacity.size(config, type)
     name = config if isinstance(config, str) and config in capacity.MODELS else "llama"
