@@ -77,9 +77,10 @@ class Board:
     def __init__(self, nvml, handle):
         self._nvml, self._handle = nvml, handle
 
-    def _ask(self, name: str, *args, scale: int = 1):
+    def _ask(self, name: str, *args, scale=None):
         try:
-            return getattr(self._nvml, name)(self._handle, *args) / scale
+            found = getattr(self._nvml, name)(self._handle, *args)
+            return found / scale if scale else found
         except (self._nvml.NVMLError, AttributeError):  # AttributeError: a pynvml that is older than the function
             return None
 
@@ -89,7 +90,7 @@ class Board:
     def watts(self) -> float | None:
         return self._ask("nvmlDeviceGetPowerUsage", scale=1000)
 
-    def mhz(self) -> float | None:
+    def mhz(self) -> int | None:
         return self._ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM)
 
     def memory(self) -> tuple[int, int]:
