@@ -144,11 +144,10 @@ def captured(fn: Callable[[], object]):
 
 
 def bandwidth(device=None, gib: float | None = None) -> dict[str, float]:
-    """Memory bandwidth that a simple kernel gets, in GB/s (10^9 bytes), each the best of several runs.
+    """Memory bandwidth that a simple kernel gets, in GB/s (10^9 bytes): of a copy (bytes read plus bytes written), of
+    reading (a sum over a tensor), each the best of several runs, and the better of both.
 
-    ``copy_gb_per_s`` (bytes read plus bytes written), ``read_gb_per_s`` (a sum over a tensor), and
-    ``bandwidth_gb_per_s``, the better of the two.  ``device`` is by default the GPU where there is one; ``gib`` the
-    size of the tensor, beyond every cache.
+    ``device`` is by default the GPU where there is one; ``gib`` the size of the tensor, beyond every cache.
     """
     import torch
 
@@ -250,23 +249,21 @@ def stored_bytes(model) -> tuple[int, int]:
     Count before a bitsandbytes model has computed anything: it rearranges 4-bit weights at their first use on some
     CPUs, and tries to undo that when it is asked for its state.
     """
-    if not hasattr(model, "named_modules"):
-        return _bytes([model]), model.numel()
-    weights = {}  # by the identity of the parameter, which several layers may share
-    for module in model.modules():
+    if hasattr(model, "state_dict"):
+        tensors = [t for key, t in model.state_dict(keep_vars=True).items() if not key.endswith("_extra_state")]
+        modules, weights = model.modules(), {}  # weights by the identity of the parameter, which layers may share
+    else:
+        tensors, modules, weights = [model], (), {0: model.numel()}
+    for module in modules:
         sides = getattr(module, "in_features", None), getattr(module, "out_features", None)
         if hasattr(module, "codes") and hasattr(module, "shape"):  # packed.StoredWeight: no parameters
             weights[id(module)] = math.prod(module.shape)
         for name, parameter in module.named_parameters(recurse=False):
             # 4-bit codes of bitsandbytes are a parameter with half as many elements
             weights[id(parameter)] = math.prod(sides) if name == "weight" and None not in sides else parameter.numel()
-    state = model.state_dict(keep_vars=True)
-    return _bytes(value for key, value in state.items() if not key.endswith("_extra_state")), sum(weights.values())
-
-
-def _bytes(tensors) -> int:
     storages = [part.untyped_storage() for tensor in tensors for part in plain_tensors(tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return size, sum(weights.values())
 
 
 # --------------------------------------------------------------------------------------------------------- machine
