@@ -21,22 +21,19 @@ Documentation/power/powercap; codecarbon (https://github.com/mlco2/codecarbon), 
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from . import QtutorError, measure
+from . import measure
 
-JOULES_PER_KWH = 3.6e6
 WATTS_PER_THREAD = 4.0  # codecarbon's figure for a processor that it does not know
 POWERCAP = Path("/sys/class/powercap")
 NVML_STEP_S = 0.1  # 20 to 100 ms, by model
@@ -229,139 +226,3 @@ def timed(fn, warmup: int = 3, repeats: int = 5, seconds: float = 1.0, device=No
     with track_energy(device) as used:
         timing = measure.time_ms(fn, 0, repeats, clock or device, seconds, before)
     return timing, used
-
-
-# -------------------------------------------------------------------------------------------- money and emissions
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (isinstance(value, (int, float, np.number)) and math.isfinite(value) and value >= 0):
-            raise QtutorError(f"{name} must be a number that is not negative, and is {value!r}.")
-
-
-def cost_per_million_tokens(tokens_per_s: float, usd_per_hour: float) -> float:
-    """US dollars for a million tokens, on a machine that costs ``usd_per_hour`` and is busy all the time.
-
-    ``usd_per_hour / 3600 / tokens_per_s * 1e6``.  A machine that waits half the time costs twice as much a token.
-    """
-    _positive(tokens_per_s=tokens_per_s, usd_per_hour=usd_per_hour)
-    if tokens_per_s == 0:
-        raise QtutorError("At zero tokens per second a million tokens never come: check the measurement.")
-    return usd_per_hour / 3600 / tokens_per_s * 1e6
-
-
-def kwh_per_million_tokens(joules_per_token: float, pue: float = 1.0) -> float:
-    """Kilowatt-hours for a million tokens: ``joules_per_token * 1e6 / 3.6e6 * pue``.
-
-    ``pue`` (power usage effectiveness): energy of the data centre / energy of its computers; 1.0 counts the device
-    alone.  The mean over data centres is 1.5 to 1.6, that of the largest operators about 1.1 (Uptime Institute, Global
-    Data Center Survey 2024, https://uptimeinstitute.com/resources/research-and-reports).
-    """
-    _positive(joules_per_token=joules_per_token, pue=pue)
-    if pue < 1:
-        raise QtutorError(f"PUE is total energy over the computers' energy: at least 1, not {pue}.")
-    return joules_per_token * 1e6 / JOULES_PER_KWH * pue
-
-
-def co2e_grams_per_million_tokens(joules_per_token: float, grams_per_kwh: float, pue: float = 1.0) -> float:
-    """Grams of CO2 equivalent for a million tokens, of the electricity alone (making the hardware is not in it)."""
-    _positive(grams_per_kwh=grams_per_kwh)
-    return kwh_per_million_tokens(joules_per_token, pue) * grams_per_kwh
-
-
-@dataclass(frozen=True)
-class Price:
-    """US dollars for an hour of a machine, on demand; list price at ``source`` on ``date``."""
-
-    name: str
-    usd_per_hour: float
-    what: str
-    source: str
-    date: str
-
-
-_RUNPOD, _AWS = "https://www.runpod.io/pricing", "https://aws.amazon.com/ec2/pricing/on-demand/"
-PRICES: dict[str, Price] = {
-    price.name: price
-    for price in (
-        Price("H200", 4.59, "one H200 141 GB, RunPod Secure Cloud", _RUNPOD, "2026-10-07"),
-        Price("H100", 3.99, "one H100 SXM 80 GB, RunPod Secure Cloud", _RUNPOD, "2026-11-09"),
-        Price("H100 PCIe", 2.89, "one H100 PCIe 80 GB, RunPod Secure Cloud", _RUNPOD, "2026-11-09"),
-        Price("H100 AWS", 6.88, "an eighth of a p5.48xlarge, us-east-1", _AWS, "2026-11-09"),
-        Price("A100", 1.79, "one A100 SXM 80 GB, RunPod Secure Cloud", _RUNPOD, "2026-11-09"),
-        Price("L40S", 1.861, "g6e.xlarge: one L40S 48 GB, us-east-1", _AWS, "2026-01-19"),
-        Price("L4", 0.8048, "g6.xlarge: one L4 24 GB, us-east-1", _AWS, "2026-01-19"),
-        Price("CPU 16 vCPU", 0.714, "c7i.4xlarge: 16 vCPU, 32 GiB, us-east-1", _AWS, "2026-01-19"),
-    )
-}
-
-
-def price(name: str) -> Price:
-    """The default price of a machine, by its name in :data:`PRICES`; raises QtutorError for one that is not there."""
-    found = {key.lower(): value for key, value in PRICES.items()}.get(str(name).lower())
-    if found is None:
-        raise QtutorError(f"There is no price for {name!r}: choose one of {', '.join(PRICES)}, or give your own.")
-    return found
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Grams of CO2 equivalent for a kWh of a country's electricity, mean of ``year``."""
-
-    code: str
-    name: str
-    grams_per_kwh: float
-    year: int
-    source: str
-
-
-_OWID = "Our World in Data and Ember, in codecarbon's global_energy_mix.json"
-# what the tables of codecarbon 3.3 say, for where it is not installed
-_WORLD = Grid("WLD", "World", 475.0, 2018, "IEA, https://www.iea.org/reports/global-energy-co2-status-report-2019/emissions")
-_BUILT_IN = [("SWE", "Sweden", 40.695), ("FRA", "France", 56.039), ("GBR", "United Kingdom", 237.589),
-             ("USA", "United States", 369.473), ("DEU", "Germany", 380.95), ("CHN", "China", 582.317),
-             ("POL", "Poland", 661.926), ("IND", "India", 713.441)]  # fmt: skip
-
-
-@lru_cache(maxsize=1)
-def grids() -> list[Grid]:
-    """All grids, from the cleanest to the dirtiest; codecarbon's offline table, or nine of its rows without it.
-
-    Yearly means of a whole country: the hour and the place within it can differ by a factor of several.
-    """
-    try:
-        from importlib.resources import files
-
-        data = json.loads((files("codecarbon") / "data/private_infra/global_energy_mix.json").read_text("utf-8"))
-        found = [Grid(code, row["country_name"], float(row["carbon_intensity"]), int(row["year"]), _OWID)
-                 for code, row in data.items() if row.get("carbon_intensity")]  # fmt: skip - zero: not known
-    except (ImportError, OSError, ValueError, KeyError):
-        found = [Grid(*row, 2023, _OWID) for row in _BUILT_IN]
-    return sorted([*found, _WORLD], key=lambda g: g.grams_per_kwh)
-
-
-def grid(where: str = "World") -> Grid:
-    """The grid of a country, by its English name or three-letter code (ISO 3166-1), or of the ``"World"``.
-
-    Raises QtutorError for a country that is not in the table.
-    """
-    key = str(where).strip().lower()
-    for row in grids():
-        if key in (row.name.lower(), row.code.lower()):
-            return row
-    raise QtutorError(f"There is no grid {where!r} in the table: use an English country name or its three-letter code.")
-
-
-def prices_frame():
-    """:data:`PRICES` as a pandas DataFrame, one row a machine."""
-    import pandas
-
-    return pandas.DataFrame([asdict(p) for p in PRICES.values()])
-
-
-def grids_frame():
-    """:func:`grids` as a pandas DataFrame, one row a country."""
-    import pandas
-
-    return pandas.DataFrame([asdict(g) for g in grids()])
