@@ -1,4 +1,4 @@
-"""llama.cpp from Python: quantize, importance matrix, logits, generation.
+"""llama.cpp from Python: quantize, importance matrix, logits, generation, speed.
 
 llama.cpp quantizes weights after training (PTQ) into *blocks*: 32 or 256 neighbouring weights of a row share
 a scale (and, in the K types, the scales share a scale of their own).  Three families matter here:
@@ -11,8 +11,8 @@ a scale (and, in the K types, the scales share a scale of their own).  Three fam
 
 Everything goes through ``llama_cpp.llama_cpp``, the ctypes mirror of ``llama.h`` in llama-cpp-python, because
 that is the C API that every other tool uses too.  C code does not raise exceptions: where it meets a file it
-does not expect it may abort, and take a notebook's kernel along.  So every function here begins with
-:func:`check_gguf`, which lets a child process open the file first.
+does not expect it may abort, and take a notebook's kernel along.  So every function here first runs
+:func:`check_gguf`, a complete reader of the GGUF format in Python, and native code only sees sound files.
 
     gguf_export.export("data/model", "model-f32.gguf")
     llamacpp.quantize("model-f32.gguf", "model-q4.gguf", "Q4_K_M")
@@ -27,40 +27,396 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
+import mmap
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import time
 from collections import deque
-from math import prod
+from dataclasses import dataclass
+from math import isfinite, prod
 from pathlib import Path
 
 import numpy as np
 
-from . import QtutorError, files, gguf_file
-from .gguf_file import (  # noqa: F401 - they are part of what a reader finds here
-    GGML,
-    STORED,
-    TYPES,
-    Gguf,
-    QuantType,
-    Tensor,
-    bits_per_weight,
-    check_gguf,
-    file_type,
-    tensor_table,
-    trust,
-)
+from . import QtutorError
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+# GGML tensor types: id -> (name, weights per block, bytes per block).  From ggml-common.h.
+GGML_TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8),
+    28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
+}  # fmt: skip
+_GGML_ID = {name: number for number, (name, _, _) in GGML_TYPES.items()}
+_FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class QuantType:
+    """One llama.cpp file type: a recipe that gives each tensor a GGML type.
+
+    ``base`` is the GGML type of most matrices and ``bpw`` its bits per weight, scales included; the file of a
+    mixture comes out higher (:func:`bits_per_weight` measures it).  ``needs_imatrix``: without an importance
+    matrix llama.cpp refuses, because the result would be noise.
+    """
+
+    name: str
+    ftype: int
+    base: str
+    needs_imatrix: bool = False
+    overrides: tuple = ()
+
+    @property
+    def bpw(self) -> float:
+        _, block, size = GGML_TYPES[_GGML_ID[self.base]]
+        return 8 * size / block
+
+
+_BLOCKS = "blk\\..*\\.weight$"  # every matrix inside the layers, not the embedding
+
+TYPES: dict[str, QuantType] = {
+    t.name: t
+    for t in (
+        QuantType("F32", 0, "F32"),
+        QuantType("F16", 1, "F16"),
+        QuantType("BF16", 32, "BF16"),
+        QuantType("Q8_0", 7, "Q8_0"),
+        QuantType("Q6_K", 18, "Q6_K"),
+        QuantType("Q5_1", 9, "Q5_1"),
+        QuantType("Q5_0", 8, "Q5_0"),
+        QuantType("Q5_K_M", 17, "Q5_K"),
+        QuantType("Q5_K_S", 16, "Q5_K"),
+        QuantType("Q4_1", 3, "Q4_1"),
+        QuantType("Q4_0", 2, "Q4_0"),
+        QuantType("Q4_K_M", 15, "Q4_K"),
+        QuantType("Q4_K_S", 14, "Q4_K"),
+        QuantType("IQ4_NL", 25, "IQ4_NL"),
+        QuantType("IQ4_XS", 30, "IQ4_XS"),
+        QuantType("Q3_K_L", 13, "Q3_K"),
+        QuantType("Q3_K_M", 12, "Q3_K"),
+        QuantType("Q3_K_S", 11, "Q3_K"),
+        QuantType("IQ3_M", 27, "IQ3_S"),
+        QuantType("IQ3_S", 26, "IQ3_S"),
+        QuantType("IQ3_XS", 22, "IQ3_S", True),
+        QuantType("IQ3_XXS", 23, "IQ3_XXS", True),
+        QuantType("Q2_K", 10, "Q2_K"),
+        QuantType("Q2_K_S", 21, "Q2_K", True),
+        QuantType("IQ2_M", 29, "IQ2_S", True),
+        QuantType("IQ2_S", 28, "IQ2_XS", True),
+        QuantType("IQ2_XS", 20, "IQ2_XS", True),
+        QuantType("IQ2_XXS", 19, "IQ2_XXS", True),
+        QuantType("IQ1_M", 31, "IQ1_M", True),
+        QuantType("IQ1_S", 24, "IQ1_S", True),
+        QuantType("TQ2_0", 37, "TQ2_0"),
+        QuantType("TQ1_0", 36, "TQ1_0"),
+        QuantType("Q2_0", 41, "Q2_0"),
+        QuantType("Q1_0", 40, "Q1_0"),
+        # llama.cpp's own MXFP4 file type is for mixtures of experts and turns a dense model into Q8_0;
+        # naming the tensors gets the block formats of notebook 01 into a file all the same
+        QuantType("MXFP4", 38, "MXFP4", overrides=((_BLOCKS, "MXFP4"),)),
+        QuantType("NVFP4", 38, "NVFP4", overrides=((_BLOCKS, "NVFP4"),)),
+    )
+}
+_ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
+
+
+def _type(name: str) -> QuantType:
+    key = str(name).upper()
+    key = _ALIASES.get(key, key)
+    if key not in TYPES:
+        raise QtutorError(f"There is no quantization type {name!r}: choose one of {', '.join(TYPES)}.")
+    return TYPES[key]
+
+
+# -------------------------------------------------------------------------------------- reading GGUF safely
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A row of the tensor table.  ``shape`` is row-major as in numpy: (rows, columns); ``nbytes`` as stored."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """What :func:`check_gguf` read: metadata (key -> value) and the tensor table."""
+
+    path: Path
+    metadata: dict
+    tensors: tuple[Tensor, ...]
+    data_offset: int
+    file_bytes: int
+
+    @property
+    def n_weights(self) -> int:
+        return sum(prod(t.shape) for t in self.tensors)
+
+
+class _Damaged(Exception):
+    """What is wrong with the file, as the end of a sentence that begins with its name."""
+
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+class _Reader:
+    """A cursor over the bytes of a GGUF file that never reads past the end."""
+
+    def __init__(self, data):
+        self.data, self.at, self.end = data, 0, len(data)
+
+    def take(self, n: int) -> bytes:
+        if n < 0 or n > self.end - self.at:
+            raise _Damaged("ends too early")
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+    def scalar(self, code: str):
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        raw = self.take(self.scalar("Q"))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise _Damaged("has text that is not UTF-8") from None
+
+    def value(self, kind: int):
+        if kind in _SCALARS:
+            raw = self.scalar(_SCALARS[kind])
+            return raw
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            raise _Damaged(f"has a value of unknown type {kind}")
+        inner, n = self.scalar("I"), self.scalar("Q")
+        if inner in _SCALARS:
+            code = _SCALARS[inner]
+            return list(struct.unpack(f"<{n}{code}", self.take(n * struct.calcsize("<" + code))))
+        if inner != _STRING or n > (self.end - self.at) // 8:
+            raise _Damaged(f"has a list of {n} values of type {inner}")
+        return [self.string() for _ in range(n)]
+
+
+def _read_header(read: _Reader) -> tuple[dict, dict, list, int]:
+    """Metadata, metadata types, raw tensor rows and the start of the data section."""
+    if read.take(4) != b"GGUF":
+        raise _Damaged("does not begin with the letters GGUF")
+    version = read.scalar("I")
+    if version & 0xFFFF == 0:
+        raise _Damaged("is big-endian")
+    if version not in (2, 3):
+        raise _Damaged(f"has GGUF version {version}, not 2 or 3")
+    n_tensors, n_kv = read.scalar("Q"), read.scalar("Q")
+    if n_tensors > read.end // 24 or n_kv > read.end // 12:  # the least that a row can take
+        raise _Damaged("claims more entries than it has bytes")
+    metadata, kinds = {}, {}
+    for _ in range(n_kv):
+        key = read.string()
+        if not key or "\0" in key or key in metadata:  # C ends a text at a zero byte, and aborts on an empty key
+            raise _Damaged(f"has an empty, cut or repeated key {key[:64]!r}")
+        kinds[key] = read.scalar("I")
+        start = read.at
+        metadata[key] = read.value(kinds[key])
+        if kinds[key] == _ARRAY:
+            kinds[key] = (_ARRAY, struct.unpack("<I", read.data[start : start + 4])[0])
+    rows = []
+    for _ in range(n_tensors):
+        name, n_dims = read.string(), read.scalar("I")
+        if n_dims > 4 or not 0 < len(name.encode()) < 64 or "\0" in name:
+            raise _Damaged(f"has a tensor {name[:64]!r} with a bad name or {n_dims} dimensions")
+        dims = struct.unpack(f"<{n_dims}Q", read.take(8 * n_dims))
+        rows.append((name, dims, read.scalar("I"), read.scalar("Q")))
+    return metadata, kinds, rows, read.at
+
+
+def _tensor_table(rows: list, metadata: dict, kinds: dict, at: int, size: int) -> tuple[tuple[Tensor, ...], int]:
+    """Types, sizes and offsets of the tensors against each other and against the file's length."""
+    align = metadata.get("general.alignment", 32)
+    if kinds.get("general.alignment", 4) != 4 or align < 1 or align & (align - 1):
+        raise _Damaged(f"has alignment {align!r}, which is not a power of two")
+    start, expected, tensors, seen = -(-at // align) * align, 0, [], set()
+    for name, dims, kind, offset in rows:
+        if kind not in GGML_TYPES:
+            raise _Damaged(f"stores {name} in an unknown type {kind}")
+        label, block, width = GGML_TYPES[kind]
+        if not dims or min(dims) < 1 or prod(dims) > 2**60:
+            raise _Damaged(f"gives {name} the shape {dims}")
+        if dims[0] % block:
+            raise _Damaged(f"stores {name} as {label}, whose blocks of {block} do not divide {dims[0]} columns")
+        if name in seen or offset != expected:
+            raise _Damaged(f"repeats {name} or misplaces its data")
+        nbytes = prod(dims) // block * width
+        if start + offset + nbytes > size:
+            raise _Damaged(f"ends before the data of {name}: it is truncated")
+        seen.add(name)
+        tensors.append(Tensor(name, label, tuple(reversed(dims)), start + offset, nbytes))
+        expected = offset + -(-nbytes // align) * align
+    if rows and start + expected > size + align - 1:
+        raise _Damaged("is truncated")
+    return tuple(tensors), start
+
+
+def _is_dense_llama(meta: dict) -> bool:
+    return meta.get("general.architecture") == "llama" and not meta.get("llama.expert_count")
+
+
+def _check_llama(meta: dict, kinds: dict, tensors: tuple[Tensor, ...]) -> None:
+    """Hyper-parameters against the tensors: what llama.cpp only asserts, and would abort on."""
+
+    def number(key: str, default=None):
+        value = meta.get("llama." + key, default)
+        if value is None or isinstance(value, (str, bool, list)) or value <= 0 or not isfinite(value):
+            raise _Damaged(f"has no usable llama.{key}")
+        return value
+
+    layers, hidden, heads = number("block_count"), number("embedding_length"), number("attention.head_count")
+    kv_heads = number("attention.head_count_kv", heads)
+    head_dim = number("attention.key_length", hidden // heads if heads <= hidden else None)
+    ffn, eps = number("feed_forward_length"), number("attention.layer_norm_rms_epsilon")
+    number("context_length"), number("rope.freq_base", 10000.0)
+    if layers > 512 or heads % kv_heads or head_dim % 2 or eps > 1:
+        raise _Damaged("has hyper-parameters that do not fit together")
+    same = ("attention.value_length", "rope.dimension_count")
+    if any(number(key, head_dim) != head_dim for key in same):
+        raise _Damaged("has hyper-parameters that do not fit together")
+    if meta.get("llama.rope.scaling.type", "none") not in ("none", "linear", "yarn", "longrope"):
+        raise _Damaged("has an unknown RoPE scaling")
+    shapes = {t.name: t.shape for t in tensors}
+    if len(shapes.get("token_embd.weight", ())) != 2:
+        raise _Damaged("has no token embedding")
+    vocab, q, kv = shapes["token_embd.weight"][0], heads * head_dim, kv_heads * head_dim
+    wanted = {"token_embd.weight": (vocab, hidden), "output_norm.weight": (hidden,)}
+    if "output.weight" in shapes:
+        wanted["output.weight"] = (vocab, hidden)
+    if "rope_freqs.weight" in shapes:
+        wanted["rope_freqs.weight"] = (head_dim // 2,)
+    for i in range(layers):
+        block = {"attn_norm": (hidden,), "ffn_norm": (hidden,), "attn_q": (q, hidden), "attn_k": (kv, hidden),
+                 "attn_v": (kv, hidden), "attn_output": (hidden, q), "ffn_gate": (ffn, hidden),
+                 "ffn_up": (ffn, hidden), "ffn_down": (hidden, ffn)}  # fmt: skip
+        for name, shape in block.items():
+            wanted[f"blk.{i}.{name}.weight"] = shape
+            if f"blk.{i}.{name}.bias" in shapes:
+                wanted[f"blk.{i}.{name}.bias"] = shape[:1]
+    for name, shape in wanted.items():
+        if shapes.get(name) != shape:
+            raise _Damaged(f"should hold {name} of shape {shape} and has {shapes.get(name)}")
+    if set(shapes) - set(wanted):
+        raise _Damaged(f"holds an unexpected tensor {sorted(set(shapes) - set(wanted))[0]!r}")
+    small = [t.name for t in tensors if len(t.shape) == 1 and t.type != "F32"]
+    if small:
+        raise _Damaged(f"stores {small[0]} as something else than F32")
+    if kinds.get("tokenizer.ggml.tokens") and len(meta["tokenizer.ggml.tokens"]) != vocab:
+        raise _Damaged("has a vocabulary that does not match its embedding")
+    if meta.get("llama.vocab_size", vocab) != vocab:
+        raise _Damaged("has a vocabulary that does not match its embedding")
+
+
+def _check_tokenizer(meta: dict, kinds: dict) -> None:
+    model = meta.get("tokenizer.ggml.model")
+    if model in ("no_vocab", "none"):
+        return
+    tokens = meta.get("tokenizer.ggml.tokens")
+    if not isinstance(model, str) or kinds.get("tokenizer.ggml.tokens") != (_ARRAY, _STRING) or not tokens:
+        raise _Damaged("has no vocabulary")
+    # as llama.cpp reads them: C ends a text at a zero byte
+    filled = [text.partition("\0")[0] or f"[EMPTY_{i}]" for i, text in enumerate(tokens)]
+    if len(set(filled)) != len(tokens):
+        raise _Damaged("has the same token twice")
+    types = meta.get("tokenizer.ggml.token_type")
+    if types is not None and (kinds["tokenizer.ggml.token_type"] != (_ARRAY, 5) or len(types) != len(tokens)):
+        raise _Damaged("has token types that do not match its tokens")
+    if model == "gpt2" and kinds.get("tokenizer.ggml.merges") != (_ARRAY, _STRING):
+        raise _Damaged("has no merges")
+    for name in ("bos", "eos"):
+        token = meta.get(f"tokenizer.ggml.{name}_token_id")
+        added = meta.get(f"tokenizer.ggml.add_{name}_token", False)
+        if token is None and not added:
+            continue
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < len(tokens):
+            raise _Damaged(f"has no usable {name} token")
+
+
+def check_gguf(path) -> Gguf:
+    """Read and validate the whole structure of a GGUF file in Python, before native code opens it.
+
+    Checked: magic, endianness, version, every key and value, every tensor's type, shape, block divisibility,
+    offset and extent against the file's length; for the Llama architecture also that the hyper-parameters
+    agree with the shapes and that the vocabulary is sound, since llama.cpp asserts those (and an assertion
+    ends the process).  The tensors' *values* are not read: a flipped bit inside a weight is a slightly
+    different model, not a broken file.  Raises QtutorError with one sentence.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise QtutorError(f"'{path}' is a folder: give the path of a .gguf file.")
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            raise QtutorError(f"{path.name} is empty: export or copy the model again.")
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            meta, kinds, rows, at = _read_header(_Reader(data))
+        tensors, start = _tensor_table(rows, meta, kinds, at, size)
+        arch = meta.get("general.architecture")
+        if not isinstance(arch, str):
+            raise _Damaged("does not name its architecture")
+        if meta.get("split.count", 1) not in (0, 1):
+            raise QtutorError(f"{path.name} is one part of a split model: join it with llama-gguf-split --merge.")
+        if _is_dense_llama(meta):
+            _check_llama(meta, kinds, tensors)
+        if arch != "imatrix" and "tokenizer.ggml.model" in meta:
+            _check_tokenizer(meta, kinds)
+    except FileNotFoundError:
+        raise QtutorError(f"There is no file '{path}': export or quantize the model first.") from None
+    except OSError as err:
+        raise QtutorError(f"'{path}' cannot be read: {err.strerror or err}.") from None
+    except _Damaged as err:
+        raise QtutorError(
+            f"{path.name} is not a sound GGUF file: it {err}; export, quantize or copy it again."
+        ) from None
+    return Gguf(path, meta, tensors, start, size)
+
+
+def tensor_table(path) -> list[dict]:
+    """One row a tensor: ``name``, ``type``, ``shape`` (rows, columns), ``weights``, ``bytes``."""
+    return [
+        {"name": t.name, "type": t.type, "shape": t.shape, "weights": prod(t.shape), "bytes": t.nbytes}
+        for t in check_gguf(path).tensors
+    ]
+
+
+def bits_per_weight(path) -> float:
+    """Stored bits per weight over all tensors (norms included), as llama.cpp reports it: BPW."""
+    gguf = check_gguf(path)
+    return 8 * sum(t.nbytes for t in gguf.tensors) / gguf.n_weights
+
 
 # -------------------------------------------------------------------------------------- the native library
 
-log: deque[str] = deque(maxlen=20_000)  #: what llama.cpp said since the last call, for error messages
+_log: deque[str] = deque(maxlen=20_000)  # what llama.cpp said since the last call, for error messages
 _keep_alive: list = []  # a ctypes callback that Python collects would crash the process
 
 
-def native():
-    """Import llama_cpp's ctypes bindings once, send its log to :data:`log`, start the backend."""
+def _native():
+    """Import llama_cpp's ctypes bindings once, send its log to :data:`_log`, start the backend."""
     if _keep_alive:
         return _keep_alive[0]
     # OpenMP threads that wait by spinning keep the core from whoever has work to do: on two busy cores that
@@ -76,7 +432,7 @@ def native():
 
     @lib.llama_log_callback
     def collect(level, text, user_data):
-        log.append(text.decode("utf-8", "replace"))
+        _log.append(text.decode("utf-8", "replace"))
 
     lib.llama_log_set(collect, ctypes.c_void_p(0))
     lib.llama_backend_init()
@@ -84,9 +440,9 @@ def native():
     return lib
 
 
-def reason(default: str) -> str:
+def _reason(default: str) -> str:
     """The last error that llama.cpp logged, tidied into the middle of a sentence."""
-    lines = [line.strip() for line in "".join(log).split("\n") if line.strip()]
+    lines = [line.strip() for line in "".join(_log).split("\n") if line.strip()]
     marks = ("error loading model:", "failed to quantize:")
     for line in reversed(lines):
         for mark in marks:
@@ -99,7 +455,7 @@ def reason(default: str) -> str:
 def available() -> tuple[bool, str]:
     """``(True, version)`` where llama-cpp-python loads here, else ``(False, why in one sentence)``."""
     try:
-        native()
+        _native()
         from importlib.metadata import version
 
         return True, f"llama-cpp-python {version('llama-cpp-python')}"
@@ -131,24 +487,6 @@ def tool(name: str) -> Path:
     )
 
 
-def run_tool(name: str, *arguments, until: str | None = None, tries: int = 20) -> str:
-    """Run one of llama.cpp's programs and return all that it printed.
-
-    ``until`` is a regular expression that the answer has to match.  The programs print through a thread of their own,
-    which is cut off when the program ends: on a busy machine the last lines, which hold the result, may be missing, and
-    then the program is asked again.  Raises QtutorError where it fails, and where the answer stays away.
-    """
-    env = os.environ | {"LC_ALL": "C"} | ({"LLAMA_ARG_REPACK": "0"} if gguf_file.kernels["plain"] else {})
-    for _ in range(tries):
-        done = subprocess.run([tool(name), *map(str, arguments)], capture_output=True, env=env, check=False)
-        said = (done.stdout + b"\n" + done.stderr).decode("utf-8", "replace")
-        if done.returncode:
-            raise QtutorError(f"{name} ended with status {done.returncode}: run it by hand to see why.")
-        if until is None or re.search(until, said):
-            return said
-    raise QtutorError(f"{name} did not print {until!r} in {tries} runs: run it by hand to see why.")
-
-
 def n_threads() -> int:
     """Physical cores that this process may use (at most ``OMP_NUM_THREADS``): more would slow llama.cpp down."""
     import psutil
@@ -163,6 +501,40 @@ def n_threads() -> int:
     if limit.isdigit() and int(limit):
         allowed = min(allowed, int(limit))
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+_PROBE = """
+import sys, llama_cpp.llama_cpp as lib
+params = lib.llama_model_default_params()
+params.n_gpu_layers = 0
+model = lib.llama_model_load_from_file(sys.argv[1].encode("utf-8", "surrogateescape"), params)
+context = lib.llama_context_default_params()
+context.n_ctx = context.n_batch = 32
+sys.exit(0 if model and lib.llama_init_from_model(model, context) else 42)
+"""
+_REFUSED = 42  # llama.cpp said no; anything else: it ended the process (abort() gives 3 on Windows)
+_probed: set = set()
+
+
+def _probe(gguf: Gguf, gpu_build: bool = False) -> None:
+    """Load a model in a child process first: one whose architecture :func:`check_gguf` does not know, and the first
+    one that a build for a GPU is to load (seen to end the process, with a second libstdc++ linked into it).
+
+    Where llama.cpp aborts, it is the child that ends, and the notebook goes on.
+    """
+    stat = gguf.path.stat()
+    key = (gguf.path.resolve(), stat.st_size, stat.st_mtime_ns)
+    known = _is_dense_llama(gguf.metadata)
+    if key in _probed or (known and (_probed or not gpu_build)):
+        return
+    child = [sys.executable, "-c", _PROBE, os.fspath(gguf.path)]
+    status = subprocess.run(child, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
+    if status:
+        if known and gpu_build and status != _REFUSED:
+            raise QtutorError(f"This build of llama.cpp ends the process when it loads {gguf.path.name}: see 'A GPU "
+                              "machine' in README.md, or install llama-cpp-python without CUDA.")  # fmt: skip
+        raise QtutorError(f"llama.cpp cannot load {gguf.path.name}: it is damaged or too large for this machine.")
+    _probed.add(key)
 
 
 # -------------------------------------------------------------------------------------------------- quantize
@@ -187,32 +559,43 @@ def _override_array(lib, overrides):
     data = (lib.llama_model_tensor_override * (len(overrides) + 1))()
     for slot, (pattern, name) in zip(data, overrides, strict=False):
         key = str(name).upper()
-        if key not in STORED:
-            raise QtutorError(f"There is no tensor type {name!r}: choose one of {', '.join(STORED)}.")
+        if key not in _GGML_ID or key in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"):
+            raise QtutorError(f"There is no tensor type {name!r}: choose one of {', '.join(_quantizable())}.")
         try:
             re.compile(pattern)
         except re.error as err:
-            raise QtutorError(f"{pattern!r} is not a regular expression ({err}): correct it.") from None
-        slot.pattern, slot.type = pattern.encode(), GGML[key].number
+            raise QtutorError(f"{pattern!r} is not a regular expression ({err}).") from None
+        slot.pattern, slot.type = pattern.encode(), _GGML_ID[key]
     data[len(overrides)].type = lib.GGML_TYPE_COUNT
     return data
 
 
-def _check_source(source: Gguf, kind: QuantType, imatrix, allow_requantize: bool) -> None:
-    if source.quantized and not allow_requantize:
-        raise QtutorError(f"{source.path.name} is already quantized ({', '.join(source.quantized)}): quantize from the "
-                          "F32, F16 or BF16 file, because errors add up.")  # fmt: skip
+def _quantizable() -> list[str]:
+    return [n for n in _GGML_ID if n not in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")]
+
+
+def _check_source(gguf: Gguf, kind: QuantType, imatrix, allow_requantize: bool) -> None:
+    done = sorted({t.type for t in gguf.tensors} - set(_FLOATS))
+    if done and not allow_requantize:
+        raise QtutorError(
+            f"{gguf.path.name} is already quantized ({', '.join(done)}): quantize from the F32, F16 or BF16 file, "
+            "because errors add up."
+        )
     if kind.needs_imatrix and not imatrix:
-        raise QtutorError(f"{kind.name} needs an importance matrix: pass imatrix=llamacpp.imatrix(model, tokens).")
-    for tensor in source.tensors if imatrix else ():
+        raise QtutorError(
+            f"{kind.name} needs an importance matrix: pass imatrix=llamacpp.imatrix(model, tokens)."
+        )
+    for tensor in gguf.tensors if imatrix else ():
         values = imatrix.get(tensor.name)
         if values is not None and np.size(values) != tensor.shape[-1]:
-            raise QtutorError(f"The importance matrix of {tensor.name} has {np.size(values)} values for "
-                              f"{tensor.shape[-1]} columns: it belongs to another model, compute it from this one.")
+            raise QtutorError(
+                f"The importance matrix of {tensor.name} has {np.size(values)} values for {tensor.shape[-1]} "
+                "columns: it belongs to another model, compute it from this one."
+            )
 
 
 def _run_quantize(src: Path, dst: Path, kind: QuantType, imatrix, tensor_types, threads, pure, dry_run, again):
-    lib = native()
+    lib = _native()
     params = lib.llama_model_quantize_default_params()
     params.ftype, params.nthread = kind.ftype, threads or n_threads()
     params.pure, params.dry_run, params.allow_requantize = pure, dry_run, again
@@ -223,13 +606,16 @@ def _run_quantize(src: Path, dst: Path, kind: QuantType, imatrix, tensor_types, 
     if overrides:
         patterns = _override_array(lib, overrides)
         params.tt_overrides = ctypes.cast(patterns, ctypes.POINTER(lib.llama_model_tensor_override))
-    log.clear()
-    if lib.llama_model_quantize(os.fsencode(src), os.fsencode(dst), ctypes.byref(params)) != 0:
-        why = reason("it gave no reason")
-        if "imatrix" in why or "importance matrix" in why:
-            raise QtutorError(f"{kind.name} needs an importance matrix for every layer ({why}): pass "
-                              "imatrix=llamacpp.imatrix(model, tokens).")  # fmt: skip
-        raise QtutorError(f"llama.cpp could not quantize {src.name} to {kind.name}: {why}.")
+    _log.clear()
+    status = lib.llama_model_quantize(os.fsencode(src), os.fsencode(dst), ctypes.byref(params))
+    if status != 0:
+        reason = _reason("it gave no reason")
+        if "imatrix" in reason or "importance matrix" in reason:
+            raise QtutorError(
+                f"{kind.name} needs an importance matrix for every layer ({reason}): "
+                "pass imatrix=llamacpp.imatrix(model, tokens)."
+            )
+        raise QtutorError(f"llama.cpp could not quantize {src.name} to {kind.name}: {reason}.")
 
 
 def quantize(
@@ -239,24 +625,37 @@ def quantize(
     """Quantize a GGUF file and return the new file's path; same bytes as ``llama-quantize``.
 
     ``src`` is F32, F16 or BF16.  ``type`` is a name in :data:`TYPES`, e.g. ``"Q4_K_M"``.  ``imatrix`` maps GGUF
-    tensor names to the mean squared activation of each column (float32, one value a column, see :func:`imatrix`),
-    or is the path of a file that llama-imatrix wrote.  ``tensor_types`` maps regular expressions to GGML types and
-    overrules the recipe, e.g. ``{"attn_v": "Q8_0"}``.  ``pure`` gives every matrix the base type, no mixture.
+    tensor names to the mean squared activation of each column (float32, one value a column): see
+    :func:`imatrix`.  ``tensor_types`` maps regular expressions to GGML types and overrules the recipe, e.g.
+    ``{"attn_v": "Q8_0"}``.  ``pure`` gives every matrix the base type, no mixture.
 
     The result appears under ``dst`` only when complete.  Raises QtutorError for an unknown type, a missing
     importance matrix, a source that is already quantized or damaged, and a target that cannot be written.
     """
-    kind, src, dst = file_type(type), Path(src), Path(dst)
-    source = check_gguf(src)
-    if isinstance(imatrix, (str, os.PathLike)):
-        imatrix = read_imatrix(imatrix)
-    _check_source(source, kind, imatrix, allow_requantize)
-    if dst.exists() and dst.samefile(src):
-        raise QtutorError(f"'{dst}' is the source itself: give the result another name.")
-    with files.whole(dst) as partial:
+    kind, src, dst = _type(type), Path(src), Path(dst)
+    gguf = check_gguf(src)
+    _check_source(gguf, kind, imatrix, allow_requantize)
+    _probe(gguf)
+    if dst.is_dir():
+        raise QtutorError(f"'{dst}' is a folder: give the name of the .gguf file to write.")
+    partial = dst.with_name(dst.name + ".partial")
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        if dst.exists() and dst.samefile(src):
+            raise QtutorError(f"'{dst}' is the source itself: give the result another name.")
         partial.touch()  # llama.cpp's own message about a target that it cannot open names no file
         _run_quantize(src, partial, kind, imatrix, tensor_types, threads, pure, False, allow_requantize)
-    return trust(dst)
+        os.replace(partial, dst)
+    except OSError as err:
+        raise QtutorError(
+            f"'{dst}' cannot be written ({err.strerror or err}): choose another folder or free some space."
+        ) from None
+    finally:
+        try:
+            partial.unlink(missing_ok=True)
+        except OSError:
+            pass
+    return dst
 
 
 _PLAN = re.compile(
@@ -269,17 +668,17 @@ def plan(src, type: str, tensor_types=None, *, pure: bool = False, imatrix: bool
 
     ``imatrix`` says whether there would be one: a few types choose other tensor types when there is.
     """
-    kind, src = file_type(type), Path(src)
-    source = check_gguf(src)
+    kind, src = _type(type), Path(src)
+    gguf = check_gguf(src)
     fake = None
     if imatrix:
-        fake = {t.name: np.ones(t.shape[-1], np.float32) for t in source.tensors if len(t.shape) == 2}
+        fake = {t.name: np.ones(t.shape[-1], np.float32) for t in gguf.tensors if len(t.shape) == 2}
     _run_quantize(src, Path(os.devnull), kind, fake, tensor_types, 1, pure, True, True)
-    chosen = {m[1]: (m[4] or m[3]).upper() for m in _PLAN.finditer("".join(log))}
+    chosen = {m[1]: (m[4] or m[3]).upper() for m in _PLAN.finditer("".join(_log))}
     rows, offset = [], 0
-    for t in source.tensors:
-        label = chosen.get(t.name, t.type)
-        nbytes = prod(t.shape) // GGML[label].weights * GGML[label].nbytes
+    for t in gguf.tensors:
+        label, block, width = GGML_TYPES[_GGML_ID[chosen.get(t.name, t.type)]]
+        nbytes = prod(t.shape) // block * width
         rows.append(Tensor(t.name, label, t.shape, offset, nbytes))
         offset += -(-nbytes // 32) * 32
     return rows
@@ -288,12 +687,32 @@ def plan(src, type: str, tensor_types=None, *, pure: bool = False, imatrix: bool
 # -------------------------------------------------------------------------------------- importance matrix
 
 
-def imatrix(model, tokens, ctx: int = 512) -> dict[str, np.ndarray]:
+def _hf_from_gguf(path: Path):
+    """The full-precision Hugging Face model of a GGUF file, through transformers' own reader."""
+    import torch
+    import transformers
+
+    gguf = check_gguf(path)
+    if gguf.metadata["general.architecture"] != "llama":
+        raise QtutorError("An importance matrix is computed for Llama models only: use llama-imatrix for others.")
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:  # its bars go to stderr whatever the verbosity
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path.resolve().parent, gguf_file=path.name, dtype=torch.float32
+            )
+    finally:
+        transformers.logging.set_verbosity(level)
+    return model.eval()
+
+
+def imatrix(model_or_gguf, tokens, ctx: int = 512) -> dict[str, np.ndarray]:
     """The importance matrix: for each weight matrix, the mean of x**2 of every input column.
 
-    ``model`` is a Hugging Face Llama; ``tokens`` is a 1-D sequence of token ids, cut into windows of ``ctx`` (a last
-    shorter one is dropped, as llama-imatrix does).  Returns GGUF name -> float32 (columns,), for every matrix inside
-    the layers.
+    ``model_or_gguf`` is a Hugging Face Llama or the path of a GGUF file; ``tokens`` is a 1-D sequence of token
+    ids, cut into windows of ``ctx`` (a last shorter one is dropped, as llama-imatrix does).  Returns
+    GGUF name -> float32 (columns,), for every matrix inside the layers.
 
     Why x**2: rounding moves weight w_ij by e_ij, which moves output i by e_ij * x_j; the expected squared
     error is the sum of e_ij**2 * E[x_j**2].  The quantizer minimises exactly that sum when it has the matrix.
@@ -304,13 +723,16 @@ def imatrix(model, tokens, ctx: int = 512) -> dict[str, np.ndarray]:
 
     from .gguf_export import gguf_name
 
-    tokens, device = np.asarray(tokens, dtype=np.int64).ravel(), next(model.parameters()).device
-    vocab, windows = model.get_input_embeddings().num_embeddings, torch.from_numpy(tokens[: len(tokens) // ctx * ctx])
-    if not len(windows):
+    tokens = np.asarray(tokens, dtype=np.int64).ravel()
+    if ctx < 1 or len(tokens) < ctx:
         raise QtutorError(f"An importance matrix needs at least one window: {len(tokens)} tokens for ctx={ctx}.")
+    is_path = isinstance(model_or_gguf, (str, os.PathLike))
+    model = _hf_from_gguf(Path(model_or_gguf)) if is_path else model_or_gguf
+    vocab = model.get_input_embeddings().num_embeddings
     if tokens.min() < 0 or tokens.max() >= vocab:
         raise QtutorError(f"Token ids must lie in 0..{vocab - 1}: these come from another tokenizer.")
-    sums, windows = {}, windows.reshape(-1, ctx)
+    device = next(model.parameters()).device
+    sums: dict[str, torch.Tensor] = {}
 
     def collect(name):
         def hook(module, args):
@@ -320,8 +742,9 @@ def imatrix(model, tokens, ctx: int = 512) -> dict[str, np.ndarray]:
         return hook
 
     names = {m: gguf_name(f"{n}.weight") for n, m in model.named_modules() if hasattr(m, "weight")}
-    hooks = [module.register_forward_pre_hook(collect(name)) for module, name in names.items()
-             if name and name.startswith("blk.") and module.weight.ndim == 2]  # fmt: skip
+    layers = {m: n for m, n in names.items() if n and n.startswith("blk.") and m.weight.ndim == 2}
+    hooks = [module.register_forward_pre_hook(collect(name)) for module, name in layers.items()]
+    windows = torch.from_numpy(tokens[: len(tokens) // ctx * ctx].reshape(-1, ctx))
     was_training = model.training
     try:
         model.eval()
@@ -332,147 +755,93 @@ def imatrix(model, tokens, ctx: int = 512) -> dict[str, np.ndarray]:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return {name: (total / windows.numel()).float().cpu().numpy() for name, total in sums.items()}
-
-
-def read_imatrix(path) -> dict[str, np.ndarray]:
-    """The importance matrix in a file that llama-imatrix wrote, as :func:`imatrix` returns it."""
-    import gguf
-
-    if check_gguf(path).metadata["general.architecture"] != "imatrix":
-        raise QtutorError(f"{Path(path).name} holds no importance matrix: give a file that llama-imatrix wrote.")
-    data = {t.name: np.array(t.data, np.float32).ravel() for t in gguf.GGUFReader(path).tensors}
-    ends = (".in_sum2", ".counts")
-    try:
-        return {name.removesuffix(ends[0]): total / data[name.removesuffix(ends[0]) + ends[1]]
-                for name, total in data.items() if name.endswith(ends[0])}  # fmt: skip
-    except (KeyError, ValueError):
-        raise QtutorError(f"{Path(path).name} lacks a part of its importance matrix: make it again.") from None
+    result = {name: (total / windows.numel()).float().cpu().numpy() for name, total in sums.items()}
+    bad = [name for name, values in result.items() if not np.isfinite(values).all()]
+    if bad or not result:
+        raise QtutorError(f"The activations of {bad[0] if bad else 'no layer'} are not usable: check the model.")
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------- running
 
 
-def kv_bytes(meta: dict, width: float) -> int:
+def _kv_bytes(meta: dict, width: int) -> int:
     """Bytes of keys and values a token, for a Llama's metadata; 0 where the architecture is another."""
-    if meta.get("general.architecture") != "llama":
+    if not _is_dense_llama(meta):
         return 0
     heads = meta["llama.attention.head_count"]
     dim = meta.get("llama.attention.key_length", meta["llama.embedding_length"] // heads)
-    return int(2 * meta["llama.block_count"] * meta.get("llama.attention.head_count_kv", heads) * dim * width)
-
-
-# The types that llama.cpp takes for keys and values: --cache-type-k and --cache-type-v in common/arg.cpp
-KV_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
-_BUFFER = re.compile(r"(\S+) +(model|KV|compute) buffer size *= *([\d.]+) MiB")
+    return 2 * meta["llama.block_count"] * meta.get("llama.attention.head_count_kv", heads) * dim * width
 
 
 class Model:
     """A GGUF model in memory, with a context of ``ctx`` tokens.  Use it in a ``with`` block.
 
-    Args:
-        path: of the GGUF file.
-        ctx: tokens of a sequence.
-        threads: by default the physical cores, and one for the decoding of a small model.
-        exact: compute on the CPU, with keys and values in F32 and attention without the fused kernel: logits of an
-            F32 file then agree with PyTorch's to 1e-4 (for some hundreds of tokens: the rotary angles drift apart by
-            rounding as positions grow).  ``False`` is how people run llama.cpp (F16 cache, flash attention): two to
-            three times faster and a little different.
-        gpu_layers: layers to put on a GPU, by default all where the build has one, and none where ``exact``;
-            ``on_gpu`` says whether any went there.
-        sequences: that :meth:`step` runs side by side, each of ``ctx`` tokens, as the slots of llama-server do.
-        kv_type: one of KV_TYPES for keys and values, instead of F32 (``exact``) or F16.
+    ``exact=True`` computes on the CPU, with keys and values in F32 and attention without the fused kernel: logits
+    of an F32 file then agree with PyTorch's to 1e-4 (for some hundreds of tokens: the rotary angles drift apart
+    by rounding as positions grow).  ``exact=False`` is how people run llama.cpp (F16 cache, flash
+    attention): two to three times faster and a little different.  ``threads`` defaults to the physical cores.
+    ``gpu_layers`` is the number of layers to put on a GPU, by default all where the build has one, and none
+    where the computation is to be exact; ``on_gpu`` says whether any went there.
 
     Raises QtutorError for a file that :func:`check_gguf` refuses, weights that are not finite, a context that
     does not fit in memory, and every use after :meth:`close`.
     """
 
     def __init__(self, path, ctx: int = 512, threads: int | None = None, *, exact: bool = True,
-                 gpu_layers: int | None = None, sequences: int = 1, kv_type: str | None = None):
-        self._model = self._ctx = None
-        self.gguf, self.ctx, self.sequences = check_gguf(path), int(ctx), int(sequences)
+                 gpu_layers: int | None = None):
+        self._model = self._ctx = self._batch = None
+        self.gguf, self.ctx = check_gguf(path), int(ctx)
         if "tokenizer.ggml.model" not in self.gguf.metadata:
             raise QtutorError(f"{self.gguf.path.name} holds no model with a tokenizer: give another file.")
-        self.kv_type = str(kv_type or ("F32" if exact else "F16")).upper()
-        if self.kv_type not in KV_TYPES:
-            raise QtutorError(f"There is no cache type {kv_type!r}: choose one of {', '.join(KV_TYPES)}.")
-        self.lib = lib = native()
-        if bool(self.gguf.quantized) not in gguf_file.computed:  # the first of its kind computes in a child first
-            gguf_file.look_first(self.gguf.path)
-            gguf_file.computed.add(bool(self.gguf.quantized))
+        self._check_memory(exact)
+        self.lib = lib = _native()
+        _probe(self.gguf, bool(lib.llama_supports_gpu_offload()))
         params = lib.llama_model_default_params()
-        params.use_extra_bufts = not gguf_file.kernels["plain"]
-        weights = sum(t.nbytes for t in self.gguf.tensors)
-        params.check_tensors = weights < 2**33  # NaN in a scale is an error, not a wrong answer; but it reads them all
+        params.check_tensors = True  # NaN or infinity in a scale: an error, not a wrong answer
         if exact or gpu_layers is not None:
             # A GPU computes F32 products in TF32, with 10 bits of mantissa: not exact.
             params.n_gpu_layers = gpu_layers or 0
         self.on_gpu = bool(lib.llama_supports_gpu_offload()) and params.n_gpu_layers != 0
-        if self.on_gpu:
-            params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # read through pinned buffers: faster than page faults of a map
-        self._check_memory()
-        log.clear()
+        _log.clear()
         self._model = lib.llama_model_load_from_file(os.fsencode(self.gguf.path), params)
         if not self._model:
-            raise QtutorError(f"llama.cpp cannot load {self.gguf.path.name}: {reason('it gave no reason')}.")
+            raise QtutorError(f"llama.cpp cannot load {self.gguf.path.name}: {_reason('it gave no reason')}.")
         self.vocab = lib.llama_model_get_vocab(self._model)
         self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
-        self._options, self._buffers_of_weights = (threads, exact), _BUFFER.findall("".join(log))
-        try:
-            self._new_context()
-        except QtutorError:
-            self.close()
-            raise
-
-    def resize(self, ctx: int, sequences: int = 1) -> None:
-        """Make another context on the same weights; every token is forgotten.  Raises QtutorError without room."""
-        self._open()
-        self.ctx, self.sequences = int(ctx), int(sequences)
-        self._check_memory()
-        self.lib.llama_free(self._ctx)
-        self._ctx = None
-        self._new_context()
-
-    def _new_context(self) -> None:
-        log.clear()
-        self._ctx = self.lib.llama_init_from_model(self._model, self._context_params(*self._options))
+        self._ctx = lib.llama_init_from_model(self._model, self._context_params(threads, exact))
         if not self._ctx:
-            raise QtutorError(f"llama.cpp cannot make a context of {self.sequences} x {self.ctx} tokens: "
-                              f"{reason('it gave no reason')}.")  # fmt: skip
-        self._buffers = self._buffers_of_weights + _BUFFER.findall("".join(log))
-        self._new_batch()
+            reason = _reason("it gave no reason")
+            self.close()
+            raise QtutorError(f"llama.cpp cannot make a context of {ctx} tokens: {reason}.")
+        self._batch = self._new_batch()
 
-    def _check_memory(self) -> None:
+    def _check_memory(self, exact: bool) -> None:
         import psutil
 
-        if self.ctx < 1 or self.sequences < 1:
-            raise QtutorError(f"A context of {self.sequences} x {self.ctx} tokens is none: give at least 1.")
+        if self.ctx < 1:
+            raise QtutorError(f"ctx={self.ctx} is not a context length: give at least 1.")
         meta = self.gguf.metadata
         logits = 4 * len(meta.get("tokenizer.ggml.tokens", ()))
-        kind = GGML[self.kv_type]
-        need = self.ctx * (self.sequences * kv_bytes(meta, kind.nbytes / kind.weights) + logits)
-        if not self.on_gpu and need > psutil.virtual_memory().available:
-            raise QtutorError(f"A context of {self.sequences} x {self.ctx} tokens needs {need / 2**30:.1f} GiB beside "
-                              "the weights: make ctx smaller.")  # fmt: skip
+        need = self.ctx * (_kv_bytes(meta, 4 if exact else 2) + logits)
+        if need > psutil.virtual_memory().available:
+            raise QtutorError(
+                f"A context of {self.ctx} tokens needs {need / 2**30:.1f} GiB beside the weights: make ctx smaller."
+            )
 
     def _context_params(self, threads, exact):
         lib = self.lib
         params = lib.llama_context_default_params()
-        params.n_seq_max = self.sequences
-        params.n_ctx = params.n_batch = self.ctx * self.sequences
-        params.n_ubatch = min(512, params.n_batch)  # tokens computed at once: llama.cpp's own choice
+        params.n_ctx = params.n_batch = params.n_ubatch = self.ctx
         self.threads_prompt = params.n_threads_batch = threads or n_threads()
         # one token of a small model is microseconds of work a layer: waking a second thread costs more
         small = self.gguf.n_weights < 50e6
         self.threads_generate = params.n_threads = threads or (1 if small else n_threads())
         params.no_perf = True
-        params.type_k = params.type_v = GGML[self.kv_type].number
-        if self.kv_type not in ("F32", "F16", "BF16"):  # quantized values are read by the fused kernel only
-            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        elif exact:
-            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if exact:
             params.op_offload = False  # else a GPU build sends large products there all the same
+            params.type_k = params.type_v = lib.GGML_TYPE_F32
+            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         return params
 
     def __enter__(self):
@@ -489,6 +858,9 @@ class Model:
 
     def close(self) -> None:
         """Free the native memory; harmless when repeated."""
+        if self._batch:
+            self.lib.llama_batch_free(self._batch[0])
+        self._batch = None
         if self._ctx:
             self.lib.llama_free(self._ctx)
         if self._model:
@@ -534,67 +906,38 @@ class Model:
             raise QtutorError(f"Token ids must be integers in 0..{self.n_vocab - 1}: check the tokenizer.")
         return np.ascontiguousarray(ids, dtype=np.int32)
 
-    def _new_batch(self) -> None:
-        """One llama_batch for the life of the model, over numpy arrays: token, position, sequence, output wanted.
+    def _new_batch(self):
+        """One llama_batch for the life of the model, and numpy views of its arrays: token, position, output wanted.
 
         Setting four fields a token through ctypes takes longer than a small model takes to compute the token.
         """
-        n = self.ctx * self.sequences
-        self._token, self._position, self._sequence = (np.zeros(n, np.int32) for _ in range(3))
-        self._output, self._ones = np.zeros(n, np.int8), np.ones(n, np.int32)
-        self._pointers = self._sequence.ctypes.data + np.arange(n, dtype=np.uintp) * np.uintp(4)
-        fields = {"token": self._token, "pos": self._position, "n_seq_id": self._ones, "seq_id": self._pointers,
-                  "logits": self._output}  # fmt: skip
-        kinds = dict(self.lib.llama_batch._fields_)
-        self._batch = self.lib.llama_batch(**{name: ctypes.cast(array.ctypes.data, kinds[name])
-                                              for name, array in fields.items()})  # fmt: skip
+        batch = self.lib.llama_batch_init(self.ctx, 0, 1)
+        for i in range(self.ctx):
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0  # everything belongs to sequence 0
 
-    def _decode(self, ids: np.ndarray, at: int, first: int) -> np.ndarray:
-        """Run ``ids`` (sequences, n) at positions ``at``...; logits from each one's position ``first`` on (-1: the
-        last), float32 (sequences * (n - first), vocab): llama.cpp's own memory, which the next call overwrites."""
-        lib, (rows, n) = self._open(), ids.shape
-        batch = self._batch
-        batch.n_tokens = size = rows * n
-        self._token[:size] = ids.reshape(-1)
-        self._position[:size].reshape(rows, n)[:] = np.arange(at, at + n)
-        self._sequence[:size].reshape(rows, n)[:] = np.arange(rows)[:, None]
-        output = self._output[:size].reshape(rows, n)
-        output[:], output[:, first:] = 0, 1  # the output matrix is not applied to the others
-        log.clear()
+        def view(pointer, kind):
+            return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(kind)), (self.ctx,))
+
+        return (batch, view(batch.token, ctypes.c_int32), view(batch.pos, ctypes.c_int32),
+                view(batch.logits, ctypes.c_int8))  # fmt: skip
+
+    def _decode(self, ids: np.ndarray, past: int, first: int) -> np.ndarray:
+        """Run ``ids`` after ``past`` cached tokens; float32 logits from position ``first`` on (-1: the last)."""
+        lib, n = self._open(), len(ids)
+        first = first % n
+        batch, token, position, output = self._batch
+        batch.n_tokens = n
+        token[:n], position[:n], output[:n] = ids, np.arange(past, past + n), 0
+        output[first:n] = 1  # the output matrix is not applied to the others
+        _log.clear()
         status = lib.llama_decode(self._ctx, batch)
         if status != 0:
-            raise QtutorError(f"llama.cpp could not run the model (status {status}): {reason('no reason')}.")
+            raise QtutorError(f"llama.cpp could not run the model (status {status}): {_reason('no reason')}.")
         pointer = ctypes.cast(lib.llama_get_logits(self._ctx), ctypes.POINTER(ctypes.c_float))
-        return np.ctypeslib.as_array(pointer, (rows * (n - first % n), self.n_vocab))
+        return np.ctypeslib.as_array(pointer, (n - first, self.n_vocab)).copy()
 
-    def step(self, ids, at: int) -> np.ndarray:
-        """Run ``ids`` (sequences, n) at positions ``at`` to ``at + n - 1`` of each sequence, after what is cached.
-
-        Returns the logits of each sequence's last position, float32 (sequences, vocab): a view of llama.cpp's memory,
-        which the next call overwrites.  Raises QtutorError for another shape and beyond the context.
-        """
-        ids = np.asarray(ids)
-        if ids.ndim != 2 or len(ids) != self.sequences or not 0 < ids.shape[1] <= self.ctx - at or at < 0:
-            raise QtutorError(f"step() takes ids of shape ({self.sequences}, n) at positions below {self.ctx}, and got "
-                              f"{ids.shape} at {at}.")  # fmt: skip
-        return self._decode(self._ids(ids).reshape(ids.shape), at, -1)
-
-    def clear(self) -> None:
-        """Forget every token."""
-        self._open().llama_memory_clear(self.lib.llama_get_memory(self._ctx), False)
-
-    def rewind(self, at: int) -> None:
-        """Forget what lies at positions ``at`` and beyond, in every sequence."""
-        self._open().llama_memory_seq_rm(self.lib.llama_get_memory(self._ctx), -1, at, -1)
-
-    def memory(self) -> dict[str, float]:
-        """llama.cpp's own account in MiB: ``device_model_mib``, ``host_model_mib``, and the same of ``kv`` and
-        ``compute``.  ``host`` is the computer's memory, ``device`` a GPU's; on a CPU everything is ``host``."""
-        found = {f"{where}_{kind}_mib": 0.0 for kind in ("model", "kv", "compute") for where in ("device", "host")}
-        for name, kind, mib in self._buffers:
-            where = "host" if "CPU" in name or "Host" in name else "device"
-            found[f"{where}_{kind.lower()}_mib"] += float(mib)
-        return found
+    def _clear(self) -> None:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self._ctx), False)
 
     def logits(self, tokens, first: int = 0) -> np.ndarray:
         """Logits after each token of one window, from an empty cache: float32, (n - first, vocab), n <= ctx.
@@ -607,8 +950,8 @@ class Model:
             raise QtutorError(f"logits() takes 1 to {self.ctx} tokens and got {len(ids)}: cut windows, or raise ctx.")
         if not 0 <= first < len(ids):
             raise QtutorError(f"first={first} must be one of the {len(ids)} positions: give 0 for all of them.")
-        self.clear()
-        return self._decode(ids[None], 0, first).copy()
+        self._clear()
+        return self._decode(ids, 0, first)
 
     def generate(self, prompt, max_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
         """Continue ``prompt`` (text or token ids) and return the new text only.
@@ -624,8 +967,8 @@ class Model:
         if temperature < 0:
             raise QtutorError("temperature is 0 (greedy) or positive.")
         rng, out = np.random.default_rng(seed), []
-        self.clear()
-        logits, past = self._decode(ids[None], 0, -1)[0], len(ids)
+        self._clear()
+        logits, past = self._decode(ids, 0, -1)[0], len(ids)
         while len(out) < max_tokens:
             token = int(logits.argmax())
             if temperature > 0:
@@ -637,42 +980,39 @@ class Model:
             out.append(token)
             if past >= self.ctx:
                 break
-            logits, past = self._decode(np.array([[token]], np.int32), past, -1)[0], past + 1
+            logits, past = self._decode(np.array([token], np.int32), past, -1)[0], past + 1
         return self.detokenize(out)
 
 
-# ------------------------------------------------------------------------------------------------------- the child
+def bench(path, prompt: int = 512, generate: int = 64, repeats: int = 3, threads=None) -> dict:
+    """Tokens per second as people run llama.cpp (F16 cache, flash attention): median of ``repeats``, after one
+    run to warm up.
 
-
-def _open_as_child(path: Path, plain: bool) -> int:
-    """Do with a file what the parent of this process may want to do; print what is wrong with it."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_DATA, (2**33 + 4 * path.stat().st_size,) * 2)
-    try:
-        found = gguf_file.read(path)
-    except Exception as err:
-        print(" ".join(str(err).split())[:200].rstrip(".") or type(err).__name__)
-        return gguf_file.DAMAGED
-    trust(path)
-    gguf_file.computed.update((True, False))
-    gguf_file.kernels["plain"] = plain
-    with contextlib.suppress(QtutorError):  # llama.cpp says no and lives: it will say so again
-        if "tokenizer.ggml.model" in found.metadata and found.file_bytes < 2**29:
-            for exact in (True, False):
-                with Model(path, ctx=64, exact=exact) as model:
-                    model.logits(np.arange(33) % model.n_vocab)
-                    model.generate("The <|endoftext|> 1\r\n😀", 2)
-        elif "tokenizer.ggml.model" in found.metadata:  # structure only: it takes no memory
-            params = native().llama_model_default_params()
-            params.no_alloc, params.load_mode, params.n_gpu_layers = True, native().LLAMA_LOAD_MODE_NONE, 0
-            native().llama_model_load_from_file(os.fsencode(path), params)
-    with contextlib.suppress(QtutorError):
-        if found.metadata["general.architecture"] != "imatrix":
-            plan(path, "Q4_0")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_open_as_child(Path(sys.argv[1]), "plain" in sys.argv[2:]))
+    ``prefill_tokens_per_s``: one batch of ``prompt`` tokens (limited by arithmetic).  ``decode_tokens_per_s``:
+    one token at a time (limited by reading the weights from memory).  The same test as llama-bench's.
+    """
+    if prompt < 1 or generate < 1 or repeats < 1:
+        raise QtutorError("bench() needs at least one prompt token, one generated token and one repeat.")
+    rng = np.random.default_rng(0)
+    times: dict[str, list[float]] = {"prompt": [], "generate": []}
+    with Model(path, ctx=max(prompt, generate), threads=threads, exact=False) as model:
+        ids = rng.integers(0, model.n_vocab, max(prompt, generate), dtype=np.int32)
+        for _ in range(repeats + 1):
+            model._clear()
+            start = time.perf_counter()
+            model._decode(ids[:prompt], 0, -1)
+            times["prompt"].append(time.perf_counter() - start)
+            model._clear()
+            start = time.perf_counter()
+            for i in range(generate):
+                model._decode(ids[i : i + 1], i, -1)
+            times["generate"].append(time.perf_counter() - start)
+    return {
+        "prefill_tokens_per_s": prompt / float(np.median(times["prompt"][1:])),
+        "decode_tokens_per_s": generate / float(np.median(times["generate"][1:])),
+        "prompt_tokens": prompt,
+        "generate_tokens": generate,
+        "repeats": repeats,
+        "prompt_threads": model.threads_prompt,
+        "generate_threads": model.threads_generate,
+    }

@@ -138,12 +138,12 @@ def _allocated(path, ctx, kv_type, users):
 @pytest.mark.parametrize("kv_type, users, ctx", [("F16", 1, 512), ("F16", 4, 1024), ("Q8_0", 2, 512), ("Q4_0", 1, 768),
                                                  ("F32", 1, 256)])  # fmt: skip
 def test_cache_and_buffers_equal_llamacpp(kv_type, users, ctx, tmp_path):
-    from qtutor.rigs import random_gguf
+    from qtutor.rigs import llama70b
 
-    path = random_gguf.write(tmp_path / "m.gguf", random_gguf.TINY, "Q6_K")
+    path = llama70b.write(tmp_path / "m.gguf", llama70b.TINY, "Q6_K")
     kv, compute = _allocated(path, ctx, kv_type, users)
-    assert abs(capacity.kv_bytes(random_gguf.TINY, ctx, kv_type, users) / 2**20 - kv) < 0.006
-    planned = capacity.buffer_bytes(random_gguf.TINY, "Q6_K", ctx, kv_type, users)
+    assert abs(capacity.kv_bytes(llama70b.TINY, ctx, kv_type, users) / 2**20 - kv) < 0.006
+    planned = capacity.buffer_bytes(llama70b.TINY, "Q6_K", ctx, kv_type, users)
     assert abs(planned / 2**20 - compute) < 0.02 + 0.02 * compute
 
 

@@ -38,10 +38,10 @@ GB, GIB, MIB = 10**9, 2**30, 2**20
 # ---------------------------------------------------------------------------------------------------------- models
 
 
-def llama(hidden, intermediate, layers, heads, kv_heads, vocab, context, theta=10000.0, eps=1e-5, tied=False, rope=None):
-    config = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+def _llama(hidden, ffn, layers, heads, kv_heads, vocab, ctx, theta=10000.0, eps=1e-5, tied=False, rope=None):
+    config = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
               "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab,
-              "max_position_embeddings": context, "rope_theta": theta, "rms_norm_eps": eps,
+              "max_position_embeddings": ctx, "rope_theta": theta, "rms_norm_eps": eps,
               "tie_word_embeddings": tied}  # fmt: skip
     return config | ({"rope_scaling": rope} if rope else {})
 
@@ -52,18 +52,18 @@ _HUB = "https://huggingface.co/"
 
 # The numbers of each model's config.json on the hub, and where that is.
 MODELS: dict[str, dict] = {
-    "Llama-2-7B": llama(4096, 11008, 32, 32, 32, 32000, 4096),
-    "Llama-2-13B": llama(5120, 13824, 40, 40, 40, 32000, 4096),
-    "Llama-2-70B": llama(8192, 28672, 80, 64, 8, 32000, 4096),
-    "Llama-3-8B": llama(4096, 14336, 32, 32, 8, 128256, 8192, 500000.0),
-    "Llama-3-70B": llama(8192, 28672, 80, 64, 8, 128256, 8192, 500000.0),
-    "Llama-3.1-8B": llama(4096, 14336, 32, 32, 8, 128256, 131072, 500000.0, rope=_LLAMA31),
-    "Llama-3.1-70B": llama(8192, 28672, 80, 64, 8, 128256, 131072, 500000.0, rope=_LLAMA31),
-    "Llama-3.2-1B": llama(2048, 8192, 16, 32, 8, 128256, 131072, 500000.0, tied=True,
+    "Llama-2-7B": _llama(4096, 11008, 32, 32, 32, 32000, 4096),
+    "Llama-2-13B": _llama(5120, 13824, 40, 40, 40, 32000, 4096),
+    "Llama-2-70B": _llama(8192, 28672, 80, 64, 8, 32000, 4096),
+    "Llama-3-8B": _llama(4096, 14336, 32, 32, 8, 128256, 8192, 500000.0),
+    "Llama-3-70B": _llama(8192, 28672, 80, 64, 8, 128256, 8192, 500000.0),
+    "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 8, 128256, 131072, 500000.0, rope=_LLAMA31),
+    "Llama-3.1-70B": _llama(8192, 28672, 80, 64, 8, 128256, 131072, 500000.0, rope=_LLAMA31),
+    "Llama-3.2-1B": _llama(2048, 8192, 16, 32, 8, 128256, 131072, 500000.0, tied=True,
                            rope=_LLAMA31 | {"factor": 32.0}),
-    "Llama-3.2-3B": llama(3072, 8192, 28, 24, 8, 128256, 131072, 500000.0, tied=True,
+    "Llama-3.2-3B": _llama(3072, 8192, 28, 24, 8, 128256, 131072, 500000.0, tied=True,
                            rope=_LLAMA31 | {"factor": 32.0}),
-    "TinyLlama-1.1B": llama(2048, 5632, 22, 32, 4, 32000, 2048),
+    "TinyLlama-1.1B": _llama(2048, 5632, 22, 32, 4, 32000, 2048),
 }  # fmt: skip
 SOURCES = {
     "Llama-2-7B": _HUB + "meta-llama/Llama-2-7b-hf", "Llama-2-13B": _HUB + "meta-llama/Llama-2-13b-hf",
@@ -174,8 +174,8 @@ def write_stub(path, model, types: dict[str, str] | None = None, name: str = "st
                 _add_placeholder_vocabulary(writer, hyper["vocab"])
             for key, shape in wanted.items():
                 kind = (types or {}).get(key, "F16" if len(shape) == 2 else "F32")
-                number = llamacpp.GGML[kind].number
-                _, block, width = llamacpp.GGML[kind]
+                number = llamacpp._GGML_ID[kind]
+                _, block, width = llamacpp.GGML_TYPES[number]
                 if shape[-1] % block:
                     raise QtutorError(f"{key} has rows of {shape[-1]}, which blocks of {block} ({kind}) do not divide.")
                 stored = {"F32": np.float32, "F16": np.float16}.get(kind, np.uint8)
@@ -187,13 +187,23 @@ def write_stub(path, model, types: dict[str, str] | None = None, name: str = "st
             writer.write_ti_data_to_file()
         finally:
             writer.close()
-        blocks = {key: llamacpp.GGML[(types or {}).get(key, "F16" if len(shape) == 2 else "F32")]
-                  for key, shape in wanted.items()}  # fmt: skip
-        sizes = [prod(shape) // blocks[key].weights * blocks[key].nbytes for key, shape in wanted.items()]
-        os.truncate(path, sum(-(-size // 32) * 32 for size in [os.path.getsize(path), *sizes]))
+        tensors, start = _extents(path)
+        end = start + tensors
+        os.truncate(path, end)
     except OSError as err:
         raise QtutorError(f"'{path}' cannot be written ({err.strerror or err}): choose another folder.") from None
-    return llamacpp.check_gguf(llamacpp.trust(path))
+    return llamacpp.check_gguf(path)
+
+
+def _extents(path: Path) -> tuple[int, int]:
+    """(bytes of tensor data with padding, where it starts) of a file that is so far a header only."""
+    with open(path, "rb") as file:
+        _, _, rows, at = llamacpp._read_header(llamacpp._Reader(file.read()))
+    total = 0
+    for _, dims, kind, _ in rows:
+        _, block, width = llamacpp.GGML_TYPES[kind]
+        total += -(-(prod(dims) // block * width) // 32) * 32
+    return total, -(-at // 32) * 32
 
 
 @dataclass(frozen=True)
@@ -253,12 +263,12 @@ def size(model, type: str, imatrix: bool | None = None) -> Size:
     tied = not any(t.name == "output.weight" for t in tensors)
     read = sum(t.nbytes for t in tensors if tied or t.name != "token_embd.weight")
     weights = sum(prod(t.shape) for t in tensors)
-    return Size(llamacpp.file_type(type).name, weights, padded, header, read, dict(sorted(kinds.items())))
+    return Size(llamacpp._type(type).name, weights, padded, header, read, dict(sorted(kinds.items())))
 
 
 def _key(model, type, imatrix):
     """Hashable arguments for the cache: folders are kept as paths, because their tokenizer counts."""
-    kind = llamacpp.file_type(type)
+    kind = llamacpp._type(type)
     wants = kind.needs_imatrix if imatrix is None else bool(imatrix)
     if isinstance(model, (str, os.PathLike)) and str(model) not in MODELS:
         config_of(model)  # one clear sentence where there is none
@@ -303,7 +313,7 @@ def _kv_type(kv_type: str) -> tuple[int, int]:
     key = str(kv_type).upper()
     if key not in KV_TYPES:
         raise QtutorError(f"There is no cache type {kv_type!r}: choose one of {', '.join(KV_TYPES)}.")
-    return llamacpp.GGML[key][1:]
+    return llamacpp.GGML_TYPES[llamacpp._GGML_ID[key]][1:]
 
 
 def _whole(value, name: str) -> int:
@@ -346,24 +356,24 @@ def buffer_bytes(model, type: str, context: int, kv_type: str = "F16", users: in
 def _buffer(key: str, stamp, type: str, context: int, kv_type: str, users: int) -> int:
     model = json.loads(key) if stamp is None else key
     types = {t.name: t.type for t in plan(model, type)}
-    lib, loaded, made = llamacpp.native(), None, None
+    lib, loaded, made = llamacpp._native(), None, None
     with _folder() as folder:
         stub = write_stub(folder / "stub.gguf", model, types, vocabulary=False)
         try:
             params = lib.llama_model_default_params()
             params.no_alloc, params.load_mode, params.n_gpu_layers = True, lib.LLAMA_LOAD_MODE_NONE, 0
-            llamacpp.log.clear()
+            llamacpp._log.clear()
             loaded = lib.llama_model_load_from_file(os.fsencode(stub.path), params)
             options = lib.llama_context_default_params()
             options.n_ctx, options.n_seq_max = context * users, users
             options.n_batch, options.n_ubatch = 2048, 512
             options.op_offload = False
             options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            options.type_k = options.type_v = llamacpp.GGML[kv_type].number
+            options.type_k = options.type_v = llamacpp._GGML_ID[kv_type]
             made = lib.llama_init_from_model(loaded, options) if loaded else None
-            sizes = re.findall(r"compute buffer size *= *([\d.]+) MiB", "".join(llamacpp.log))
+            sizes = re.findall(r"compute buffer size *= *([\d.]+) MiB", "".join(llamacpp._log))
             if not made or not sizes:
-                raise QtutorError(f"llama.cpp cannot plan this context: {llamacpp.reason('no reason given')}.")
+                raise QtutorError(f"llama.cpp cannot plan this context: {llamacpp._reason('no reason given')}.")
             return int(sum(map(float, sizes)) * MIB)
         finally:
             if made:
@@ -510,7 +520,7 @@ def fits(model, type: str, context: int | None = None, gpu="H100 SXM", kv_type: 
     context = _whole(context or own, "context")
     kv = kv_bytes(model, context, kv_type, users)
     return Fit(
-        model if isinstance(model, str) else "model", llamacpp.file_type(type).name, context, str(kv_type).upper(), users,
+        model if isinstance(model, str) else "model", llamacpp._type(type).name, context, str(kv_type).upper(), users,
         gpu, size(model, type).read_bytes / GIB, kv / GIB, buffer_bytes(model, type, context, kv_type, users) / GIB,
         overhead_gib, ceiling(model, type, context, gpu.gb_per_s, kv_type, users))  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Pictures and a widget for planning hardware, and pictures of what was measured (notebook 09).
 
-Every picture here draws numbers that :mod:`qtutor.decide.capacity` computes or :mod:`qtutor.rigs.llama_speed`
-measures; there are none of its own.  :func:`planner` is the widget, :func:`plan_picture` the same picture without one.
+Every picture here draws numbers that :mod:`qtutor.decide.capacity` computes or :mod:`qtutor.rigs.llama70b` measures; there are none
+of its own.  :func:`planner` is the widget, :func:`plan_picture` the same picture without one.
 
     planner.memory_picture("Llama-2-70B", ("Q8_0", "Q6_K", "Q4_K_M"), 4096, ["H100 SXM"])
     planner.planner()
@@ -192,11 +192,11 @@ def _plain_log(axis) -> None:
 def speed_picture(rows, device: str = ""):
     """Figure: generation speed of each type under its ceiling, prompt speed, and joules a token where measured.
 
-    ``rows`` as :func:`qtutor.rigs.llama_speed.measure` returns them, of several types.
+    ``rows`` as :func:`qtutor.rigs.llama70b.measure` returns them, of several types.
     """
     models = sorted(_of_kind(rows, "model"), key=lambda row: -row["weights_gib"])
     if not models:
-        raise QtutorError("There are no rows of a measured model: record them with tools.record_llama70b first.")
+        raise QtutorError("There are no rows of a measured model: record them with llama70b.record first.")
     energy = all(row.get("joules_per_decode_token") for row in models)
     fig, axes = plots.figure(9, 3.5, ncols=3 if energy else 2)
     places, names = range(len(models)), [row["type"] for row in models]
@@ -211,7 +211,7 @@ def speed_picture(rows, device: str = ""):
     fig.legend(loc="outside lower center", ncols=2, frameon=False)
     middle.bar(places, [row["prefill_tokens_per_s"] for row in models], color=plots.PALETTE[2], width=0.6,
                yerr=[row.get("prefill_tokens_per_s_se") or 0 for row in models], capsize=3)  # fmt: skip
-    middle.set(title=f"Prompt, {models[0]['prefill_tokens']} tokens", ylabel="tokens/s", ylim=(0, None))
+    middle.set(title=f"Prompt, {models[0]['prompt_tokens']} tokens", ylabel="tokens/s", ylim=(0, None))
     if energy:
         axes[2].bar(places, [row["joules_per_decode_token"] for row in models], color=plots.PALETTE[1], width=0.6)
         axes[2].set(title="Energy of generation", ylabel="joules a token (whole GPU)", ylim=(0, None))
@@ -227,7 +227,7 @@ def batch_picture(rows, device: str = ""):
     """Figure: tokens/s of all sequences together against their number, for each type; joules a token where measured."""
     batches = _of_kind(rows, "batch")
     if not batches:
-        raise QtutorError("There are no rows of measured batches: record them with tools.record_llama70b first.")
+        raise QtutorError("There are no rows of measured batches: record them with llama70b.record first.")
     energy = any(row.get("joules_per_decode_token") for row in batches)
     fig, axes = plots.figure(9 if energy else 6.5, 3.6, ncols=2 if energy else 1, squeeze=False)
     speed = axes[0][0]

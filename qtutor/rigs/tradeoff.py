@@ -515,9 +515,9 @@ class Files:
         if shape == "course":
             tensors = qat.Q4_0_TENSORS if technique.trained else None
             return llamacpp.quantize(self.source(technique.trained), target, technique.gguf, tensor_types=tensors)
-        from . import random_gguf
+        from . import llama70b
 
-        random_gguf.write(target, "Llama-2-7B", technique.gguf, 0)
+        llama70b.write(target, "Llama-2-7B", technique.gguf, 0)
         return target
 
     def remove(self, technique: Technique, shape: str) -> None:
