@@ -10,6 +10,7 @@ import pytest
 
 from qtutor import energy, measure
 
+
 def _powercap(root, **domains):
     for folder, (name, value, limit) in domains.items():
         path = root / folder.replace("_", ":")
