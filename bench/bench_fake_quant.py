@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from qtutor import fake_quant as fq
-from qtutor import lesson, results
+from qtutor import lesson, measure, results
 
 
 def cases(x: torch.Tensor) -> dict[str, dict]:
@@ -117,14 +117,6 @@ def time_rounds(calls: dict, rounds: int, warmup: int, device: str) -> dict[str,
     return spent
 
 
-def copy_gb_per_s(device: str, rounds: int) -> float:
-    """Bandwidth of a plain copy, bytes read and written."""
-    source = torch.empty(2**28 if device == "cuda" else 2**24, dtype=torch.float32, device=device).normal_()
-    target = torch.empty_like(source)
-    spent = time_rounds({"copy": lambda: target.copy_(source)}, rounds, 3, device)["copy"]
-    return 2 * source.numel() * source.element_size() / statistics.median(spent) / 1e6
-
-
 def compiled(function):
     torch._dynamo.reset()  # one quantizer's recompilations are not to count for the next
     return torch.compile(function, dynamic=False)
@@ -203,7 +195,7 @@ def main(argv=None) -> dict:
     options.compile = gpu if options.compile is None else options.compile
     lesson._quiet()
 
-    copy = copy_gb_per_s(options.device, options.rounds)
+    copy = measure.bandwidth(options.device)["copy_gb_per_s"]
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}: a copy moves {copy:.0f} GB/s; {options.rows} x {options.columns}, median of {options.rounds}")
     rows, all_ratios = [], {}

@@ -1,0 +1,194 @@
+"""Record ``llama70b``: a model of Llama-2-70B's shape in several llama.cpp types on one GPU.
+
+    python -m tools.record_llama70b --folder /dev/shm --types Q6_K,Q4_K_M     # -> data/results/<machine>/llama70b.json
+    python -m tools.record_llama70b --tiny --out /tmp/somewhere               # the same code in seconds on any CPU
+
+Each type is written with random weights (:mod:`qtutor.rigs.random_gguf`), measured (:mod:`qtutor.rigs.llama_speed`),
+checked with llama.cpp's own programs and deleted; the rows are saved after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from qtutor import QtutorError, energy, files, llamacpp, measure, results
+from qtutor.decide import capacity
+from qtutor.rigs import llama_speed, random_gguf
+
+MODEL = "Llama-2-70B"
+TYPES = ("Q6_K", "Q4_K_M", "Q8_0", "Q5_K_M")  # an interrupted recording has the notebook's type
+MEMORY = "/dev/shm"  # memory-backed: a file of 57 GB is read in seconds
+
+
+def check_machine(folder, type: str, config=MODEL) -> None:
+    """Raise QtutorError, one sentence, where ``config`` in ``type`` cannot be recorded with its file in ``folder``."""
+    size, gpu = capacity.size(config, type), energy.board()
+    if not Path(folder).is_dir() or shutil.disk_usage(folder).free < size.file_bytes:
+        raise QtutorError(f"'{folder}' has no room for a file of {size.gb:.0f} GB: give another folder.")
+    if config != MODEL:
+        return  # a small shape runs on a CPU
+    if gpu is None:
+        raise QtutorError("There is no NVIDIA GPU here: record this on a machine with one of 80 GB.")
+    if not llamacpp.native().llama_supports_gpu_offload():
+        raise QtutorError("This llama.cpp was built without CUDA: install llama-cpp-python with "
+                          "CMAKE_ARGS=-DGGML_CUDA=ON.")  # fmt: skip
+    need, there = capacity.fits(config, type, llama_speed.FULL["ctx"]).total_gib, gpu.memory()[1] / measure.GIB
+    if there < need:
+        raise QtutorError(f"The GPU has {there:.0f} GiB, and {type} needs {need:.0f}: choose a smaller type.")
+
+
+def record(folder=MEMORY, types=TYPES, config=MODEL, budget_s: float = 420.0, tools: str = "first",
+           directory=None, profile: str | None = None, say=print, **settings) -> Path:  # fmt: skip
+    """Write, measure and delete a file of each type in ``folder``; save the rows after each; return the path.
+
+    Rows that this device recorded before, of types that are not measured now, stay.
+
+    Args:
+        budget_s: no type is begun that is not likely to end within it.
+        tools: "first", "all" or "none" of the types are also run through llama.cpp's programs.
+        directory: where results go instead of the course's data/results.
+        settings: as for ``llama_speed.measure``.
+
+    Raises QtutorError as :func:`check_machine` does.
+    """
+    began, longest, rows, path = time.perf_counter(), 0.0, [], None
+    types = [capacity.size(config, type).type for type in types]
+    check_machine(folder, types[0], config)
+    found = _bandwidth()
+    say(f"memory bandwidth: copy {found['copy_gb_per_s']:.0f} GB/s, read {found['read_gb_per_s']:.0f} GB/s")
+    for type in types:
+        start = time.perf_counter()
+        if path and start - began + longest > budget_s:
+            say(f"{type}: left out, {start - began:.0f} of {budget_s:.0f} s are used")
+            continue
+        model = Path(folder) / f"qtutor-{os.getpid()}-{type}.gguf"
+        try:
+            random_gguf.write(model, config, type)
+            write_s = time.perf_counter() - start
+            say(f"{type}: {model.stat().st_size:,} bytes written in {write_s:.0f} s")
+            measured = llama_speed.measure(model, type, device_bandwidth=found, **settings)
+            measured[0]["write_s"] = write_s
+            if measured[0]["fits"] and (tools == "all" or (tools == "first" and type == types[0])):
+                measured += run_tools(model, type, llama_speed.FULL | settings)
+        finally:
+            model.unlink(missing_ok=True)
+        for row in measured:
+            say("  " + _short(row))
+        rows += measured
+        longest = max(longest, time.perf_counter() - start)
+        kept = _on_file({row["type"] for row in rows}, directory)
+        path = results.save("llama70b", [{"kind": "bandwidth", **found}, *kept, *rows], directory=directory,
+                            profile=profile)  # fmt: skip
+        say(f"{type}: {time.perf_counter() - start:.0f} s; saved {path.name}")
+    return path
+
+
+def _bandwidth() -> dict:
+    """:func:`measure.bandwidth` in a process of its own, whose memory on the GPU ends with it."""
+    code = "import json; from qtutor import measure; print(json.dumps(measure.bandwidth()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=files.ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise QtutorError("The memory bandwidth could not be measured: does 'python -m qtutor doctor' find the GPU?")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _on_file(types, directory) -> list[dict]:
+    """Rows of this very device that are on file, but for the bandwidth and those of ``types``, measured now."""
+    about = measure.machine()
+    where = results.machine_folder(about)
+    if not results.exists("llama70b", where, directory):
+        return []
+    old = results.load("llama70b", where, directory)
+    rows = old.rows if old.device == about["device"] else []
+    return [row for row in rows if row["kind"] != "bandwidth" and row["type"] not in types]
+
+
+def run_tools(path, type: str, job: dict, limit_s: float = 120.0) -> list[dict]:
+    """The same tests by llama.cpp's own programs: rows of kind ``tool``, with ``not_run`` for one that fails.
+
+    On a GPU machine the PATH is looked at first: it may hold a build for the GPU beside pip's for the CPU.
+    """
+    many = sorted({job["batches"][0], job["batches"][-1]}) if job["batches"] else [1]
+    context = (job["batch_prompt"] + job["batch_generate"]) * many[-1]
+    same = f"-ngl 99 -fa on -sm none -t {llamacpp.n_threads()}"
+    runs = {
+        "llama-bench": f"-p {job['prompt']} -n {job['generate']} -r 2 {same} -o jsonl",
+        "llama-batched-bench": f"-npp {job['batch_prompt']} -ntg {job['batch_generate']} -npl "
+                               f"{','.join(map(str, many))} -c {context} {same} --output-format jsonl",
+    }  # fmt: skip
+    rows = []
+    for name, options in runs.items():
+        try:
+            program = shutil.which(name) or llamacpp.tool(name)
+            done = subprocess.run([program, "-m", os.fspath(path), *options.split()], capture_output=True, text=True,
+                                  timeout=limit_s, check=False)  # fmt: skip
+        except (QtutorError, OSError, subprocess.SubprocessError):
+            continue
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        found = [_tool_columns(json.loads(line)) for line in lines] if done.returncode == 0 else [
+            {"not_run": f"{name} ended with code {done.returncode}"}]  # fmt: skip
+        rows += [{"kind": "tool", "tool": name, "type": type} | columns for columns in found]
+    return rows
+
+
+def _tool_columns(found: dict) -> dict:
+    if "avg_ts" in found:  # llama-bench: a line for each test
+        column = f"tool_{'decode' if found['n_gen'] else 'prefill'}_tokens_per_s"
+        return {column: found["avg_ts"], f"{column}_sd": found["stddev_ts"], "build": found.get("build_commit"),
+                "backends": found.get("backends")}  # fmt: skip
+    return {"batch": found["pl"], "tool_prefill_tokens_per_s": found["speed_pp"],
+            "tool_decode_tokens_per_s": found["speed_tg"]}  # fmt: skip
+
+
+def _short(row: dict) -> str:
+    """One line of a terminal: what somebody who waits wants to see of a row."""
+    keys = ("kind", "batch", "depth", "prefill_tokens_per_s", "decode_tokens_per_s", "gpu_used_gib",
+            "joules_per_decode_token", "ceiling_share", "load_s", "not_run")  # fmt: skip
+    shown = {key: row[key] for key in keys if row.get(key) is not None}
+    return " ".join(f"{key}={f'{v:.4g}' if isinstance(v, float) else v}" for key, v in shown.items())
+
+
+def record_llama70b(full: bool) -> Path:
+    """What ``make results`` calls: the real shape, or (``full=False``) a model of two layers."""
+    if full:
+        return record(profile="full")
+    with tempfile.TemporaryDirectory() as folder:
+        return record(folder, ["Q6_K"], random_gguf.TINY, tools="none", profile="quick", **llama_speed.QUICK)
+
+
+RECORDS = {"llama70b": record_llama70b}
+
+
+def main(argv=None) -> int:
+    """The command line; returns 0, or 1 after one sentence of what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tools.record_llama70b", description="Measure a 70B-shaped model.")
+    parser.add_argument("--folder", default=MEMORY, help="where the files go, one at a time: memory-backed")
+    parser.add_argument("--types", default=",".join(TYPES), help="llama.cpp types, by commas")
+    parser.add_argument("--budget", type=float, default=420.0, help="seconds after which no further type is begun")
+    parser.add_argument("--tools", choices=("first", "all", "none"), default="first", help="llama.cpp's programs")
+    parser.add_argument("--tiny", action="store_true", help="two layers and short runs, to try the code anywhere")
+    parser.add_argument("--out", help="folder for the results instead of data/results; needed by --tiny")
+    args = parser.parse_args(argv)
+    if args.tiny and not args.out:
+        parser.error("--tiny needs --out: data/results is for the real shape")
+    small = dict(config=random_gguf.TINY, profile="quick", **llama_speed.QUICK) if args.tiny else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            record(temporary if args.tiny else args.folder, args.types.split(","), budget_s=args.budget,
+                   tools=args.tools, directory=args.out, say=lambda text: print(text, flush=True), **small)  # fmt: skip
+        except QtutorError as err:
+            print(err, file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
