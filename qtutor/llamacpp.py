@@ -410,12 +410,29 @@ class Model:
             raise QtutorError(f"llama.cpp cannot load {self.gguf.path.name}: {reason('it gave no reason')}.")
         self.vocab = lib.llama_model_get_vocab(self._model)
         self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
-        self._ctx = lib.llama_init_from_model(self._model, self._context_params(threads, exact))
-        if not self._ctx:
-            why = reason("it gave no reason")
+        self._options, self._buffers_of_weights = (threads, exact), _BUFFER.findall("".join(log))
+        try:
+            self._new_context()
+        except QtutorError:
             self.close()
-            raise QtutorError(f"llama.cpp cannot make a context of {self.sequences} x {ctx} tokens: {why}.")
-        self._buffers = _BUFFER.findall("".join(log))
+            raise
+
+    def resize(self, ctx: int, sequences: int = 1) -> None:
+        """Make another context on the same weights; every token is forgotten.  Raises QtutorError without room."""
+        self._open()
+        self.ctx, self.sequences = int(ctx), int(sequences)
+        self._check_memory()
+        self.lib.llama_free(self._ctx)
+        self._ctx = None
+        self._new_context()
+
+    def _new_context(self) -> None:
+        log.clear()
+        self._ctx = self.lib.llama_init_from_model(self._model, self._context_params(*self._options))
+        if not self._ctx:
+            raise QtutorError(f"llama.cpp cannot make a context of {self.sequences} x {self.ctx} tokens: "
+                              f"{reason('it gave no reason')}.")  # fmt: skip
+        self._buffers = self._buffers_of_weights + _BUFFER.findall("".join(log))
         self._new_batch()
 
     def _check_memory(self) -> None:
