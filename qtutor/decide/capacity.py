@@ -38,10 +38,10 @@ GB, GIB, MIB = 10**9, 2**30, 2**20
 # ---------------------------------------------------------------------------------------------------------- models
 
 
-def _llama(hidden, ffn, layers, heads, kv_heads, vocab, ctx, theta=10000.0, eps=1e-5, tied=False, rope=None):
-    config = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
+def llama(hidden, intermediate, layers, heads, kv_heads, vocab, context, theta=10000.0, eps=1e-5, tied=False, rope=None):
+    config = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
               "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab,
-              "max_position_embeddings": ctx, "rope_theta": theta, "rms_norm_eps": eps,
+              "max_position_embeddings": context, "rope_theta": theta, "rms_norm_eps": eps,
               "tie_word_embeddings": tied}  # fmt: skip
     return config | ({"rope_scaling": rope} if rope else {})
 
@@ -52,18 +52,18 @@ _HUB = "https://huggingface.co/"
 
 # The numbers of each model's config.json on the hub, and where that is.
 MODELS: dict[str, dict] = {
-    "Llama-2-7B": _llama(4096, 11008, 32, 32, 32, 32000, 4096),
-    "Llama-2-13B": _llama(5120, 13824, 40, 40, 40, 32000, 4096),
-    "Llama-2-70B": _llama(8192, 28672, 80, 64, 8, 32000, 4096),
-    "Llama-3-8B": _llama(4096, 14336, 32, 32, 8, 128256, 8192, 500000.0),
-    "Llama-3-70B": _llama(8192, 28672, 80, 64, 8, 128256, 8192, 500000.0),
-    "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 8, 128256, 131072, 500000.0, rope=_LLAMA31),
-    "Llama-3.1-70B": _llama(8192, 28672, 80, 64, 8, 128256, 131072, 500000.0, rope=_LLAMA31),
-    "Llama-3.2-1B": _llama(2048, 8192, 16, 32, 8, 128256, 131072, 500000.0, tied=True,
+    "Llama-2-7B": llama(4096, 11008, 32, 32, 32, 32000, 4096),
+    "Llama-2-13B": llama(5120, 13824, 40, 40, 40, 32000, 4096),
+    "Llama-2-70B": llama(8192, 28672, 80, 64, 8, 32000, 4096),
+    "Llama-3-8B": llama(4096, 14336, 32, 32, 8, 128256, 8192, 500000.0),
+    "Llama-3-70B": llama(8192, 28672, 80, 64, 8, 128256, 8192, 500000.0),
+    "Llama-3.1-8B": llama(4096, 14336, 32, 32, 8, 128256, 131072, 500000.0, rope=_LLAMA31),
+    "Llama-3.1-70B": llama(8192, 28672, 80, 64, 8, 128256, 131072, 500000.0, rope=_LLAMA31),
+    "Llama-3.2-1B": llama(2048, 8192, 16, 32, 8, 128256, 131072, 500000.0, tied=True,
                            rope=_LLAMA31 | {"factor": 32.0}),
-    "Llama-3.2-3B": _llama(3072, 8192, 28, 24, 8, 128256, 131072, 500000.0, tied=True,
+    "Llama-3.2-3B": llama(3072, 8192, 28, 24, 8, 128256, 131072, 500000.0, tied=True,
                            rope=_LLAMA31 | {"factor": 32.0}),
-    "TinyLlama-1.1B": _llama(2048, 5632, 22, 32, 4, 32000, 2048),
+    "TinyLlama-1.1B": llama(2048, 5632, 22, 32, 4, 32000, 2048),
 }  # fmt: skip
 SOURCES = {
     "Llama-2-7B": _HUB + "meta-llama/Llama-2-7b-hf", "Llama-2-13B": _HUB + "meta-llama/Llama-2-13b-hf",

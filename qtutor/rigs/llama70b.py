@@ -54,10 +54,10 @@ LEAST_FOR_ENERGY_S = 1.0  # the counter is renewed some ten times a second: shor
 STD = 0.02  # of the random weights: initializer_range in Llama's configuration
 
 # Llama-2-70B made small: the same rules (grouped queries 8:1, ffn 3.5 x hidden), every row a multiple of 256
-TINY = capacity._llama(256, 1024, 2, 8, 1, 512, 512)
+TINY = capacity.llama(256, 1024, 2, 8, 1, 512, 512)
 # an eighth of its width with the same head size, and few layers: a minute's work for a CPU, more than its caches hold
-SMALL = capacity._llama(1024, 3584, 6, 8, 1, 8192, 4096)
-MEDIUM = capacity._llama(4096, 14336, 8, 32, 4, 32000, 4096)  # the same for a GPU: 2 GB in Q8_0
+SMALL = capacity.llama(1024, 3584, 6, 8, 1, 8192, 4096)
+MEDIUM = capacity.llama(4096, 14336, 8, 32, 4, 32000, 4096)  # the same for a GPU: 2 GB in Q8_0
 
 # What measure() runs.  "least_s": repeat until the measured part has taken so long, for the energy counter's sake.
 FULL = {"prompt": 512, "generate": 128, "repeats": 3, "least_s": 3.0, "ctx": 4096, "depth": 3840, "depth_generate": 64,
