@@ -592,7 +592,7 @@ def measure(path, type: str | None = None, limit_s: float = 300.0, threads: int 
     weights_type = max(gguf.tensors, key=lambda t: t.nbytes).type
     job = FULL | settings | {"type": type or weights_type, "threads": threads}
     job["kv_type"] = str(job["kv_type"]).upper()
-    capacity._kv_type(job["kv_type"])  # one clear sentence where there is no such type
+    capacity.kv_width(job["kv_type"])  # one clear sentence where there is no such type
     if job["depth"] + job["depth_generate"] > job["ctx"] or max(job["prompt"], job["generate"]) > job["ctx"]:
         raise QtutorError(f"The settings need more than ctx={job['ctx']} tokens of context: make ctx larger.")
     rows: list[dict] = []
@@ -619,11 +619,10 @@ def _ceiling(gguf, row: dict, read: int, gb_per_s: float, kv_type: str) -> dict:
 
     The cache grows while we write, so its mean length counts.
     """
-    block, width = capacity._kv_type(kv_type)
     batch = row.get("batch", 1)
     past = row.get("depth") or (row["prompt_tokens"] if row["kind"] == "batch" else 0)
     cached = past + row["generate_tokens"] / 2
-    step = read + batch * cached * llamacpp._kv_bytes(gguf.metadata, 1) * width / block
+    step = read + batch * cached * llamacpp._kv_bytes(gguf.metadata, 1) * capacity.kv_width(kv_type)
     ceiling = batch * gb_per_s * 1e9 / step
     return {"ceiling_tokens_per_s": ceiling, "ceiling_share": row["decode_tokens_per_s"] / ceiling}
 
