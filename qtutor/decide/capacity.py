@@ -80,8 +80,8 @@ def config_of(model) -> dict:
                       f"{', '.join(MODELS)}.")  # fmt: skip
 
 
-def _hyper(config: dict) -> dict:
-    hyper = gguf_export._hyperparameters(config)
+def _hyper(model) -> dict:
+    hyper = gguf_export._hyperparameters(config_of(model))
     if hyper["heads"] % hyper["kv_heads"] or hyper["layers"] > 512:  # llama.cpp would end the process
         raise QtutorError("This is not a usable Llama's configuration (heads or layers): check it.")
     return hyper
@@ -106,20 +106,21 @@ def parameters(model) -> int:
 # ------------------------------------------------------------------------------------------- the size of a file
 
 
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 32) * 32
+
+
 def _add_placeholder_vocabulary(writer, n: int) -> None:
     """A SentencePiece vocabulary of Llama 2's form: three specials, 256 bytes, then made-up words."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokens = (tokens + [f"w{i}" for i in range(n - len(tokens))])[:n]
-    types = [{0: 2, 1: 3, 2: 3}.get(i, 6 if i < 259 else 1) for i in range(n)]  # unknown, control, byte, normal
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *(f"w{i}" for i in range(n - 259))]
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
+    writer.add_token_list(words[:n])
     writer.add_token_scores([float(-i) for i in range(n)])
-    writer.add_token_types(types)
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * n][:n])  # unknown, control, byte, normal
     writer.add_bos_token_id(min(1, n - 1))
     writer.add_eos_token_id(min(2, n - 1))
     writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
 
 
 def _add_vocabulary(writer, folder: Path | None, config: dict) -> None:
@@ -182,10 +183,6 @@ def write_stub(path, model, types: dict[str, str] | None = None, name: str = "st
     return llamacpp.check_gguf(path)
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // 32) * 32
-
-
 @dataclass(frozen=True)
 class Size:
     """What a file of one type holds, in bytes.
@@ -193,7 +190,7 @@ class Size:
     ``tensor_bytes``: the weights as stored, to the byte.  ``header_bytes``: metadata and vocabulary, exact for a model
     folder, of a placeholder vocabulary for a name (a real one is a few hundred kB to a few MB long).
     ``read_bytes``: what one generated token reads, i.e. everything but the input embedding, of which it reads one row.
-    ``types``: bytes of each GGML type.
+    ``gib``, ``gb``: the weights in 2^30 bytes, the file in 10^9 bytes, as model cards give it.
     """
 
     type: str
@@ -201,25 +198,12 @@ class Size:
     tensor_bytes: int
     header_bytes: int
     read_bytes: int
-    types: dict
+    types: dict  # bytes of each GGML type
 
-    @property
-    def file_bytes(self) -> int:
-        return self.header_bytes + self.tensor_bytes
-
-    @property
-    def gib(self) -> float:
-        """The weights in GiB (2^30 bytes)."""
-        return self.tensor_bytes / GIB
-
-    @property
-    def gb(self) -> float:
-        """The file in GB (10^9 bytes), as model cards give it."""
-        return self.file_bytes / GB
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.tensor_bytes / self.weights
+    file_bytes = property(lambda self: self.header_bytes + self.tensor_bytes)
+    gib = property(lambda self: self.tensor_bytes / GIB)
+    gb = property(lambda self: self.file_bytes / GB)
+    bits_per_weight = property(lambda self: 8 * self.tensor_bytes / self.weights)
 
 
 def plan(model, type: str) -> tuple[llamacpp.Tensor, ...]:
@@ -271,8 +255,7 @@ def _header(config: str, model_folder: str | None, stamp) -> int:
 
 # ------------------------------------------------------------------------------------- cache, buffers, bandwidth
 
-# The types that llama.cpp takes for keys and values (--cache-type-k, --cache-type-v in common/arg.cpp).
-KV_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
+KV_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")  # of llama.cpp's common/arg.cpp
 KV_STEP = 256  # llama.cpp rounds the cache of each sequence up to a multiple of this
 
 
@@ -301,10 +284,7 @@ def _cells(context: int, users: int) -> int:
 
 
 def kv_bytes(model, context: int, kv_type: str = "F16", users: int = 1) -> int:
-    """Bytes of the KV cache for ``users`` sequences of ``context`` tokens each, as llama.cpp allocates it.
-
-    Contexts are rounded up to a multiple of 256; see :func:`kv_bytes_per_token`.
-    """
+    """Bytes of the KV cache for ``users`` sequences of ``context`` tokens each, as llama.cpp allocates it."""
     return int(kv_bytes_per_token(model, kv_type) * _cells(context, users) * users)
 
 
@@ -357,10 +337,9 @@ def ceiling(model, type: str, cached: float, gb_per_s: float, kv_type: str = "F1
     return users * gb_per_s * GB / step_bytes(model, type, cached, kv_type, users)
 
 
-# ------------------------------------------------------------------------------------------------------ does it fit
+# ----------------------------------------------------------------------------------------------------- does it fit
 
-# What the driver, the CUDA context, kernels and library workspaces take, beside what llama.cpp accounts for.
-OVERHEAD_GIB = 1.0
+OVERHEAD_GIB = 1.0  # what driver, CUDA context and libraries take, beside what llama.cpp accounts for
 
 
 @dataclass(frozen=True)
@@ -383,25 +362,13 @@ class Fit:
     overhead_gib: float
     ceiling_tokens_per_s: float
 
-    @property
-    def total_gib(self) -> float:
-        return self.weights_gib + self.kv_gib + self.buffers_gib + self.overhead_gib
-
-    @property
-    def free_gib(self) -> float:
-        """What is left; negative where it does not fit."""
-        return self.device.memory_gib - self.total_gib
-
-    @property
-    def fits(self) -> bool:
-        return self.free_gib >= 0
+    total_gib = property(lambda self: self.weights_gib + self.kv_gib + self.buffers_gib + self.overhead_gib)
+    free_gib = property(lambda self: self.device.memory_gib - self.total_gib)  # negative where it does not fit
+    fits = property(lambda self: self.free_gib >= 0)
 
 
 def fits(model, type: str, context: int | None = None, device="H100 SXM", kv_type: str = "F16", users: int = 1) -> Fit:
-    """Does ``model`` in ``type`` run on one ``device``, for ``users`` with ``context`` tokens each?  See :class:`Fit`.
-
-    ``context`` is the model's own by default.  ``device``: as :func:`qtutor.decide.hardware.device` takes it.
-    """
+    """Does ``model`` run on one ``device``, for ``users`` with ``context`` tokens each, by default the model's own?"""
     device, context = device_of(device), context or config_of(model)["max_position_embeddings"]
     return Fit(
         model if isinstance(model, str) else "model", llamacpp._type(type).name, context, str(kv_type).upper(),

@@ -97,8 +97,8 @@ def device(name) -> Device:
         return name
     if name in DEVICES:
         return DEVICES[name]
-    words = set(str(name).replace("-", " ").split()[1:])  # "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3"
-    near = [known for known in DEVICES if known.split()[0] in words and (known.split()[0] != "RTX" or known.split()[1] in words)]
+    words = set(str(name).replace("-", " ").split())  # "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3"
+    near = [known for known in DEVICES if set(known.split()[: 2 if known.startswith("RTX") else 1]) <= words]
     if not near:
         raise QtutorError(f"There is no device {name!r} in the table: make a hardware.Device, or choose one of "
                           f"{', '.join(DEVICES)}.")  # fmt: skip

@@ -178,7 +178,8 @@ def test_ceiling_is_bandwidth_over_bytes():
 
 
 def test_largest():
-    kind = capacity.largest_type("Llama-2-70B", 8192, "RTX 4090", [t for t in llamacpp.TYPES if t[0] in "QI" and t[1] != "1"])
+    types = [t for t in llamacpp.TYPES if t[0] in "QI" and t[1] != "1"]
+    kind = capacity.largest_type("Llama-2-70B", 8192, "RTX 4090", types)
     assert capacity.fits("Llama-2-70B", kind, 8192, "RTX 4090").fits
     bigger = [t for t in ("Q4_0", "Q3_K_S", "Q2_K", "IQ2_M") if
               capacity.size("Llama-2-70B", t).tensor_bytes > capacity.size("Llama-2-70B", kind).tensor_bytes]
@@ -205,7 +206,8 @@ def test_a_folder_whose_tokenizer_cannot_be_exported_is_planned_all_the_same(tmp
 
 
 def test_biases_are_counted(tmp_path):
-    course_model.new_model(num_hidden_layers=1, vocab_size=300, attention_bias=True, mlp_bias=True).save_pretrained(tmp_path)
+    biased = course_model.new_model(num_hidden_layers=1, vocab_size=300, attention_bias=True, mlp_bias=True)
+    biased.save_pretrained(tmp_path)
     course_model.train_tokenizer(["some words to train on"] * 9, tmp_path, vocab_size=300)
     made = llamacpp.check_gguf(gguf_export.export(tmp_path, tmp_path / "b.gguf", "f16"))
     planned = {t.name: t.nbytes for t in capacity.plan(tmp_path, "F16")}
