@@ -124,14 +124,15 @@ def test_scaling_explorer_steps_in_jupyterlab(tmp_path):
         assert page.refused == [], "JupyterLab asked another host for something"
 
 
-DECIDING = '''from qtutor import choosing, energy, pareto, planner, results, tradeoff
+DECIDING = '''from qtutor import energy, pareto, results, tradeoff
+from qtutor.figures import choosing, planner
 planner.planner("Llama-2-70B", "Q6_K", "H100 SXM")
 ---
 recorded = results.load("tradeoff", "cpu")
 rows = pareto.with_cost(tradeoff.measured(recorded), 0.05, 475, 1.2)
 pareto.explorer(rows, recorded.device)
 ---
-choosing.explorer(model="Llama-2-70B", machine="H100 SXM", users=8, tokens_per_s=10, max_loss=0.005)'''
+choosing.explorer(model="Llama-2-70B", device="H100 SXM", users=8, tokens_per_s=10, max_loss=0.005)'''
 
 
 @pytest.mark.timeout(240)

@@ -26,7 +26,7 @@ def left(frame):
     return shown.set_table_styles([{"selector": part, "props": props} for part in ("th", "th.col_heading", "td")])
 
 
-def table(decision: Decision, rows: int = 8):
+def table(decision: Decision, rows: int = 10):
     """The first ``rows`` techniques of a decision, with the recommendation as caption (a pandas Styler)."""
     color = COLORS[decision.options[0].verdict]
     caption = [("caption-side", "top"), ("text-align", "left"), ("font-weight", "bold"), ("padding", "0.3em 0.8em"),
