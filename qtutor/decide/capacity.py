@@ -8,13 +8,13 @@ Four numbers decide whether a model runs on a device, and how fast it can write:
 - **KV cache**  keys and values of every token so far: 2 x layers x kv_heads x head_dim values a token, in F16 two bytes
   each.  Grouped-query attention (few kv_heads) is what makes it small.
 - **buffers**   activations and logits of the batch at work, plus what the driver takes for itself.
-- **bandwidth** to write one token the device reads all weights and the cache once, so no program writes faster than
-  bandwidth / bytes: the *ceiling*.
+- **bandwidth** to write one token for every user the device reads all weights and caches once, so no program writes
+  faster than bandwidth / bytes: the *ceiling*.
 
     capacity.size("Llama-2-70B", "Q6_K").gib                     # 52.7
     capacity.fits("Llama-2-70B", "Q6_K", 4096, "H100 SXM").fits  # True
 
-Sources: llama.cpp's src/llama-quant.cpp (the mixtures) and src/llama-kv-cache.cpp; each model names its own.
+Sources: llama.cpp's src/llama-quant.cpp (the mixtures) and src/llama-kv-cache.cpp.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def config_of(model) -> dict:
 
 
 def _hyper(model) -> dict:
-    hyper = gguf_export._hyperparameters(config_of(model))
+    hyper = gguf_export.hyperparameters(config_of(model))
     if hyper["heads"] % hyper["kv_heads"] or hyper["layers"] > 512:  # llama.cpp would end the process
         raise QtutorError("This is not a usable Llama's configuration (heads or layers): check it.")
     return hyper
@@ -95,7 +95,7 @@ def _shapes(config: dict) -> dict[str, tuple[int, ...]]:
     stems = attention * bool(config.get("attention_bias")) + mlp * bool(config.get("mlp_bias"))
     biases = {f"model.layers.{layer}.{stem}.bias" for layer in range(hyper["layers"]) for stem in stems}
     extra = {"rope_freqs.weight": (hyper["head_dim"] // 2,)} if hyper["rope_type"] == "llama3" else {}
-    return extra | {name: shape for name, (_, shape) in gguf_export._expected(hyper, biases).items()}
+    return extra | {name: shape for name, (_, shape) in gguf_export.expected(hyper, biases).items()}
 
 
 def parameters(model) -> int:
@@ -128,7 +128,7 @@ def _add_vocabulary(writer, folder: Path | None, config: dict) -> None:
     if folder and (folder / "tokenizer.json").is_file():
         try:
             tokenizer = files.read_json(folder / "tokenizer.json")
-            return gguf_export._add_tokenizer(writer, tokenizer, config, config["vocab_size"])
+            return gguf_export.add_tokenizer(writer, tokenizer, config, config["vocab_size"])
         except QtutorError:  # one that cannot be exported, such as SentencePiece: a plan needs the numbers only
             for key in [key for key in writer.kv_data[0] if key.startswith("tokenizer.")]:
                 del writer.kv_data[0][key]
@@ -152,21 +152,14 @@ def write_stub(path, model, types: dict[str, str] | None = None, name: str = "st
     try:
         writer = GGUFWriter(path, "llama")
         try:
-            gguf_export._add_metadata(writer, hyper, "f16", folder.name if folder else name,
-                                     gguf_export._license_of(folder))  # fmt: skip
+            gguf_export.add_metadata(writer, hyper, "f16", folder.name if folder else name, folder)
             writer.add_size_label(size_label(weights, weights, 0, 0))
             if ftype is not None:
                 writer.kv_data[0]["general.file_type"].value = ftype
-            if vocabulary:
-                _add_vocabulary(writer, folder, config)
-            else:
-                writer.add_tokenizer_model("no_vocab")
+            _add_vocabulary(writer, folder, config) if vocabulary else writer.add_tokenizer_model("no_vocab")
             for key, shape in _shapes(config).items():
                 kind = (types or {}).get(key, "F16" if len(shape) == 2 else "F32")
-                number = llamacpp._GGML_ID[kind]
-                _, block, width = llamacpp.GGML_TYPES[number]
-                if shape[-1] % block:
-                    raise QtutorError(f"{key} has rows of {shape[-1]}, which blocks of {block} ({kind}) do not divide.")
+                number, block, width = llamacpp.GGML[kind]
                 stored = {"F32": np.float32, "F16": np.float16}.get(kind, np.uint8)
                 row, size = shape[-1] // block * width // np.dtype(stored).itemsize, prod(shape) // block * width
                 writer.add_tensor_info(key, (*shape[:-1], row), np.dtype(stored), size,
@@ -180,7 +173,7 @@ def write_stub(path, model, types: dict[str, str] | None = None, name: str = "st
         os.truncate(path, _aligned(path.stat().st_size) + nbytes)
     except OSError as err:
         raise QtutorError(f"'{path}' cannot be written ({err.strerror or err}): choose another folder.") from None
-    return llamacpp.check_gguf(path)
+    return llamacpp.check_gguf(llamacpp.trust(path))
 
 
 @dataclass(frozen=True)
@@ -208,25 +201,20 @@ class Size:
 
 def plan(model, type: str) -> tuple[llamacpp.Tensor, ...]:
     """The tensor table that llama.cpp's quantizer would write for ``model`` in ``type``, by its dry run on a stub."""
-    return _plan(_key(model), llamacpp._type(type).name)
+    return _plan(_key(model), llamacpp.file_type(type).name)
 
 
 def size(model, type: str) -> Size:
-    """The size of ``model`` in a llama.cpp type (a name in ``llamacpp.TYPES``), to the byte, without making the file.
-
-    Raises QtutorError for an unknown model or type and for another architecture than Llama.
-    """
+    """The size of ``model`` in a type of ``llamacpp.TYPES``, to the byte, without making the file."""
     tensors = plan(model, type)
-    kinds: dict[str, int] = {}
-    for t in tensors:
-        kinds[t.type] = kinds.get(t.type, 0) + t.nbytes
+    kinds = {kind: sum(t.nbytes for t in tensors if t.type == kind) for kind in sorted({t.type for t in tensors})}
     tied = not any(t.name == "output.weight" for t in tensors)
     read = sum(t.nbytes for t in tensors if tied or t.name != "token_embd.weight")
     tokenizer = None if isinstance(model, dict) or model in MODELS else Path(model) / "tokenizer.json"
     stamp = tokenizer.stat().st_mtime_ns if tokenizer and tokenizer.is_file() else None
     header = _header(_key(model), stamp and str(tokenizer.parent), stamp)
-    return Size(llamacpp._type(type).name, sum(prod(t.shape) for t in tensors),
-                sum(_aligned(t.nbytes) for t in tensors), header, read, dict(sorted(kinds.items())))  # fmt: skip
+    return Size(llamacpp.file_type(type).name, sum(prod(t.shape) for t in tensors),
+                sum(_aligned(t.nbytes) for t in tensors), header, read, kinds)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -237,8 +225,7 @@ def _stub(model, types=None, vocabulary: bool = False):
 
 
 def _key(model) -> str:
-    """The configuration as text, which a cache can compare."""
-    return json.dumps(config_of(model), sort_keys=True, default=str)
+    return json.dumps(config_of(model), sort_keys=True, default=str)  # text, which a cache can compare
 
 
 @functools.lru_cache(maxsize=1024)
@@ -255,16 +242,15 @@ def _header(config: str, model_folder: str | None, stamp) -> int:
 
 # ------------------------------------------------------------------------------------- cache, buffers, bandwidth
 
-KV_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")  # of llama.cpp's common/arg.cpp
 KV_STEP = 256  # llama.cpp rounds the cache of each sequence up to a multiple of this
 
 
 def kv_width(kv_type: str) -> float:
     """Bytes of one value in a cache of this type: 2 in F16, 34 for a block of 32 in Q8_0."""
-    if str(kv_type).upper() not in KV_TYPES:
-        raise QtutorError(f"There is no cache type {kv_type!r}: choose one of {', '.join(KV_TYPES)}.")
-    _, block, width = llamacpp.GGML_TYPES[llamacpp._GGML_ID[str(kv_type).upper()]]
-    return width / block
+    if str(kv_type).upper() not in llamacpp.KV_TYPES:
+        raise QtutorError(f"There is no cache type {kv_type!r}: choose one of {', '.join(llamacpp.KV_TYPES)}.")
+    block = llamacpp.GGML[str(kv_type).upper()]
+    return block.nbytes / block.weights
 
 
 def kv_bytes_per_token(model, kv_type: str = "F16") -> float:
@@ -291,33 +277,33 @@ def kv_bytes(model, context: int, kv_type: str = "F16", users: int = 1) -> int:
 def buffer_bytes(model, type: str, context: int, kv_type: str = "F16", users: int = 1) -> int:
     """Bytes of llama.cpp's compute buffer: activations and logits of up to 512 tokens at work.
 
-    llama.cpp itself plans it, for the stub, with memory allocation switched off (``no_alloc``, what its
-    llama-fit-params uses); the plan is the one for this machine's processor, a GPU's differs by some percent.
+    llama.cpp plans it for the stub without allocating (``no_alloc``), for this machine's processor; a GPU's plan
+    differs by some percent.
     """
     kv_width(kv_type)  # one clear sentence where there is no such cache
-    return _buffer(_key(model), llamacpp._type(type).name, _cells(context, users), str(kv_type).upper(), users)
+    return _buffer(_key(model), llamacpp.file_type(type).name, _cells(context, users), str(kv_type).upper(), users)
 
 
 @functools.lru_cache(maxsize=512)
 def _buffer(config: str, type: str, context: int, kv_type: str, users: int) -> int:
     types = {t.name: t.type for t in _plan(config, type)}
-    lib, loaded, made = llamacpp._native(), None, None
+    lib, loaded, made = llamacpp.native(), None, None
     with _stub(json.loads(config), types) as stub:
         try:
             params = lib.llama_model_default_params()
             params.no_alloc, params.load_mode, params.n_gpu_layers = True, lib.LLAMA_LOAD_MODE_NONE, 0
-            llamacpp._log.clear()
+            llamacpp.log.clear()
             loaded = lib.llama_model_load_from_file(os.fsencode(stub.path), params)
             options = lib.llama_context_default_params()
             options.n_ctx, options.n_seq_max = context * users, users
             options.n_batch, options.n_ubatch = 2048, 512
             options.op_offload = False
             options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            options.type_k = options.type_v = llamacpp._GGML_ID[kv_type]
+            options.type_k = options.type_v = llamacpp.GGML[kv_type].number
             made = lib.llama_init_from_model(loaded, options) if loaded else None
-            sizes = re.findall(r"compute buffer size *= *([\d.]+) MiB", "".join(llamacpp._log))
+            sizes = re.findall(r"compute buffer size *= *([\d.]+) MiB", "".join(llamacpp.log))
             if not made or not sizes:
-                raise QtutorError(f"llama.cpp cannot plan this context: {llamacpp._reason('no reason given')}.")
+                raise QtutorError(f"llama.cpp cannot plan this context: {llamacpp.reason('no reason given')}.")
             return int(sum(map(float, sizes)) * MIB)
         finally:
             if made:
@@ -332,8 +318,7 @@ def step_bytes(model, type: str, cached: float, kv_type: str = "F16", users: int
 
 
 def ceiling(model, type: str, cached: float, gb_per_s: float, kv_type: str = "F16", users: int = 1) -> float:
-    """Tokens/s, of all users together, that memory of ``gb_per_s`` (10^9 bytes) cannot exceed: one step writes one
-    token for every user and reads :func:`step_bytes`.  Arithmetic is not counted, so many users never get there."""
+    """Tokens/s of all users together that memory of ``gb_per_s`` (10^9 bytes) cannot exceed; arithmetic not counted."""
     return users * gb_per_s * GB / step_bytes(model, type, cached, kv_type, users)
 
 
@@ -371,7 +356,7 @@ def fits(model, type: str, context: int | None = None, device="H100 SXM", kv_typ
     """Does ``model`` run on one ``device``, for ``users`` with ``context`` tokens each, by default the model's own?"""
     device, context = device_of(device), context or config_of(model)["max_position_embeddings"]
     return Fit(
-        model if isinstance(model, str) else "model", llamacpp._type(type).name, context, str(kv_type).upper(),
+        model if isinstance(model, str) else "model", llamacpp.file_type(type).name, context, str(kv_type).upper(),
         users, device, size(model, type).read_bytes / GIB, kv_bytes(model, context, kv_type, users) / GIB,
         buffer_bytes(model, type, context, kv_type, users) / GIB, OVERHEAD_GIB,
         ceiling(model, type, context, device.gb_per_s, kv_type, users))  # fmt: skip

@@ -358,7 +358,9 @@ class Decision:
         if self.best is None:
             return self._nothing()
         best, device = self.best, hardware.device(self.need.device)
-        then = f"Next on the front: {self.front[1].technique.name}." if len(self.front) > 1 else "Nothing else is known to do."
+        then = "Nothing else is known to do."
+        if len(self.front) > 1:
+            then = f"Next on the front: {self.front[1].technique.name}."
         return (f"{best.technique.name}: {best.memory_gib:.1f} of {device.memory_gib:.1f} GiB, {_between(*best.speed)} "
                 f"tokens/s a user, perplexity {best.loss:+.2%} (course model). {then}")  # fmt: skip
 

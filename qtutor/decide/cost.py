@@ -1,8 +1,7 @@
 """Money and CO2e of a token, from its time and its joules.
 
-Both need a number that no program can measure: what an hour of the machine costs, and how many grams of CO2e the grid
-emits for a kilowatt-hour.  They are parameters of the functions below.  :data:`PRICES` and :func:`grid` offer examples,
-each with its source and date: put in your own.
+Both need a number that no program can measure: what an hour of the machine costs, and what the grid emits for a kWh.
+:data:`PRICES` and :func:`grid` offer examples, each with its source and date: put in your own.
 
     cost.cost_per_million_tokens(50, cost.price("H100").usd_per_hour)                 # 22.2 USD
     cost.co2e_grams_per_million_tokens(12, cost.grid("FRA").grams_per_kwh, pue=1.2)   # 224 g
@@ -60,8 +59,7 @@ def monthly(tokens_per_s: float, joules_per_token: float, tokens: float, usd_per
             grams_per_kwh: float, pue: float = 1.0) -> dict:  # fmt: skip
     """What ``tokens`` tokens a month take: usd_per_million, usd, hours, kwh, kg_co2e.
 
-    ``tokens_per_s``: of the whole machine, all users together, busy all the time.  ``joules_per_token``: of the device;
-    ``pue`` adds the data centre's share.
+    ``tokens_per_s``: of the whole machine, busy all the time; ``pue`` adds the data centre's share.
     """
     _not_negative(tokens=tokens, grams_per_kwh=grams_per_kwh)
     per_million = cost_per_million_tokens(tokens_per_s, usd_per_hour)
@@ -72,10 +70,7 @@ def monthly(tokens_per_s: float, joules_per_token: float, tokens: float, usd_per
 
 @dataclass(frozen=True)
 class Price:
-    """An example of what an hour of a machine costs, in US dollars, on demand; read at ``source`` on ``date``.
-
-    Prices differ several-fold between providers and change monthly.
-    """
+    """An example of what an hour of a machine costs on demand, read at ``source`` on ``date``; prices change monthly."""
 
     name: str
     usd_per_hour: float
@@ -155,10 +150,7 @@ def grids() -> list[CarbonGrid]:
 
 
 def grid(where: str = "World") -> CarbonGrid:
-    """The grid of a country, by its English name or three-letter code (ISO 3166-1), or of the ``"World"``.
-
-    Raises QtutorError for a country that is not in the table.
-    """
+    """The grid of a country, by its English name or three-letter code (ISO 3166-1), or of the ``"World"``."""
     key = str(where).strip().lower()
     for row in grids():
         if key in (row.name.lower(), row.code.lower()):

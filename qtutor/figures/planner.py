@@ -1,7 +1,6 @@
 """Pictures and a widget for planning hardware, and pictures of what was measured.
 
-They draw numbers that :mod:`qtutor.decide.capacity` computes or that were measured.  :func:`planner` is the widget,
-:func:`plan_picture` the same picture without one.
+:func:`planner` is the widget, :func:`plan_picture` the same picture without one.
 
     planner.memory_picture("Llama-2-70B", ("Q8_0", "Q6_K", "Q4_K_M"), 4096, ["H100 SXM"])
     planner.planner()
@@ -17,9 +16,8 @@ from ..decide import capacity, hardware
 TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XS")
 CONTEXTS = (512, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 USERS = (1, 2, 4, 8, 16, 32, 64)
-PARTS = ("weights", "KV cache", "compute buffers", "driver and libraries")
-_COLORS = (plots.PALETTE[0], plots.PALETTE[1], plots.PALETTE[2], plots.PALETTE[7])
-_HATCHES = ("", "//", "..", "")
+_PARTS = (("weights", plots.PALETTE[0], ""), ("KV cache", plots.PALETTE[1], "//"),
+          ("compute buffers", plots.PALETTE[2], ".."), ("driver and libraries", plots.PALETTE[7], ""))  # fmt: skip
 _MARKERS = "osD^vP"
 
 
@@ -28,15 +26,14 @@ def _stacked(ax, fits, chosen: str | None = None) -> None:
     for row, fit in enumerate(fits):
         left, alpha = 0.0, 1.0 if chosen in (None, fit.type) else 0.42
         sizes = fit.weights_gib, fit.kv_gib, fit.buffers_gib, fit.overhead_gib
-        for part, color, hatch in zip(sizes, _COLORS, _HATCHES, strict=True):
+        for part, (_, color, hatch) in zip(sizes, _PARTS, strict=True):
             ax.barh(row, part, left=left, color=color, alpha=alpha, hatch=hatch, edgecolor="white",
                     lw=0.4, height=0.7, zorder=2)  # fmt: skip
             left += part
         ax.annotate(f"{left:.1f}", (left, row), (4, 0), textcoords="offset points", va="center", ha="left",
                     fontsize=8.5, color="0.25", zorder=4, bbox={"fc": "white", "ec": "none", "pad": 0.8})  # fmt: skip
-    names = [fit.type for fit in fits]
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_yticks(range(len(fits)), [fit.type for fit in fits])
+    ax.set_ylim(len(fits) - 0.4, -0.6)
     ax.set_xlabel("device memory (GiB)")
     ax.grid(False, axis="y")
 
@@ -44,8 +41,7 @@ def _stacked(ax, fits, chosen: str | None = None) -> None:
 def _legend(fig, lines=()) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(facecolor=c, hatch=h, edgecolor="white", label=p)
-               for p, c, h in zip(PARTS, _COLORS, _HATCHES, strict=True)]  # fmt: skip
+    handles = [Patch(facecolor=c, hatch=h, edgecolor="white", label=p) for p, c, h in _PARTS]
     columns = 5 if len(lines) < 2 else 3
     fig.legend(handles=[*handles, *lines], loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
 

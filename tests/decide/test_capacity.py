@@ -115,17 +115,17 @@ def test_a_plan_takes_no_disk_and_leaves_nothing(tmp_path, monkeypatch):
 
 def _allocated(path, ctx, kv_type, users):
     """MiB of KV cache and compute buffer that llama.cpp logs for a real context."""
-    lib = llamacpp._native()
+    lib = llamacpp.native()
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     model = lib.llama_model_load_from_file(os.fsencode(path), params)
     options = lib.llama_context_default_params()
     options.n_ctx, options.n_seq_max, options.n_batch, options.n_ubatch = ctx * users, users, 2048, 512
     options.flash_attn_type, options.op_offload = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED, False
-    options.type_k = options.type_v = llamacpp._GGML_ID[kv_type]
-    llamacpp._log.clear()
+    options.type_k = options.type_v = llamacpp.GGML[kv_type].number
+    llamacpp.log.clear()
     context = lib.llama_init_from_model(model, options)
-    log = "".join(llamacpp._log)
+    log = "".join(llamacpp.log)
     lib.llama_free(context), lib.llama_model_free(model)
 
     def find(kind):
@@ -137,12 +137,12 @@ def _allocated(path, ctx, kv_type, users):
 @pytest.mark.parametrize("kv_type, users, ctx", [("F16", 1, 512), ("F16", 4, 1024), ("Q8_0", 2, 512), ("Q4_0", 1, 768),
                                                  ("F32", 1, 256)])  # fmt: skip
 def test_cache_and_buffers_equal_llamacpp(kv_type, users, ctx, tmp_path):
-    from qtutor.rigs import llama70b
+    from qtutor.rigs import random_gguf
 
-    path = llama70b.write(tmp_path / "m.gguf", llama70b.TINY, "Q6_K")
+    path = random_gguf.write(tmp_path / "m.gguf", random_gguf.TINY, "Q6_K")
     kv, compute = _allocated(path, ctx, kv_type, users)
-    assert abs(capacity.kv_bytes(llama70b.TINY, ctx, kv_type, users) / 2**20 - kv) < 0.006
-    planned = capacity.buffer_bytes(llama70b.TINY, "Q6_K", ctx, kv_type, users)
+    assert abs(capacity.kv_bytes(random_gguf.TINY, ctx, kv_type, users) / 2**20 - kv) < 0.006
+    planned = capacity.buffer_bytes(random_gguf.TINY, "Q6_K", ctx, kv_type, users)
     assert abs(planned / 2**20 - compute) < 0.02 + 0.02 * compute
 
 
