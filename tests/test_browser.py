@@ -127,16 +127,16 @@ def test_scaling_explorer_steps_in_jupyterlab(tmp_path):
 
 
 DECIDING = '''from qtutor import results
-from qtutor.decide import choosing, pareto
-from qtutor.figures import planner
-from qtutor.rigs import tradeoff
+from qtutor.decide import pareto
+from qtutor.figures import choosing, planner
+from qtutor.figures import pareto as fronts
 planner.planner("Llama-2-70B", "Q6_K", "H100 SXM")
 ---
 recorded = results.load("tradeoff", "cpu")
-rows = pareto.with_cost(tradeoff.measured(recorded), 0.05, 475, 1.2)
-pareto.explorer(rows, recorded.device)
+rows = pareto.with_cost(pareto.measured(recorded), 0.05, 475, 1.2)
+fronts.explorer(rows, recorded.device)
 ---
-choosing.explorer(model="Llama-2-70B", machine="H100 SXM", users=8, tokens_per_s=10, max_loss=0.005)'''
+choosing.explorer(model="Llama-2-70B", device="H100 SXM", users=8, tokens_per_s=10, max_loss=0.005)'''
 
 
 def test_the_planner_the_fronts_and_the_guide_answer_in_jupyterlab(tmp_path):

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from qtutor import QtutorError, llamacpp
-from qtutor.decide import capacity
+from qtutor.decide import capacity, hardware
 from qtutor.figures import planner
 
 pytestmark = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
@@ -33,7 +33,7 @@ def test_memory_picture_adds_up():
         fit = capacity.fits("Llama-2-70B", name, 4096, "H100 SXM", users=2)
         assert bars(ax)[row] == pytest.approx(fit.total_gib)
     assert sorted(line.get_xdata()[0] for line in ax.lines) == pytest.approx(
-        sorted(capacity.GPUS[name].memory_gib for name in ("H100 SXM", "RTX 4090")))  # fmt: skip
+        sorted(hardware.DEVICES[name].memory_gib for name in ("H100 SXM", "RTX 4090")))  # fmt: skip
     assert ax.get_title(loc="left") or ax.get_title()
 
 
@@ -76,28 +76,28 @@ def test_widget_follows_its_controls():
 
     box = planner.planner()
     controls = _controls(box)
-    assert set(controls) == {"model", "type", "context", "cache", "users", "GPU", "USD/hour"}
+    assert set(controls) == {"model", "type", "context", "cache", "users", "device", "USD/hour"}
     image, text = (next(w for w in _leaves(box) if type(w) is kind) for kind in (ipywidgets.Image, ipywidgets.HTML))
     assert bytes(image.value[:4]) == b"\x89PNG" and "it fits" in text.value
     before = bytes(image.value)
     controls["type"].value = "F16"
     assert bytes(image.value) != before and "does not fit" in text.value
-    controls["type"].value, controls["GPU"].value = "Q6_K", "H200"
-    assert controls["USD/hour"].value == capacity.GPUS["H200"].usd_per_hour and "H200" in text.value
+    controls["type"].value, controls["device"].value = "Q6_K", "H200"
+    assert controls["USD/hour"].value == hardware.DEVICES["H200"].usd_per_hour and "H200" in text.value
     controls["context"].value = 8192
     assert "trained for 4,096 tokens only" in text.value
-    controls["GPU"].value = "A10"  # nobody's price is known
+    controls["device"].value = "A10"  # nobody's price is known
     assert controls["USD/hour"].value == 0 and "USD" not in text.value
 
 
 ROWS = [
     {"kind": "bandwidth", "copy_gb_per_s": 1.0},
     {"kind": "model", "type": "Q8_0", "fits": True, "weights_gib": 7.0, "decode_tokens_per_s": 30.0,
-     "decode_tokens_per_s_se": 0.1, "ceiling_tokens_per_s": 40.0, "prefill_tokens_per_s": 900.0, "prefill_tokens_per_s_se": None,
-     "prompt_tokens": 512, "joules_per_decode_token": 12.0},
+     "decode_tokens_per_s_se": 0.1, "ceiling_tokens_per_s": 40.0, "prefill_tokens_per_s": 900.0,
+     "prefill_tokens_per_s_se": None, "prefill_tokens": 512, "joules_per_decode_token": 12.0},
     {"kind": "model", "type": "Q4_0", "fits": True, "weights_gib": 4.0, "decode_tokens_per_s": 45.0,
-     "decode_tokens_per_s_se": 0.1, "ceiling_tokens_per_s": 70.0, "prefill_tokens_per_s": 800.0, "prefill_tokens_per_s_se": 2.0,
-     "prompt_tokens": 512, "joules_per_decode_token": 8.0},
+     "decode_tokens_per_s_se": 0.1, "ceiling_tokens_per_s": 70.0, "prefill_tokens_per_s": 800.0,
+     "prefill_tokens_per_s_se": 2.0, "prefill_tokens": 512, "joules_per_decode_token": 8.0},
     {"kind": "model", "type": "F16", "fits": False, "note": "too large"},
     {"kind": "batch", "type": "Q4_0", "batch": 1, "decode_tokens_per_s": 45.0, "joules_per_decode_token": 8.0},
     {"kind": "batch", "type": "Q4_0", "batch": 8, "decode_tokens_per_s": 200.0, "joules_per_decode_token": 2.0},
@@ -119,5 +119,5 @@ def test_result_pictures():
 
 
 def test_unknown_gpu_is_one_sentence():
-    with pytest.raises(QtutorError, match="There is no GPU 'H900'"):
-        planner.memory_picture(gpus=["H900"])
+    with pytest.raises(QtutorError, match="There is no device 'H900'"):
+        planner.memory_picture(devices=["H900"])

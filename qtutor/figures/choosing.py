@@ -1,0 +1,83 @@
+"""The decision guide as a table and a widget; what they show is decided in :mod:`qtutor.decide.choosing`.
+
+    choosing.table(decide(need))           # one state, without widgets
+    choosing.explorer(model="Llama-2-70B", users=8)
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import zlib
+from dataclasses import fields, replace
+
+from .. import QtutorError, plots
+from ..decide import capacity, hardware
+from ..decide.choosing import PREFER, RUNTIMES, Decision, Need, decide
+
+COLORS = {"yes": plots.PALETTE[2], "unknown": plots.PALETTE[1], "no": plots.PALETTE[3]}
+LOSSES = (0.001, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1)
+
+
+def left(frame):
+    """A table of words with everything to the left (a pandas Styler)."""
+    props = [("text-align", "left"), ("vertical-align", "top")]
+    shown = frame.style.set_uuid(f"{zlib.crc32(frame.to_csv().encode()):x}")  # the same page for the same table
+    return shown.set_table_styles([{"selector": part, "props": props} for part in ("th", "th.col_heading", "td")])
+
+
+def table(decision: Decision, rows: int = 10):
+    """The first ``rows`` techniques of a decision, with the recommendation as caption (a pandas Styler)."""
+    color = COLORS[decision.options[0].verdict]
+    caption = [("caption-side", "top"), ("text-align", "left"), ("font-weight", "bold"), ("padding", "0.3em 0.8em"),
+               ("border-left", f"4px solid {color}")]  # fmt: skip
+    shown = left(decision.frame().head(rows)).set_caption(html.escape(decision.sentence))
+    shown = shown.map(lambda word: f"color: {COLORS[word]}; font-weight: bold", subset=["will do"])
+    return shown.set_table_styles([{"selector": "caption", "props": caption}], overwrite=False)
+
+
+def _choice(label: str, options, value):
+    """A dropdown of (name, value) pairs or plain values, in which ``value`` is one of the choices."""
+    import ipywidgets as w
+
+    pairs = [one if isinstance(one, tuple) else (str(one), one) for one in options]
+    if value not in [one for _, one in pairs]:
+        pairs.append((getattr(value, "name", f"{value:g}" if isinstance(value, (int, float)) else str(value)), value))
+    wide = {"description_width": "105px"}
+    return w.Dropdown(options=pairs, value=value, description=label, style=wide, layout=w.Layout(width="320px"))
+
+
+def explorer(**start):
+    """Requirements as controls, the decision below them; ``start`` sets fields of :class:`Need` to begin with."""
+    import ipywidgets as w
+
+    if unknown := set(start) - {f.name for f in fields(Need)}:
+        raise QtutorError(f"Need has no field {min(unknown)!r}: it has {', '.join(f.name for f in fields(Need))}.")
+    need = Need(**({"model": "Llama-2-70B"} | start))
+    decide(need)  # a name that is not known is said here, not in every redraw
+    percent = [("any", math.inf), *[(f"{100 * x:g} %", x) for x in LOSSES]]
+    controls = {
+        "model": _choice("model", list(capacity.MODELS), need.model),
+        "device": _choice("device", list(hardware.DEVICES), need.device),
+        "users": _choice("users at once", [1, 2, 4, 8, 16, 32, 64], need.users),
+        "context": _choice("context, tokens", [512, 1024, 2048, 4096, 8192, 16384, 32768], need.context),
+        "keep_free_gib": _choice("keep free, GiB", [0.0, 1.0, 2.0, 4.0, 8.0], need.keep_free_gib),
+        "tokens_per_s": _choice("tokens/s a user", [0, 5, 10, 15, 20, 30, 50, 100, 200], need.tokens_per_s),
+        "max_loss": _choice("perplexity lost", percent, need.max_loss),
+        "can_train": _choice("can train", [("no", False), ("yes", True)], need.can_train),
+        "runtime": _choice("runtime", RUNTIMES, need.runtime),
+        "prefer": _choice("prefer", PREFER, need.prefer),
+    }  # fmt: skip
+    shown = w.HTML()
+
+    def redraw(_=None):
+        try:
+            shown.value = table(decide(replace(need, **{name: c.value for name, c in controls.items()}))).to_html()
+        except QtutorError as error:
+            shown.value = f"<p>{html.escape(str(error))}</p>"
+
+    for control in controls.values():
+        control.observe(redraw, names="value")
+    redraw()
+    layout = w.Layout(grid_template_columns="repeat(auto-fit, minmax(330px, 1fr))")
+    return w.VBox([w.GridBox(list(controls.values()), layout=layout), shown])

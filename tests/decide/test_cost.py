@@ -1,0 +1,82 @@
+"""cost: arithmetic by hand, codecarbon's own figures."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from qtutor import QtutorError
+from qtutor.decide import cost
+
+
+def test_cost_by_hand():
+    # 3.60 USD an hour are 0.001 USD a second; at 1,000 tokens/s a million tokens take 1,000 s
+    assert cost.cost_per_million_tokens(1000, 3.60) == pytest.approx(1.0)
+    assert cost.cost_per_million_tokens(500, 3.60) == pytest.approx(2.0)
+
+
+def test_kwh_and_co2e_by_hand():
+    # 3.6 J a token are 3.6 MJ a million tokens, which is one kWh
+    assert cost.kwh_per_million_tokens(3.6) == pytest.approx(1.0)
+    assert cost.kwh_per_million_tokens(3.6, pue=1.5) == pytest.approx(1.5)
+    assert cost.co2e_grams_per_million_tokens(3.6, 400) == pytest.approx(400)
+    assert cost.co2e_grams_per_million_tokens(0.36, 500, pue=1.2) == pytest.approx(60)
+
+
+def test_monthly_is_the_same_arithmetic():
+    found = cost.monthly(50.0, 12.0, 1e9, 4.0, 400.0, pue=1.2)
+    assert found["usd_per_million"] == cost.cost_per_million_tokens(50.0, 4.0)
+    assert found["usd"] == pytest.approx(found["hours"] * 4.0) and found["hours"] == pytest.approx(1e9 / 50 / 3600)
+    assert found["kwh"] == pytest.approx(12.0 * 1e9 / 3.6e6 * 1.2)
+    assert found["kg_co2e"] == pytest.approx(found["kwh"] * 0.4)
+
+
+@pytest.mark.parametrize("call", [
+    lambda: cost.cost_per_million_tokens(0, 1),
+    lambda: cost.cost_per_million_tokens(10, -1),
+    lambda: cost.kwh_per_million_tokens(math.nan),
+    lambda: cost.co2e_grams_per_million_tokens(1, 400, pue=0.5),
+    lambda: cost.price("H9000"),
+    lambda: cost.grid("Atlantis"),
+])  # fmt: skip
+def test_bad_input_is_one_sentence(call):
+    with pytest.raises(QtutorError) as error:
+        call()
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_every_price_has_a_source_and_a_date():
+    assert {"H100", "H200", "A100", "L4", "L40S", "CPU 16 vCPU"} <= set(cost.PRICES)
+    for price in cost.PRICES.values():
+        assert price.usd_per_hour > 0 and price.source.startswith("https://") and price.what
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", price.date)
+    assert cost.price("h100") is cost.PRICES["H100"]
+
+
+def test_grids_are_codecarbons():
+    pytest.importorskip("codecarbon")
+    from codecarbon.core.emissions import Emissions
+    from codecarbon.core.units import Energy
+    from codecarbon.external.geography import GeoMetadata
+    from codecarbon.input import DataSource
+
+    library = Emissions(DataSource())
+    for code in ("FRA", "DEU", "IND", "SWE"):
+        kg = library.get_country_emissions(Energy.from_energy(kWh=1), GeoMetadata(code))
+        assert cost.grid(code).grams_per_kwh == pytest.approx(1000 * kg)
+    world = DataSource().get_carbon_intensity_per_source_data()["world_average"]
+    assert cost.grid().grams_per_kwh == world and len(cost.grids()) > 150
+    assert cost.grid("france") == cost.grid("FRA") and cost.grid("FRA").year >= 2023
+
+
+def test_without_codecarbon_a_few_grids_remain(monkeypatch):
+    everything = {g.code: g for g in cost.grids()}
+    cost.grids.cache_clear()
+    monkeypatch.setattr("importlib.resources.files", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name)))
+    try:
+        few = cost.grids()
+    finally:
+        cost.grids.cache_clear()
+    assert 5 < len(few) < 20 and all(everything[g.code] == g for g in few)  # in step with the table
