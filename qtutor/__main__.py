@@ -318,7 +318,7 @@ COMMANDS = {
     "recipes": (recipes, "print the recipe cells: recipes 01 08"),
     "notebooks": (_delegate("notebooks"), "list, check, restore or run the notebooks"),
     "results": (_delegate("report"), "write or check the tables of results, or record them again"),
-    "model": (_delegate("course_model"), "train, evaluate or try the course model"),
+    "model": (_delegate("course_model"), "evaluate or try the model in use"),
 }
 
 
