@@ -15,7 +15,7 @@ def clip_curve(weight, bits: int, group: int | None, ratios) -> np.ndarray:
     """What clipping costs and saves: relative squared errors (2, ratios), of rounding and of clipping.
 
     ``weight`` (rows, columns) is rounded to signed integers with one scale for ``group`` neighbours (None: a row);
-    ``2 ** (bits - 1) - 1/2`` steps are a ratio times their amax.  Clipping is the error of weights beyond the last code.
+    ``2 ** (bits - 1) - 1/2`` steps are a ratio times their amax.  Clipping: the error of weights beyond the last code.
     """
     blocks, parts = weight.detach().float().reshape(-1, group or weight.shape[1]), []
     for ratio in ratios:
