@@ -9,15 +9,12 @@ answers.  The tests try them all:
         expect(answer == 448, "The largest mantissa is 1.75, the largest exponent 8.")
         return "One code more than IEEE rules would leave: E4M3 spends no codes on infinity."   # praise, or None
 
-In the notebook the reader replaces ``...`` and gets a reply at once.  Whatever the answer is, the notebook goes on:
-
-    answer = ...
-    qtutor.lesson.check("number_formats.largest_e4m3", answer)
+In the notebook the reader replaces the ``...`` of ``answer = ...`` and ``qtutor.lesson.check(name, answer)`` replies at
+once.  Whatever the answer is, the notebook goes on.
 """
 
 from __future__ import annotations
 
-import functools
 import html
 import importlib
 import inspect
@@ -89,7 +86,6 @@ def _is_open(answer) -> bool:
 def _watched(answer):
     """The reader's function, which raises NotAttempted when it returns ``...``: then it is a stub, too."""
 
-    @functools.wraps(answer)
     def function(*args, **kwargs):
         result = answer(*args, **kwargs)
         if result is ...:
@@ -116,8 +112,8 @@ def verdict(name: str, answer) -> tuple[str, str]:
     except WrongAnswer as error:
         return "wrong", str(error)
     except Exception as error:  # the answer is the reader's: whatever it breaks is its mistake, not the notebook's
-        shown = " ".join(str(error).split())[:200]
-        return "wrong", f"The check cannot use this answer ({type(error).__name__}: {shown})."
+        said = " ".join(str(error).split())[:200]
+        return "wrong", f"The check cannot use this answer ({type(error).__name__}: {said})."
     return "right", praise or "Right."
 
 
@@ -185,10 +181,7 @@ def _show_as_sentence(shell, kind, error, traceback, tb_offset=None):
 
 
 def setup() -> None:
-    """Prepare a notebook: quiet libraries, seeds, threads, plot theme, Transformer Engine; print what this machine has.
-
-    It may be called again.
-    """
+    """Prepare a notebook: quiet libraries, seeds, threads, plots, Transformer Engine; print what this machine has."""
     offline = _environment()
     quiet()
     import numpy as np
@@ -214,6 +207,4 @@ def setup() -> None:
         device = f"CPU, {threads()} thread{'s' if threads() > 1 else ''}"
     size = {"full": "full (the sizes for a GPU)", "quick": "quick (small sizes, for a CPU)"}[profile()]
     print(f"qtutor {__version__} · Python {platform.python_version()} · torch {torch.__version__.split('+')[0]}\n"
-          f"device   {device}\n"
-          f"FP8      {status}\n"
-          f"profile  {size}")  # fmt: skip
+          f"device   {device}\nFP8      {status}\nprofile  {size}")  # fmt: skip

@@ -57,8 +57,7 @@ def figure(width: float = 8, height: float = 4, ncols: int = 1, nrows: int = 1, 
 
 def png(fig) -> bytes:
     """Return the figure as PNG bytes and close it: what ``ipywidgets.Image(value=...)`` wants."""
-    buffer = io.BytesIO()
-    # no bbox_inches="tight": every state of a widget then has the same size, and the page does not jump
+    buffer = io.BytesIO()  # no bbox_inches="tight" below: a widget's pictures keep their size, the page does not jump
     fig.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     plt.close(fig)
     return buffer.getvalue()
