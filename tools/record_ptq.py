@@ -15,7 +15,7 @@ from pathlib import Path
 
 import nbformat
 
-from qtutor import files, results
+from qtutor import corpus, files, results
 
 SKIPPED = {"exercise", "recipe"}
 METHODS, BACKENDS = "methods", "ran"  # names in the notebook: a table, one row a method; back end -> its row
@@ -66,10 +66,11 @@ def run(path: Path, full: bool) -> dict:
 def record(full: bool, directory=None) -> list[Path]:
     """Quantize the course model by hand and by the libraries that are here; save both tables."""
     (path,) = (files.ROOT / "notebooks").glob("*_ptq_fundamentals.ipynb")
-    names, profile = run(path, full), "full" if full else "quick"
-    backends = [{"backend": name, **row} for name, row in names[BACKENDS].items()]
-    return [results.save("ptq_methods", names[METHODS], profile=profile, directory=directory),
-            results.save("ptq_backends", backends, profile=profile, directory=directory)]  # fmt: skip
+    names, text = run(path, full), corpus.fingerprint(corpus.eval_text())
+    rows = {"ptq_methods": names[METHODS].to_dict("records"),
+            "ptq_backends": [{"backend": name, **row} for name, row in names[BACKENDS].items()]}  # fmt: skip
+    return [results.save(name, [{**row, "text": text} for row in rows[name]], profile="full" if full else "quick",
+                         directory=directory) for name in RECORDS]  # fmt: skip
 
 
 RECORDS = {"ptq_methods": record, "ptq_backends": record}
