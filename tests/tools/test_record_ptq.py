@@ -14,7 +14,7 @@ def notebook(folder, *cells):
     nb = nbformat.v4.new_notebook()
     nb.cells = [nbformat.v4.new_code_cell(source, metadata={"tags": [tag]} if tag else {}) for source, tag in cells]
     (folder / "notebooks").mkdir()
-    nbformat.write(nb, folder / "notebooks" / "07_ptq_fundamentals.ipynb")
+    nbformat.write(nb, folder / "notebooks" / "99_ptq_fundamentals.ipynb")
 
 
 CELLS = [
