@@ -193,7 +193,7 @@ def main(argv=None) -> dict:
     default = 8192 if gpu else 2048
     options.rows, options.columns = options.rows or default, options.columns or default
     options.compile = gpu if options.compile is None else options.compile
-    lesson._quiet()
+    lesson.quiet()
 
     copy = measure.bandwidth(options.device)["copy_gb_per_s"]
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"

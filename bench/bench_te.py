@@ -23,7 +23,7 @@ def candidates():
     """name -> (model, context of the forward pass)."""
     import contextlib
 
-    lesson._quiet()
+    lesson.quiet()
     switch.activate()
     import transformer_engine.pytorch as te
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training

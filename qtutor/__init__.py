@@ -56,11 +56,11 @@ def pick(*, quick, full):
     return full if profile() == "full" else quick
 
 
-def setup(*args, **kwargs):
+def setup() -> None:
     """The first cell of every notebook: see :func:`qtutor.lesson.setup`."""
     from . import lesson
 
-    return lesson.setup(*args, **kwargs)
+    lesson.setup()
 
 
 def __getattr__(name: str):

@@ -36,26 +36,13 @@ from . import QtutorError, files
 OVERLAP_WORDS = 13
 MIN_CHARACTERS = 80
 HELD_OUT_EVERY = 100  # one document in so many is validation text, for choices made during training
-_SKIP_FOLDERS = {
-    "tests",
-    "test",
-    "testing",
-    "_test",
-    "idlelib",
-    "lib2to3",
-    "pydoc_data",
-    "site-packages",
-    "qtutor",
-    "_vendor",
-    "__pycache__",
-}
+_SKIP_FOLDERS = set("tests test testing _test idlelib lib2to3 pydoc_data site-packages qtutor _vendor".split())
 
 
 def cache_dir() -> Path:
     """Return the folder for things that can be made again (``QTUTOR_CACHE``, else ``.cache`` in the project).
 
-    Raises:
-        QtutorError: the folder cannot be created or written.
+    Raises QtutorError where it cannot be created or written.
     """
     default = files.ROOT / ".cache" if (files.ROOT / "pyproject.toml").exists() else Path.home() / ".cache" / "qtutor"
     folder = Path(os.environ.get("QTUTOR_CACHE") or default)
@@ -71,7 +58,7 @@ def cache_dir() -> Path:
 
 def fingerprint(text: str) -> str:
     """Return the first 12 hex digits of the text's SHA-256 (UTF-8), to tell one text from another."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:12]
 
 
 @cache
@@ -110,16 +97,10 @@ def _shingles(text: str, n: int = OVERLAP_WORDS) -> set[int]:
 
 def _source_files(packages: tuple[str, ...] | None) -> list[Path]:
     """Python files of the named packages (all installed ones and the standard library if None), in a fixed order."""
-    site, stdlib = Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("stdlib"))
-    if packages is None:
-        roots = [site, stdlib]
-    else:
-        roots = []
-        for name in packages:
-            for base in (site, stdlib):
-                for root in (base / name, base / f"{name}.py"):
-                    if root.exists():
-                        roots.append(root)
+    roots = [Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("stdlib"))]
+    if packages is not None:
+        places = [base / place for name in packages for base in roots for place in (name, f"{name}.py")]
+        roots = [place for place in places if place.exists()]
         if not roots:
             raise QtutorError(f"None of the packages {', '.join(packages)} is installed: name installed packages.")
     found = []
@@ -147,6 +128,7 @@ def docstrings(source: bytes | str) -> list[str]:
 
 
 def _text_of_packages(packages, progress) -> list[str]:
+    """The unique docstrings of the packages, without those that overlap with the evaluation text."""
     from tqdm.auto import tqdm
 
     known = _shingles(eval_text())
@@ -157,12 +139,10 @@ def _text_of_packages(packages, progress) -> list[str]:
         if b'"""' not in source and b"'''" not in source:
             continue
         for text in docstrings(source):
-            key = hashlib.sha256(" ".join(text.split()).encode("utf-8", "replace")).digest()[:12]
-            if key in seen:
-                continue
-            seen.add(key)
-            if not known & _shingles(text):
+            key = fingerprint(" ".join(text.split()))
+            if key not in seen and not known & _shingles(text):
                 documents.append(text)
+            seen.add(key)
     return documents
 
 
@@ -174,8 +154,7 @@ def train_documents(packages: tuple[str, ...] | list[str] | None = None, progres
             (two minutes the first time, cached afterwards by Python version and package versions).
         progress: show a progress bar.
 
-    Raises:
-        QtutorError: none of the packages is installed, or the cache folder cannot be written.
+    Raises QtutorError where none of the packages is installed, or the cache folder cannot be written.
     """
     from importlib.metadata import distributions
 
@@ -183,11 +162,10 @@ def train_documents(packages: tuple[str, ...] | list[str] | None = None, progres
     installed = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]})
     key = fingerprint(json.dumps([sysconfig.get_python_version(), packages, installed, MIN_CHARACTERS, "v1"]))
     cached = cache_dir() / f"docstrings-{key}.json"
-    if cached.exists():
-        try:
-            return json.loads(cached.read_text(encoding="utf-8"))
-        except ValueError:  # a cache is only a cache: make it again
-            cached.unlink()
+    try:
+        return json.loads(cached.read_text("utf-8"))
+    except (OSError, ValueError):  # not there, or damaged: a cache is only a cache, make it again
+        pass
     documents = _text_of_packages(packages, progress)
     documents = [d.encode("utf-8", "replace").decode("utf-8") for d in documents]  # lone surrogates
     files.write_text(cached, json.dumps(documents), "free some disk space or set QTUTOR_CACHE to another folder")
@@ -201,70 +179,45 @@ def split(documents: list[str]) -> tuple[list[str], list[str]]:
     return kept, held_out
 
 
-def train_text(max_bytes: int | None = None, packages=None, progress: bool = True) -> str:
-    """Return training documents joined by blank lines, cut at ``max_bytes`` UTF-8 bytes (at a document's end)."""
-    kept, size = [], 0
-    for text in split(train_documents(packages, progress))[0]:
-        size += len(text.encode("utf-8")) + 2
-        if max_bytes is not None and size > max_bytes and kept:
-            break
-        kept.append(text)
-    return "\n\n".join(kept) + "\n"
-
-
-def tokens(source, tokenizer, packages=None, max_bytes: int | None = None, progress: bool = True) -> np.ndarray:
+def tokens(source, tokenizer, packages=None, progress: bool = True) -> np.ndarray:
     """Tokenize the evaluation text, the training documents, or a text of your own.
 
     Args:
         source: ``"eval"``, ``"train"``, a list of documents, or any other string as the text itself.
         tokenizer: a Hugging Face tokenizer.
-        packages, max_bytes: for ``"train"``, see :func:`train_documents` and :func:`train_text`.
+        packages, progress: for ``"train"``, see :func:`train_documents`.
 
     Returns:
         Token ids, shape (n,), dtype uint16 (uint32 for a vocabulary beyond 65,536).  Documents of a list
         and of ``"train"`` each begin with the end-of-text token, so that the model knows where one starts.
     """
-    if isinstance(source, str):
-        if source == "train":
-            documents = split(train_documents(packages, progress))[0]
-            if max_bytes is not None:
-                ends = np.cumsum([len(d.encode("utf-8")) for d in documents])
-                documents = documents[: max(1, int(np.searchsorted(ends, max_bytes, side="right")))]
-        else:
-            documents = [eval_text() if source == "eval" else source]
-    else:
-        documents = list(source)
-    marked = source == "train" or not isinstance(source, str)
-    eos = tokenizer.eos_token_id
+    if isinstance(source, str) and source == "train":
+        source = split(train_documents(packages, progress))[0]
+    marked = not isinstance(source, str) and tokenizer.eos_token_id is not None
+    documents = [eval_text() if source == "eval" else source] if isinstance(source, str) else list(source)
     dtype = np.uint16 if len(tokenizer) <= 65_536 else np.uint32
-    pieces = []
+    pieces = [np.zeros(0, dtype)]
     for start in range(0, len(documents), 1000):  # batched: the Rust tokenizer is far faster that way
         for ids in tokenizer(documents[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]:
-            pieces.append(np.array([eos, *ids] if marked and eos is not None else ids, dtype=dtype))
-    return np.concatenate(pieces) if pieces else np.zeros(0, dtype)
+            pieces.append(np.array([tokenizer.eos_token_id, *ids] if marked else ids, dtype=dtype))
+    return np.concatenate(pieces)
 
 
 def batches(ids: np.ndarray, batch_size: int, seq_len: int, seed: int = 0, device=None) -> Iterator:
-    """Yield shuffled training batches for ever: windows of ``seq_len + 1`` tokens, a fresh order each epoch.
+    """Yield shuffled training batches for ever: LongTensors (batch_size, seq_len + 1), a fresh order each epoch.
 
-    Each epoch begins at its own random offset, so that windows differ from epoch to epoch.  The same seed
-    gives the same batches on every machine: this is what makes two precisions comparable.
+    Inputs are ``[:, :-1]``, targets ``[:, 1:]``.  Each epoch begins at its own random offset, so that windows differ
+    from epoch to epoch.  The same seed gives the same batches on every machine, which makes two precisions comparable.
 
-    Yields:
-        LongTensor of shape (batch_size, seq_len + 1): inputs are ``[:, :-1]``, targets ``[:, 1:]``.
-
-    Raises:
-        QtutorError: there are too few tokens for one batch.
+    Raises QtutorError where there are too few tokens for one batch.
     """
     import torch
 
     window = seq_len + 1
     per_epoch = (len(ids) - seq_len) // seq_len  # windows overlap by one token: each target is seen once
     if per_epoch < batch_size + 1:
-        raise QtutorError(
-            f"{len(ids)} tokens are too few for batches of {batch_size} x {seq_len}: "
-            "use more text, or a smaller batch_size or seq_len."
-        )
+        raise QtutorError(f"{len(ids)} tokens are too few for batches of {batch_size} x {seq_len}: "
+                          "use more text, or a smaller batch_size or seq_len.")  # fmt: skip
     rng = np.random.default_rng(seed)
     while True:
         offset = int(rng.integers(0, seq_len))

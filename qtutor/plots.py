@@ -1,4 +1,4 @@
-"""Pictures: one theme, colours that everybody can tell apart, and the few shapes that come back all the time.
+"""Pictures: one theme, colours that everybody can tell apart, and the shapes that many notebooks draw.
 
 A figure of this course has a title, units on its axes and a modest size.  The palette is seaborn's "colorblind"
 (Wong, *Points of view: Color blindness*, Nature Methods 8, 2011, https://doi.org/10.1038/nmeth.1618); where it
@@ -17,8 +17,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.text import Text
-
-from . import QtutorError
 
 PALETTE = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133",
            "#56b4e9"]  # fmt: skip
@@ -59,8 +57,7 @@ def figure(width: float = 8, height: float = 4, ncols: int = 1, nrows: int = 1, 
 
 def png(fig) -> bytes:
     """Return the figure as PNG bytes and close it: what ``ipywidgets.Image(value=...)`` wants."""
-    buffer = io.BytesIO()
-    # no bbox_inches="tight": every state of a widget then has the same size, and the page does not jump
+    buffer = io.BytesIO()  # no bbox_inches="tight" below: a widget's pictures keep their size, the page does not jump
     fig.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     plt.close(fig)
     return buffer.getvalue()
@@ -114,12 +111,7 @@ def quality_vs_bits(ax, bits, values, errors=None, labels=None, color=None, mark
         errors: one standard error for each point, or None.
         labels: the name of each point, placed so that names do not cover each other, or None.
         label: name of the whole series, for the legend.
-
-    Raises QtutorError when the lengths differ.
     """
-    for other in (values, errors, labels):
-        if other is not None and len(other) != len(bits):
-            raise QtutorError(f"There are {len(bits)} bits and {len(other)} other values: give one for each point.")
     ax.errorbar(bits, values, yerr=errors, fmt=marker, color=color or PALETTE[0], ms=5, capsize=2.5, lw=1.2,
                 label=label)  # fmt: skip
     ax.set_xlabel("bits per weight")
@@ -136,10 +128,3 @@ def histogram(ax, values, bins=100, label=None, color=None, log: bool = False, d
             histtype="stepfilled", **kw)  # fmt: skip
     ax.set_ylabel("density" if density else "count")
     return ax
-
-
-def band(ax, x, center, low, high, label=None, color=None, **kw):
-    """Draw a line with a shaded band around it: a median and its percentiles, a mean and its error."""
-    (line,) = ax.plot(x, center, label=label, color=color, **kw)
-    ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    return line

@@ -9,14 +9,13 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from qtutor import QtutorError, plots
+from qtutor import plots
 
 
 def test_png_has_the_size_asked_for_and_closes_the_figure():
     plots.theme()
     fig, axes = plots.figure(6, 3, ncols=2, sharey=True)
     plots.histogram(axes[0], torch.randn(1000), label="weights")
-    plots.band(axes[1], [1, 2], [3.0, 4.0], [2, 3], [4, 5])
     data = plots.png(fig)
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", data[16:24]) == (540, 270)
     assert fig.number not in plots.plt.get_fignums()
@@ -32,11 +31,4 @@ def test_labels_do_not_overlap(scale):
     boxes = [Text.get_window_extent(text) for text in ax.texts]
     assert len(boxes) == len(bits)
     assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
-    plots.png(fig)
-
-
-def test_lengths_must_agree():
-    fig, ax = plots.figure()
-    with pytest.raises(QtutorError, match="one for each point"):
-        plots.quality_vs_bits(ax, [1, 2], [1, 2], labels=["a"])
     plots.png(fig)

@@ -1,8 +1,8 @@
 """The checks behind the exercises of the notebooks.
 
-Each check looks at the reader's answer and raises AssertionError with one sentence that helps on when it is wrong;
-when it is right it returns None or a sentence of praise (see :mod:`qtutor.lesson`).  The solution and typical wrong
-answers are registered with it: the tests try them all.
+Each check gets the reader's answer.  It raises WrongAnswer with one sentence that helps on, or returns None or a
+sentence of praise (see :mod:`qtutor.lesson`; :mod:`.answers` has what the checks share).  The solution and typical
+wrong answers are registered with it: the tests try them all.
 
 One module a topic; the name of an exercise begins with it: "number_formats.largest".
 """

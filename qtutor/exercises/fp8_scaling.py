@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from ..lesson import exercise
+import math
+
+import torch
+
+from ..lesson import exercise, expect
+from .answers import function, number, tensor
 
 
 def _next_scale_solution(history, scale, margin=0):
-    import math
-
     amax = max(history)
     if amax == 0 or not math.isfinite(amax):
         return scale
@@ -23,95 +26,57 @@ def _next_scale_solution(history, scale, margin=0):
     lambda history, scale, margin=0: 448 / max(max(history), 1e-12) / 2**margin,             # a huge scale for zeros
 ])  # fmt: skip
 def _next_scale(answer):
-    import math
-
-    assert callable(answer), "Give the function itself: next_scale, without brackets."
-    given = answer([2.0, 8.0, 4.0], 7.0)
-    assert given is not None, "The function returns nothing: is there a return?"
-    assert abs(given - 8 / 448) > 1e-9, "That is the reciprocal: the scale takes amax up to 448."
-    assert abs(given - 112) > 1e-6, '"max" takes the largest amax of the history, not the last.'
-    assert abs(given - 56) < 1e-6, "For the history [2, 8, 4] the scale is 448 / 8 = 56."
-    assert abs(answer([2.0, 8.0, 4.0], 7.0, 1) - 28) < 1e-6, "margin=1 leaves room for a doubling: half the scale."
-    assert answer([0.0, 0.0], 7.0) == 7.0, "A history of zeros says nothing about the tensor: keep the old scale."
-    assert answer([1.0, math.inf], 7.0) == 7.0, "An infinite amax would give a scale of 0: keep the old one."
+    answer = function(answer, "next_scale")
+    number(answer([2.0, 8.0, 4.0], 7.0), 56, "For the history [2, 8, 4] the scale is 448 / 8 = 56.", {
+        8 / 448: "That is the reciprocal: the scale takes amax up to 448.",
+        112: '"max" takes the largest amax of the history, not the last.'})
+    number(answer([2.0, 8.0, 4.0], 7.0, 1), 28, "margin=1 leaves room for a doubling: half the scale.")
+    number(answer([0.0, 0.0], 7.0), 7, "A history of zeros says nothing about the tensor: keep the old scale.")
+    number(answer([1.0, math.inf], 7.0), 7, "An infinite amax would give a scale of 0: keep the old one.")
     return "That is the library's rule, the two guards included."
 
 
 @exercise("fp8_scaling.shadow", solution=117, wrong=[116, 101, 115, 118, 16, "117"])
 def _shadow(answer):
-    assert isinstance(answer, (int, float)), "Give the number of a step."
-    assert answer != 101, "Step 101 is the first one whose scale knows the outlier: that is where the shadow begins."
-    assert answer != 16, "That is how many steps the shadow lasts; the question is which step comes after it."
-    assert answer not in (115, 116), "Step 116's scale was made at the end of step 115, from steps 100 to 115."
-    assert answer == 117, "The scale of step t + 1 comes from the amaxes of the 16 steps t - 15 to t."
+    late = "Step 116's scale was made at the end of step 115, from steps 100 to 115."
+    number(answer, 117, "The scale of step t + 1 comes from the amaxes of the 16 steps t - 15 to t.", {
+        101: "Step 101 is the first one whose scale knows the outlier: that is where the shadow begins.",
+        16: "That is how many steps the shadow lasts; the question is which step comes after it.",
+        115: late, 116: late})  # fmt: skip
     return "Sixteen steps in the shadow, 101 to 116. With the default history it would have been 1024."
 
 
 @exercise("fp8_scaling.mx_scale", solution=2.0**-5, wrong=[2.0**-6, 2.0**5, 7.5 / 448, 448 / 7.5, 2.0**-4, "2**-5"])
 def _mx_scale(answer):
-    import math
-
-    assert isinstance(answer, (int, float)), "Give a number."
-    assert answer > 0, "A scale is positive."
-    assert answer < 1, "Codes go up to 448 and the block only to 7.5: the scale that multiplies the codes is below 1."
-    assert abs(2.0 ** round(math.log2(answer)) - answer) < 1e-12, "An E8M0 scale is a power of two."
-    assert answer != 2.0**-6, "7.5 / 2**-6 is 480, and E4M3 ends at 448."
-    assert answer == 2.0**-5, "With half that scale everything still fits, and more of the range is used."
+    number(answer, 2.0**-5, "The scale is the smallest power of two with which 7.5 / scale is still at most 448.", {
+        7.5 / 448: "An E8M0 scale is a power of two.",
+        448 / 7.5: "The scale multiplies the codes, which go up to 448, and the block only goes to 7.5: it is below 1.",
+        2.0**5: "The scale multiplies the codes, which go up to 448, and the block only goes to 7.5: it is below 1.",
+        2.0**-6: "7.5 / 2**-6 is 480, and E4M3 ends at 448.",
+        2.0**-4: "With half that scale everything still fits, and more of the range is used."})
     return "7.5 becomes the code 240. Rounding the scale up costs up to half of the range and saturates nothing."
 
 
-def _stochastic_round_solution(x):
-    import torch
-
-    return torch.floor(x + torch.rand_like(x))
-
-
-def _nearest(x):
-    return x.round()
-
-
-def _coin(x):
-    import torch
-
-    return torch.floor(x) + (torch.rand_like(x) < 0.5)
-
-
-def _upside_down(x):
-    import torch
-
-    return torch.floor(x) + (torch.rand_like(x) > x - torch.floor(x))
-
-
-def _toward_zero(x):
-    import torch
-
-    return torch.trunc(x + torch.rand_like(x))
-
-
-def _not_whole(x):
-    import torch
-
-    return x + torch.rand_like(x) - 0.5
-
-
-@exercise("fp8_scaling.stochastic_round", solution=_stochastic_round_solution,
-          wrong=[_nearest, _coin, _upside_down, _toward_zero, _not_whole, lambda x: x])  # fmt: skip
+@exercise("fp8_scaling.stochastic_round", solution=lambda x: torch.floor(x + torch.rand_like(x)), wrong=[
+    lambda x: x, lambda x: x.round(),
+    lambda x: torch.floor(x) + (torch.rand_like(x) < 0.5),                   # a fair coin
+    lambda x: torch.floor(x) + (torch.rand_like(x) > x - torch.floor(x)),    # up and down exchanged
+    lambda x: torch.trunc(x + torch.rand_like(x)),                           # negative numbers towards zero
+    lambda x: x + torch.rand_like(x) - 0.5,                                  # not rounded
+])  # fmt: skip
 def _stochastic_round(answer):
-    import torch
-
-    assert callable(answer), "Give the function itself: stochastic_round, without brackets."
+    answer = function(answer, "stochastic_round")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for value in (2.3, -1.75, 0.1):
-            got = answer(torch.full((20_000,), value))
-            assert isinstance(got, torch.Tensor) and got.shape == (20_000,), "Return a tensor of the shape of x."
-            assert torch.equal(got, got.round()), "The results must be whole numbers."
-            low = torch.tensor(value).floor().item()
-            assert set(got.unique().tolist()) <= {low, low + 1}, (
-                f"{value} lies between {low:.0f} and {low + 1:.0f}: only these two may come out.")  # fmt: skip
-            assert len(got.unique()) == 2, f"{value} always becomes {got[0].item():.0f}: sometimes it should go up."
+            got = tensor(answer(torch.full((20_000,), value)), (20_000,))
+            expect(torch.equal(got, got.round()), "The results must be whole numbers.")
+            low = math.floor(value)
+            expect(set(got.unique().tolist()) <= {low, low + 1},
+                   f"{value} lies between {low} and {low + 1}: only these two may come out.")  # fmt: skip
+            expect(len(got.unique()) == 2, f"{value} always becomes {got[0].item():.0f}: sometimes it should go up.")
             mean = got.float().mean().item()
-            assert abs(mean - value) < 0.02, f"The mean of 20,000 roundings of {value} is {mean:.3f}."
+            expect(abs(mean - value) < 0.02, f"The mean of 20,000 roundings of {value} is {mean:.3f}.")
         whole = torch.tensor([-2.0, 0.0, 3.0])
-        assert torch.equal(answer(whole.clone()), whole), "A whole number must stay what it is."
-    return "Wrong in each case and right on average: that is what gradients need."
+        expect(torch.equal(answer(whole.clone()), whole), "A whole number must stay what it is.")
+    return "Each rounding is wrong, and their mean is right: that is what gradients need."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..lesson import exercise
+from ..decide import capacity
+from ..lesson import exercise, expect
+from .answers import function, number, several
 
 
 def _cache_gib(tokens, kv_heads, values=2, layers=80, head_dim=128, width=2, unit=2**30):
@@ -17,43 +19,30 @@ def _cache_gib(tokens, kv_heads, values=2, layers=80, head_dim=128, width=2, uni
     [_cache_gib(4096, 8, unit=1e9), _cache_gib(4096, 64, unit=1e9)],     # GB
     [_cache_gib(4096, 8), _cache_gib(4096, 8)], 1.25, "1.25, 10"])  # fmt: skip
 def _kv_cache(answer):
-    assert isinstance(answer, (list, tuple)) and len(answer) == 2, "Give a list of two numbers, in GiB."
-    assert all(isinstance(x, (int, float)) for x in answer), "Give numbers, in GiB."
-    grouped, full = answer
+    grouped, full = several(answer, 2, "two numbers, in GiB,")
     right, all_heads = _cache_gib(4096, 8), _cache_gib(4096, 64)
-    assert abs(grouped - all_heads) > 1e-3, "The first number is with 8 heads of keys and values, the second with 64."
-    assert abs(grouped - right / 2) > 1e-3, "Keys *and* values are kept, in F16: two bytes for each value."
-    assert abs(grouped - right / 80) > 1e-3, "Every one of the 80 layers keeps keys and values of its own."
-    assert abs(grouped - right * 2**30 / 1e9) > 1e-3, "That is in GB, of 10^9 bytes: a GiB has 2^30."
-    assert abs(grouped - right) < 1e-3, "2 x 80 layers x 8 heads x 128 values x 2 bytes, for each of 4096 tokens."
-    assert abs(full - all_heads) < 1e-3, "Without groups there are 64 heads of keys and values: eight times as many."
+    number(grouped, right, "2 x 80 layers x 8 heads x 128 values x 2 bytes, for each of 4096 tokens.", {
+        all_heads: "The first number is with 8 heads of keys and values, the second with 64.",
+        right / 2: "Keys *and* values are kept, in F16: two bytes for each value.",
+        right / 80: "Every one of the 80 layers keeps keys and values of its own.",
+        right * 2**30 / 1e9: "That is in GB, of 10^9 bytes: a GiB has 2^30."}, within=1e-3)
+    number(full, all_heads, "Without groups there are 64 heads of keys and values: eight times as many.", within=1e-3)
     return "Without grouped queries a few users would need more memory for their caches than for the weights."
-
-
-def _largest_types():
-    from ..decide import capacity
-
-    found = []
-    for cache in ("F16", "Q8_0"):
-        found.append(capacity.largest_type("Llama-3-8B", 8192, "RTX 4090", types=("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"),
-                                           kv_type=cache, users=16))  # fmt: skip
-    return found
 
 
 @exercise("llama2_70b_on_one_gpu.largest_type", solution=["Q6_K", "Q8_0"], wrong=[
     ["Q8_0", "Q8_0"], ["Q6_K", "Q6_K"], ["Q5_K_M", "Q8_0"], ["Q4_K_M", "Q6_K"], ["Q8_0", "Q6_K"], "Q6_K",
     ["F16", "F16"]])  # fmt: skip
 def _largest(answer):
-    assert isinstance(answer, (list, tuple)) and len(answer) == 2, "Give a list of two types, as strings."
-    given = [str(name).upper() for name in answer]
+    given = [str(name).upper() for name in several(answer, 2, "two types, as strings,")]
     choices = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
-    assert all(name in choices for name in given), f"Choose from {', '.join(choices)}."
-    right = _largest_types()
-    assert given != ["Q8_0", "Q8_0"], "The first does not fit: have you asked for 16 users with 8192 tokens each?"
-    for number, cache in enumerate(("F16", "Q8_0")):
-        mine, best = choices.index(given[number]), choices.index(right[number])
-        assert mine >= best, f"With a cache in {cache}, {given[number]} does not fit."
-        assert mine <= best, f"With a cache in {cache}, there is room for a larger type than {given[number]}."
+    expect(set(given) <= set(choices), f"Choose from {', '.join(choices)}.")
+    expect(given != ["Q8_0", "Q8_0"], "The first does not fit: have you asked for 16 users with 8192 tokens each?")
+    for mine, cache in zip(given, ("F16", "Q8_0"), strict=True):
+        best = capacity.largest_type("Llama-3-8B", 8192, "RTX 4090", types=choices, kv_type=cache, users=16)
+        off = choices.index(mine) - choices.index(best)
+        expect(off >= 0, f"With a cache in {cache}, {mine} does not fit.")
+        expect(off <= 0, f"With a cache in {cache}, there is room for a larger type than {mine}.")
     return "With many users the cache decides: halving *its* bytes bought two bits for each weight."
 
 
@@ -70,14 +59,11 @@ def _ceiling_solution(read_bytes, kv_bytes_per_token, cached, users, gb_per_s):
     lambda w, kv, cached, users, speed: (w + users * cached * kv) / (users * speed * 1e9),  # seconds a token
 ])  # fmt: skip
 def _ceiling(answer):
-    assert callable(answer), "Give the function itself: tokens_per_s, without brackets."
-    assert answer(1e9, 0, 0, 1, 100) is not None, "The function returns nothing: is there a return?"
-    one = answer(50e9, 0, 0, 1, 1000)
-    assert abs(one - 1 / 20) > 1e-6, "That is seconds a token: turn it over."
-    assert abs(one - 20) < 1e-6, "50 * 10^9 bytes at 1000 * 10^9 bytes a second: 20 steps a second, a token each."
-    assert abs(answer(50e9, 0, 0, 4, 1000) - 20) > 1e-6, (
-        "Four users get four tokens from one step: the weights are read once for all of them.")
-    assert abs(answer(50e9, 0, 0, 4, 1000) - 80) < 1e-6, "One step reads the weights once and writes four tokens."
-    assert abs(answer(50e9, 1e6, 2000, 1, 1000) - 1000 / 52) < 1e-6, "A step also reads the cache: cached * kv bytes."
-    assert abs(answer(50e9, 1e6, 2000, 4, 1000) - 4000 / 58) < 1e-6, "Each user has a cache of their own."
+    answer = function(answer, "tokens_per_s")
+    number(answer(50e9, 0, 0, 1, 1000), 20, "50 * 10^9 bytes at 1000 * 10^9 bytes a second: 20 steps a second, a token "
+           "each.", {1 / 20: "That is seconds a token: turn it over."})  # fmt: skip
+    number(answer(50e9, 0, 0, 4, 1000), 80, "One step reads the weights once and writes four tokens.", {
+        20: "Four users get four tokens from one step: the weights are read once for all of them."})
+    number(answer(50e9, 1e6, 2000, 1, 1000), 1000 / 52, "A step also reads the cache: cached * kv bytes.")
+    number(answer(50e9, 1e6, 2000, 4, 1000), 4000 / 58, "Each user has a cache of their own.")
     return "Three divisions before you rent: memory, speed, price."

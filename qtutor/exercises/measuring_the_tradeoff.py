@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from ..lesson import exercise
-from .answers import letters
+import numpy as np
+
+from ..lesson import exercise, expect
+from .answers import function, letters, number, several
 
 
 def _front_solution(points):
@@ -18,7 +20,7 @@ def _front_solution(points):
     lambda points: [p for p, keep in zip(points, _front_solution(points), strict=True) if keep],  # points, not answers
 ])  # fmt: skip
 def _pareto_front(answer):
-    assert callable(answer), "Give the function itself: on_front, without brackets."
+    answer = function(answer, "on_front")
     cases = {
         "a plain case": [(8.0, 0.001), (5.0, 0.05), (6.0, 0.06), (3.0, 0.7)],
         "two techniques of the same size": [(5.0, 0.05), (5.0, 0.04), (3.0, 0.7)],
@@ -26,14 +28,12 @@ def _pareto_front(answer):
         "a single technique": [(5.0, 0.05)],
     }
     for what, points in cases.items():
-        given, right = answer(list(points)), _front_solution(points)
-        assert given is not None, "The function returns nothing: is there a return?"
-        given = list(given)
-        assert len(given) == len(points) and all(str(g) in ("True", "False") for g in given), (
-            f"Return one True or False for each point: for {what} you gave {given}.")  # fmt: skip
-        for point, mine, other in zip(points, given, right, strict=True):
-            assert bool(mine) == other, (
-                f"In {what}, {points}, the point {point} {'is' if other else 'is not'} on the front.")  # fmt: skip
+        given = list(answer(list(points)))
+        booleans = len(given) == len(points) and all(str(g) in ("True", "False") for g in given)
+        expect(booleans, f"Return one True or False for each point: for {what} you gave {given}.")
+        for point, mine, right in zip(points, given, _front_solution(points), strict=True):
+            expect(bool(mine) == right,
+                   f"In {what}, {points}, the point {point} {'is' if right else 'is not'} on the front.")  # fmt: skip
     return "At least as good everywhere and better somewhere: ties make the definition, and break most short versions."
 
 
@@ -49,64 +49,47 @@ def _cost_solution(tokens_per_s, usd_per_hour, busy):
     0.5,
 ])  # fmt: skip
 def _cost(answer):
-    assert callable(answer), "Give the function itself: usd_per_million, without brackets."
-    for case in ((1000.0, 3.6, 1.0), (1000.0, 3.6, 0.25), (37.5, 2.0, 0.5)):
-        given, right = answer(*case), _cost_solution(*case)
-        assert given is not None, "The function returns nothing: is there a return?"
-        speed, price, busy = case
-        assert abs(float(given) - right) < 1e-9 * right, (
-            f"At {speed:g} tokens a second, {price:g} dollars an hour and {busy:.0%} of the time busy yours says "
-            f"{float(given):.4g} dollars: the machine is paid for whether it works or not, and an hour has 3600 s."
-        )
-    return "An idle GPU is the most expensive format there is."
+    answer = function(answer, "usd_per_million")
+    for speed, price, busy in ((1000.0, 3.6, 1.0), (1000.0, 3.6, 0.25), (37.5, 2.0, 0.5)):
+        right = _cost_solution(speed, price, busy)
+        number(answer(speed, price, busy), right, within=1e-9 * right, otherwise=(
+            f"At {speed:g} tokens a second, {price:g} dollars an hour and {busy:.0%} of the time busy yours is wrong: "
+            "the machine is paid for whether it works or not, and an hour has 3600 s."))
+    return "An idle GPU costs most per token."
 
 
-def _errors_solution(a, b):
-    import numpy as np
-
-    n = len(a)
-    unpaired = np.sqrt(a.var(ddof=1) / n + b.var(ddof=1) / n)
-    return (a - b).std(ddof=1) / np.sqrt(n), unpaired
+def _paired(a, b):
+    return (a - b).std(ddof=1) / np.sqrt(len(a))
 
 
-def _errors_wrong(change):
-    def wrong(a, b):
-        import numpy as np
-
-        n, paired = len(a), (a - b).std(ddof=1) / np.sqrt(len(a))
-        apart = np.sqrt(a.var(ddof=1) / n + b.var(ddof=1) / n)
-        return {"swapped": (apart, paired), "added": (paired, a.std(ddof=1) / np.sqrt(n) + b.std(ddof=1) / np.sqrt(n)),
-                "spread": ((a - b).std(ddof=1), np.sqrt(a.var(ddof=1) + b.var(ddof=1))),
-                "twice": (paired, paired)}[change]  # fmt: skip
-
-    return wrong
+def _unpaired(a, b):
+    return np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / len(a))
 
 
-@exercise("measuring_the_tradeoff.two_errors", solution=_errors_solution, wrong=[
-    _errors_wrong("swapped"), _errors_wrong("added"), _errors_wrong("spread"), _errors_wrong("twice")])
+@exercise("measuring_the_tradeoff.two_errors", solution=lambda a, b: (_paired(a, b), _unpaired(a, b)), wrong=[
+    lambda a, b: (_unpaired(a, b), _paired(a, b)),
+    lambda a, b: (_paired(a, b), (a.std(ddof=1) + b.std(ddof=1)) / np.sqrt(len(a))),            # errors added
+    lambda a, b: (_paired(a, b) * np.sqrt(len(a)), _unpaired(a, b) * np.sqrt(len(a))),          # of single values
+    lambda a, b: (_paired(a, b), _paired(a, b)),
+])  # fmt: skip
 def _two_errors(answer):
-    import numpy as np
-
-    assert callable(answer), "Give the function itself: two_errors, without brackets."
+    answer = function(answer, "two_errors")
     rng = np.random.default_rng(0)
     for n in (50, 400):
         a = rng.exponential(3, n)
         b = a + rng.normal(0.05, 0.2, n)
-        made = answer(a, b)
-        assert made is not None, "The function returns nothing: is there a return?"
-        assert isinstance(made, (tuple, list)) and len(made) == 2, "Return two numbers: the paired error, the unpaired."
-        paired, unpaired = (float(value) for value in made)
-        right = _errors_solution(a, b)
-        assert abs(paired - right[0]) < 1e-6 * right[0], (
-            f"The paired error is that of the mean of the differences, {right[0]:.4f} here; yours is {paired:.4f}.")
-        assert abs(unpaired - right[1]) < 1e-6 * right[1], (
-            f"Errors of independent means add as squares: {right[1]:.4f} here; yours is {unpaired:.4f}.")
+        mine = several(answer(a, b), 2, "two numbers, the paired error and the unpaired,")
+        paired, unpaired = _paired(a, b), _unpaired(a, b)
+        number(mine[0], paired, f"The paired error is that of the mean of the differences, {paired:.4f} here.",
+               within=1e-6 * paired)  # fmt: skip
+        number(mine[1], unpaired, f"Errors of independent means add as squares: {unpaired:.4f} here.",
+               within=1e-6 * unpaired)  # fmt: skip
     return "Same tokens, same difference, and the error depends on whether you remembered that they were the same."
 
 
-@exercise("measuring_the_tradeoff.wrong_report", solution="ABDF", wrong=["ABCDEF", "ABDEF", "ABD", "CE", "A", "ABCD", ""])
+@exercise("measuring_the_tradeoff.wrong_report", solution="ABDF",
+          wrong=["ABCDEF", "ABDEF", "ABD", "CE", "A", "ABCD", ""])  # fmt: skip
 def _wrong_report(answer):
-    given = letters(answer)
     why = {
         "A": "A mixes two conventions: all tokens of a window against its second half.",
         "B": "B reads the clock while the GPU is still working: only the launches are timed.",
@@ -115,6 +98,6 @@ def _wrong_report(answer):
         "E": "E is sound: the same tokens, against the original model, with an error.",
         "F": "F compares the intervals of two scores on the same questions: a paired test decides that.",
     }
-    off = sorted(given ^ set("ABDF"))
-    assert not off, f"Look at {off[0]} again. {why[off[0]] if off[0] in 'CE' else 'What was held equal there?'}"
+    hints = why | dict.fromkeys("ABDF", "What was held equal there?")
+    letters(answer, "ABDF", {letter: f"Look at {letter} again. {hint}" for letter, hint in hints.items()})
     return " ".join(why[letter] for letter in "ABDF")

@@ -2,62 +2,54 @@
 
 from __future__ import annotations
 
-from ..lesson import exercise
+import gguf
+import numpy as np
+
+from ..lesson import exercise, expect
+from .answers import function, number, several
 
 
-@exercise("ptq_llamacpp.bits_q6_k", solution=8 * (128 + 64 + 16 + 2) / 256, wrong=[6, 6.5, 6.625, 210, 8 * 210, 0.82, "6.5625"])
+@exercise("ptq_llamacpp.bits_q6_k", solution=8 * (128 + 64 + 16 + 2) / 256,
+          wrong=[6, 6.5, 6.625, 210, 8 * 210, 0.82, "6.5625"])  # fmt: skip
 def _bits_q6_k(answer):
-    assert isinstance(answer, (int, float)), "Give a number of bits."
-    assert answer not in (210, 8 * 210), "That is the whole super-block: it serves 256 weights."
-    assert answer != 6, "The codes alone are 6 bits; the scales are stored, too."
-    assert abs(answer - 6.5625) < 1e-3, "Add 4-bit parts, 2-bit parts, 16 scales of 8 bits, 16 bits; divide by 256."
+    whole = "That is the whole super-block: it serves 256 weights."
+    number(answer, 6.5625, "Add 4-bit parts, 2-bit parts, 16 scales of 8 bits, 16 bits; divide by 256.", {
+        210: whole, 8 * 210: whole, 6: "The codes alone are 6 bits; the scales are stored, too."}, within=1e-3)
     return "210 bytes for 256 weights: half a bit goes to the scales, a sixteenth to the float16."
 
 
-def _dequantize_q8_0_solution(blocks):
+def _dequantize_q8_0_solution(blocks, codes="int8"):
     d = blocks[:, :2].copy().view("float16").astype("float32")
-    return d * blocks[:, 2:].view("int8").astype("float32")
-
-
-def _unsigned_q8_0(blocks):
-    d = blocks[:, :2].copy().view("float16").astype("float32")
-    return d * blocks[:, 2:].astype("float32")
+    return d * blocks[:, 2:].view(codes).astype("float32")
 
 
 @exercise("ptq_llamacpp.dequantize_q8_0", solution=_dequantize_q8_0_solution, wrong=[
-    _unsigned_q8_0,
+    lambda blocks: _dequantize_q8_0_solution(blocks, "uint8"),
     lambda blocks: blocks[:, 2:].view("int8").astype("float32"),                           # no scale
     lambda blocks: _dequantize_q8_0_solution(blocks).ravel(),                              # no blocks
     lambda blocks: blocks[:, 32:].copy().view("float16").astype("float32") * blocks[:, :32].view("int8"),
     lambda blocks: blocks,
 ])  # fmt: skip
 def _dequantize_q8_0(answer):
-    import gguf
-    import numpy as np
-
-    assert callable(answer), "Give the function itself: dequantize_q8_0, without brackets."
+    answer = function(answer, "dequantize_q8_0")
     weights = np.random.default_rng(8).standard_normal((6, 32), dtype=np.float32)
     blocks = gguf.quantize(weights, gguf.GGMLQuantizationType.Q8_0).reshape(-1, 34)
     given = answer(blocks.copy())
-    assert isinstance(given, np.ndarray) and given.shape == (6, 32), "Return an array of shape (blocks, 32)."
-    expected = gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
-    assert not np.allclose(given, _unsigned_q8_0(blocks)), "The codes are signed: bytes above 127 are negative."
-    share = np.isclose(given, expected, rtol=1e-3, atol=1e-6).mean()
-    assert share == 1, f"{share:.0%} of the weights are right: which bytes are the scale, and is it multiplied in?"
+    expect(isinstance(given, np.ndarray) and given.shape == (6, 32), "Return an array of shape (blocks, 32).")
+    unsigned = np.allclose(given, _dequantize_q8_0_solution(blocks, "uint8"))
+    expect(not unsigned, "The codes are signed: bytes above 127 are negative.")
+    share = np.isclose(given, gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0), rtol=1e-3, atol=1e-6).mean()
+    expect(share == 1, f"{share:.0%} of the weights are right: which bytes are the scale, and is it multiplied in?")
     return "The same as gguf's own dequantizer."
 
 
 def _paired_ratio_solution(nll, base_nll):
-    import numpy as np
-
     difference = nll - base_nll
     ratio = np.exp(difference.mean())
     return ratio, ratio * difference.std(ddof=1) / np.sqrt(len(difference))
 
 
 def _unpaired_ratio(nll, base_nll):
-    import numpy as np
-
     ratio = np.exp(nll.mean() - base_nll.mean())
     return ratio, ratio * np.sqrt((nll.var(ddof=1) + base_nll.var(ddof=1)) / len(nll))
 
@@ -70,29 +62,26 @@ def _unpaired_ratio(nll, base_nll):
     lambda nll, base_nll: _paired_ratio_solution(nll, base_nll)[0],
 ])  # fmt: skip
 def _paired_ratio(answer):
-    import numpy as np
-
-    assert callable(answer), "Give the function itself: ratio_with_error, without brackets."
     rng = np.random.default_rng(8)
     base_nll = rng.gamma(1.0, 2.0, 500)
     nll = base_nll + 0.1 + 0.5 * rng.standard_normal(500)
-    given = answer(nll.copy(), base_nll.copy())
-    assert isinstance(given, tuple) and len(given) == 2, "Return two numbers: the ratio and its standard error."
-    ratio, error = _paired_ratio_solution(nll, base_nll)
-    assert abs(given[0] - ratio) < 1e-6, "The ratio of the perplexities exp(mean nll) is exp of the mean difference."
-    assert abs(given[1] - _unpaired_ratio(nll, base_nll)[1]) > 1e-6, "That is the unpaired error: subtract first."
-    assert abs(given[1] / error - 1) < 0.01, "se of the mean difference is std / sqrt(n); times the ratio."
-    return f"Paired ± {error:.3f}; unpaired it would have been ± {_unpaired_ratio(nll, base_nll)[1]:.3f}."
+    given = function(answer, "ratio_with_error")(nll.copy(), base_nll.copy())
+    mine = several(given, 2, "two numbers, the ratio and its standard error,")
+    (ratio, error), (_, unpaired) = _paired_ratio_solution(nll, base_nll), _unpaired_ratio(nll, base_nll)
+    number(mine[0], ratio, "The ratio of the perplexities exp(mean nll) is exp of the mean difference.")
+    number(mine[1], error, "se of the mean difference is std / sqrt(n); times the ratio.", {
+        unpaired: "That is the unpaired error: subtract first."}, within=0.01 * error)
+    return f"Paired ± {error:.3f}; unpaired it would have been ± {unpaired:.3f}."
 
 
 def _more_bits_solution(layers=32):
     return sum(i < layers // 8 or i >= 7 * layers // 8 or (i - layers // 8) % 3 == 2 for i in range(layers))
 
 
-@exercise("ptq_llamacpp.more_bits", solution=_more_bits_solution(), wrong=[8, 10, 32, 4, 18, 0.5, "16", _more_bits_solution(8)])
+@exercise("ptq_llamacpp.more_bits", solution=_more_bits_solution(),
+          wrong=[8, 10, 32, 4, 18, 0.5, "16", _more_bits_solution(8)])  # fmt: skip
 def _more_bits(answer):
-    assert isinstance(answer, int) and not isinstance(answer, bool), "Give a whole number of layers."
-    assert answer != 8, "Those are the first and the last eighth; every third layer between them counts as well."
-    assert answer != 10, "Every third of all layers: the first and the last eighth get more bits without a gap."
-    assert answer == _more_bits_solution(), "Count the layers i for which use_more_bits(i, 32) is true."
+    number(answer, _more_bits_solution(), "Count the layers i for which use_more_bits(i, 32) is true.", {
+        8: "Those are the first and the last eighth; every third layer between them counts as well.",
+        10: "Every third of all layers: the first and the last eighth get more bits without a gap."})
     return "Half of the layers: 0 to 3, then 6, 9, ... 27, then 28 to 31."

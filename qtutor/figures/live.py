@@ -1,38 +1,32 @@
-"""Widgets that redraw a picture: what they share."""
-
+"""Pictures that are drawn anew when a control moves: what all widgets share."""
 
 from __future__ import annotations
 
+import ipywidgets
 
-def image_widget():
-    """An empty picture that is shown in its own size: stretched to the page's width, it would blur."""
-    import ipywidgets
+from .. import plots
 
+
+def image_widget() -> ipywidgets.Image:
+    """Return an empty picture that is shown in its own size: stretched to the page's width it would blur."""
     image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%"))
     image.add_class("qtutor-explorer-picture")
     return image
 
 
-def live_picture(draw, **controls):
-    """Controls above a picture that is drawn anew when one moves; ``draw(**values)`` returns a figure."""
-    import ipywidgets
-    import matplotlib.pyplot as plt
+def redraw_on_change(controls, redraw) -> None:
+    """Call ``redraw()`` now, and again whenever one of the controls changes."""
+    for control in controls:
+        control.observe(lambda _: redraw(), names="value")
+    redraw()
 
-    from .. import plots
 
-    def render():
-        fig = draw(**{name: control.value for name, control in controls.items()})
-        try:
-            return plots.png(fig)
-        finally:
-            plt.close(fig)
-
+def live_picture(draw, **controls) -> ipywidgets.VBox:
+    """Put the controls above a picture of their values; ``draw(name=value, ...)`` returns a matplotlib figure."""
     image = image_widget()
-    image.value = render()
 
-    def redraw(_):
-        image.value = render()
+    def redraw():
+        image.value = plots.png(draw(**{name: control.value for name, control in controls.items()}))
 
-    for control in controls.values():
-        control.observe(redraw, names="value")
+    redraw_on_change(controls.values(), redraw)
     return ipywidgets.VBox([ipywidgets.HBox(list(controls.values())), image])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,14 +19,18 @@ from tools import notebooks
 
 REGISTRY = lesson.REGISTRY
 WRONG = [(name, number) for name, exercise in REGISTRY.items() for number in range(len(exercise.wrong))]
+ASKED = [(path, asked) for path in sorted(notebooks.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+         for asked in notebooks.exercises(path)]  # fmt: skip
 
 
-ASKED = [(path, asked) for path in notebooks._paths([]) for asked in notebooks.exercises(path)]
+def test_no_two_exercises_share_a_name():
+    modules = (notebooks.NOTEBOOKS.parent / "qtutor/exercises").glob("*.py")
+    assert sum(module.read_text("utf-8").count("\n@exercise(") for module in modules) == len(REGISTRY)
 
 
 def test_every_exercise_is_in_one_notebook():
     assert sorted(asked.name for _, asked in ASKED) == sorted(REGISTRY)
-    assert not [(asked.name, path.stem) for path, asked in ASKED if asked.name[:2] != path.stem[:2]]
+    assert not [(asked.name, path.stem) for path, asked in ASKED if asked.name.split(".")[0] != path.stem[3:]]
 
 
 @pytest.mark.parametrize("name", REGISTRY)
@@ -46,7 +53,7 @@ def test_check_survives_anything(name):
     for answer in (None, "", "?", -1, math.nan, [], {}, object(), torch.zeros(0), np.ones((2, 2)), lambda *a, **k: "?",
                    REGISTRY, str):  # fmt: skip
         state, sentence = lesson.verdict(name, answer)
-        assert state != "right", f"{answer!r} passed as right: what is wrong must be an AssertionError ({sentence})"
+        assert state != "right", f"{answer!r} passed as right: what is wrong must be a WrongAnswer ({sentence})"
 
 
 @pytest.mark.parametrize("asked", [asked for _, asked in ASKED], ids=lambda asked: asked.name)
@@ -62,3 +69,13 @@ def test_folded_solution_is_right(asked):
     exec(compile(asked.solution, "solution", "exec"), namespace)
     state, sentence = lesson.verdict(asked.name, eval(asked.answer, namespace))
     assert state == "right", sentence
+
+
+def test_checks_hold_where_python_drops_assertions():
+    """``python -O`` (PYTHONOPTIMIZE=1, set in some images) removes asserts: no check may be one."""
+    code = ("from qtutor import lesson; import qtutor.exercises\n"
+            "print([f'{name} {wrong!r}' for name, exercise in lesson.REGISTRY.items() for wrong in exercise.wrong\n"
+            "       if lesson.verdict(name, wrong)[0] == 'right'], len(lesson.REGISTRY))")  # fmt: skip
+    done = subprocess.run([sys.executable, "-O", "-c", code], env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.stdout.strip() == f"[] {len(REGISTRY)}", done.stdout + done.stderr

@@ -1,0 +1,150 @@
+"""Pictures of post-training quantization: clipping, outlier channels, SmoothQuant, GPTQ, methods and libraries."""
+
+from __future__ import annotations
+
+import ipywidgets
+import numpy as np
+
+from .. import plots
+from .live import live_picture
+
+BLUE, ORANGE, GREEN, RED = plots.PALETTE[:4]
+
+
+def clip_curve(weight, bits: int, group: int | None, ratios) -> np.ndarray:
+    """What clipping costs and saves: relative squared errors (2, ratios), of rounding and of clipping.
+
+    ``weight`` (rows, columns) is rounded to signed integers with one scale for ``group`` neighbours (None: a row);
+    ``2 ** (bits - 1) - 1/2`` steps are a ratio times their amax.  Clipping: the error of weights beyond the last code.
+    """
+    blocks, parts = weight.detach().float().reshape(-1, group or weight.shape[1]), []
+    for ratio in ratios:
+        scale = (float(ratio) * blocks.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)).clamp_min(1e-12)
+        codes = (blocks / scale).round()
+        kept = codes.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        error = (kept * scale - blocks).square() / blocks.square().sum()
+        parts.append([error[codes == kept].sum().item(), error[codes != kept].sum().item()])
+    return np.array(parts).T
+
+
+def clip_picture(weight, bits: int = 3, group: int | None = None, ratio: float = 0.8):
+    """Figure: one row of the weight with its grid, and the error against the clip ratio, in its two parts."""
+    ratios, here = np.linspace(0.3, 1.1, 41), clip_curve(weight, bits, group, [ratio]).sum()
+    rounding, clipping = clip_curve(weight, bits, group, ratios)
+    best = ratios[(rounding + clipping).argmin()]
+    fig, (left, right) = plots.figure(8.5, 3.5, ncols=2)
+    row = weight.detach().float().cpu()[0][: group or weight.shape[1]]
+    low, high, amax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, row.abs().max().item()
+    scale, end = ratio * amax / (high + 0.5), 1.05 * amax
+    plots.histogram(left, row, bins=40 if len(row) > 100 else 16, density=False, color=BLUE)
+    left.vlines(scale * np.arange(low, high + 1), 0, 1, color=ORANGE, lw=1, transform=left.get_xaxis_transform())
+    left.axvspan(-end, (low - 0.5) * scale, color="0.5", alpha=0.2)
+    left.axvspan((high + 0.5) * scale, end, color="0.5", alpha=0.2)
+    left.set(title=f"{len(row)} weights and their int{bits} grid", xlabel="weight (grey: clipped)", xlim=(-end, end))
+    right.plot(ratios, rounding + clipping, color="black", label="both")
+    right.plot(ratios, rounding, color=BLUE, ls="--", label="rounding")
+    right.plot(ratios, clipping, color=RED, ls=":", lw=2, label="clipping")
+    right.axvline(best, color="0.6", lw=1)
+    right.plot([ratio], [here], "o", ms=9, mfc="none", mec="black", mew=1.5)
+    right.set(title=f"Whole matrix: least error at {best:.2f}", xlabel="clip ratio (share of the amax that is kept)",
+              ylabel="squared error / squared weights", ylim=(0, 1.15 * max(rounding + clipping)))  # fmt: skip
+    right.legend()
+    return fig
+
+
+def clip_explorer(weight):
+    """Widget: bits, group and clip ratio against the error of a weight (rows, columns)."""
+    groups = {"row": None} | {f"group of {g}": g for g in (128, 32) if weight.shape[1] % g == 0}
+    return live_picture(
+        lambda bits, group, ratio: clip_picture(weight, bits, groups[group], ratio),
+        bits=ipywidgets.IntSlider(3, 2, 8, description="bits"),
+        group=ipywidgets.Dropdown(options=list(groups), value="row", description="scale per"),
+        ratio=ipywidgets.FloatSlider(value=0.8, min=0.3, max=1.1, step=0.02, description="clip ratio"),
+    )
+
+
+def outlier_picture(amax: dict, name: str, other: str):
+    """Figure: ``amax[layer]`` (channels,) of the inputs of two layers, and how far the largest stands out in each."""
+    fig, (left, right) = plots.figure(8.5, 3.5, ncols=2, width_ratios=(1.25, 1))
+    for key, color in ((name, RED), (other, BLUE)):
+        left.plot(amax[key].cpu() / amax[key].cpu().median(), color=color, lw=0.9, label=".".join(key.split(".")[-3:]))
+    left.set(title="Inputs: the largest value of each channel", xlabel="channel", ylabel="amax (median channel = 1)",
+             ylim=(0, None))  # fmt: skip
+    left.legend(loc="upper left")
+    labels = {"q_proj": "q, k, v", "o_proj": "o", "gate_proj": "gate, up", "down_proj": "down"}
+    for (kind, label), marker, color in zip(labels.items(), "osD^", plots.PALETTE, strict=False):
+        ratios = [(values.max() / values.median()).item() for key, values in amax.items() if key.endswith(kind)]
+        right.plot(range(len(ratios)), ratios, marker=marker, ms=5, lw=1.2, color=color, label=label)
+    right.axhline(1, color="0.6", lw=1, ls=":")
+    right.set(title="How far the largest stands out", xlabel="block of the model", ylabel="largest / median amax",
+              ylim=(0, None))  # fmt: skip
+    right.xaxis.get_major_locator().set_params(integer=True)
+    right.legend(title="input of", loc="upper right", fontsize=8.5)
+    return fig
+
+
+def smooth_picture(alphas, errors: dict, before, after):
+    """Figure: SmoothQuant's output error against alpha, and the channels' amax before and after the best alpha.
+
+    ``errors`` maps a label to one error for each alpha; ``before`` and ``after`` are pairs of (channels,) tensors: the
+    amax of the activations and of the weight's columns.
+    """
+    fig, (left, right) = plots.figure(8.5, 3.5, ncols=2)
+    for (label, values), color, marker in zip(errors.items(), plots.PALETTE, "os^", strict=False):
+        left.semilogy(alphas, values, marker=marker, ms=4, color=color, label=label)
+    left.set(title="Output error, W8A8", xlabel="alpha (0: all in the activations, 1: all in the weights)",
+             ylabel="relative error of the output",
+             ylim=(0.7 * min(map(min, errors.values())), 1.5 * max(map(max, errors.values()))))  # fmt: skip
+    left.set_yticks(ticks := [0.01, 0.02, 0.05, 0.1, 0.2, 0.5], [f"{tick:.0%}" for tick in ticks])
+    left.minorticks_off()
+    left.legend()
+    order = before[0].cpu().argsort(descending=True)
+    for (x, w), style, when in ((before, ":", "before"), (after, "-", "after")):
+        for values, color, what in ((x.cpu(), RED, "activations"), (w.cpu(), BLUE, "weights")):
+            right.semilogy(values[order] / values.max(), color=color, ls=style, lw=1.1, label=f"{what}, {when}")
+    right.set(title="How even the channels are", xlabel="channel, largest activations first",
+              ylabel="amax (largest channel = 1)", ylim=(right.get_ylim()[0] / 4, 1.5))  # fmt: skip
+    right.legend(fontsize=8, ncols=2, loc="lower center")
+    return fig
+
+
+def optimum_picture(rtn, gptq):
+    """Figure: the share of rows whose squared error is within a factor (rows,) of the least possible one, by method."""
+    fig, ax = plots.figure(7, 3.3)
+    for values, label, color, style in ((gptq, "GPTQ", GREEN, "-"), (rtn, "round to nearest", ORANGE, "--")):
+        ax.ecdf(values.cpu().numpy(), color=color, ls=style, lw=2, label=label)
+    ax.set(title="Eight weights, two bits: how close to the best of 65,536 codes?", xscale="log", xlim=(0.97, 8),
+           ylim=(0, 1.03), xlabel="squared error / least possible squared error", ylabel="share of rows")  # fmt: skip
+    ax.set_xticks(ticks := [1, 1.5, 2, 3, 4, 6, 8], map(str, ticks))
+    ax.xaxis.minorticks_off()
+    ax.legend(loc="lower right")
+    return fig
+
+
+def methods_picture(table):
+    """Figure: KLD by method, a panel for each number of bits; columns bits, method, kld_mean, kld_mean_se."""
+    bits = sorted(table["bits"].unique(), reverse=True)
+    fig, axes = plots.figure(8.5, 3.3, ncols=len(bits), squeeze=False)
+    for ax, b in zip(axes[0], bits, strict=True):
+        rows = table[table["bits"] == b].iloc[::-1]
+        ax.errorbar(rows["kld_mean"], range(len(rows)), xerr=2 * rows["kld_mean_se"], fmt="o", capsize=3, color=BLUE)
+        ax.set_yticks(range(len(rows)), rows["method"])
+        ax.set(title=f"{b} bits", xlim=(0, 1.15 * (rows["kld_mean"] + 2 * rows["kld_mean_se"]).max()))
+        ax.set_xlabel("mean KL divergence (nats; bars: two standard errors)", size=9)
+        ax.grid(False, axis="y")
+    return fig
+
+
+def backends_picture(table):
+    """Figure: KLD against the bits per weight that are really stored; the index of the table names the back ends."""
+    fig, ax = plots.figure(8.5, 4)
+    looks = {"bfloat16": (plots.PALETTE[7], "D"), "torchao": (BLUE, "o"), "bitsandbytes": (ORANGE, "s")}
+    for name, row in table.iterrows():
+        color, marker = looks.get(name.split()[0], (GREEN, "^"))
+        point = [row["bits_per_weight"]], [row["kld_mean"]], [2 * row["kld_mean_se"]]
+        plots.quality_vs_bits(ax, *point, color=color, marker=marker)
+    ax.set(title="What is stored, and what it costs", xlabel="bits per weight of the linear layers, counted in memory",
+           ylabel="mean KL divergence (nats)", yscale="log", xlim=(3, table["bits_per_weight"].max() + 1.5),
+           ylim=(table["kld_mean"].min() / 3, table["kld_mean"].max() * 4))  # fmt: skip
+    plots.annotate(ax, table["bits_per_weight"].tolist(), table["kld_mean"].tolist(), table.index.tolist())
+    return fig
