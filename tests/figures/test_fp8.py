@@ -121,14 +121,6 @@ def test_the_buttons_step_and_stop_at_the_ends():
     assert step.value == 0
 
 
-def test_the_format_list_hides_no_format():
-    import ipywidgets
-
-    chosen = find(widgets.format_explorer(), ipywidgets.SelectMultiple, "formats")
-    assert chosen.rows >= len(chosen.options)
-    assert set(chosen.value) <= set(chosen.options)
-
-
 def test_the_breakeven_map_is_read_between_its_points_and_ends_at_its_edge():
     import itertools
 
