@@ -1,9 +1,8 @@
 """``import transformer_engine.pytorch as te`` that works everywhere.
 
-Transformer Engine needs an NVIDIA GPU of compute capability 8.9 or more for FP8 (Ada, Hopper, Blackwell)
-and a CUDA build to import at all.  :func:`activate` looks at this machine.  Where the real library can run,
-it does nothing; elsewhere it registers :mod:`qtutor.emulation` under Transformer Engine's names, so that
-the notebooks' imports, which are those of any real project, mean the emulation:
+Transformer Engine needs an NVIDIA GPU of compute capability 8.9 or more for FP8 (Ada, Hopper, Blackwell) and a CUDA
+build to import at all.  Where it cannot run, :func:`activate` registers :mod:`qtutor.emulation` under its names, so
+that the notebooks' imports, which are those of any real project, mean the emulation:
 
     status = te_switch.activate()
     import transformer_engine.pytorch as te                    # real, or emulated
@@ -31,19 +30,12 @@ _CHECKS = {"DelayedScaling": "is_fp8_available", "Float8CurrentScaling": "is_fp8
 
 @dataclass(frozen=True)
 class Status:
-    """What :func:`activate` found.
+    """What :func:`activate` found."""
 
-    Attributes:
-        real: True where NVIDIA's library runs FP8 on this machine.
-        reason: one clause that says why not, empty where ``real``.
-        version: Transformer Engine's version where it is installed, else None.
-        recipes: recipe name -> (runs here, on the hardware or in the emulation; the reason if not).
-    """
-
-    real: bool
-    reason: str
-    version: str | None
-    recipes: dict
+    real: bool  # NVIDIA's library runs FP8 on this machine
+    reason: str  # one clause that says why not
+    version: str | None  # of Transformer Engine, where it is installed
+    recipes: dict  # name -> (runs here, on the hardware or in the emulation; the reason if not)
 
     def __str__(self) -> str:
         return f"Transformer Engine {self.version}, real FP8" if self.real else f"emulated: {self.reason}"
@@ -119,17 +111,10 @@ def swap_linears(model, skip: tuple[str, ...] = ("lm_head",)) -> int:
     The parameters are the same objects: frozen ones stay frozen, tied ones tied, a layer that occurs twice stays one
     layer, and an optimizer made before goes on training them.
 
-    Args:
-        model: any module with linear layers in it.
-        skip: layers whose name ends with one of these stay as they are.  The head stays in higher precision:
-            its output goes into the loss, where FP8's error would be seen most.
-
-    Returns:
-        The number of layers replaced.  Layers whose sizes are not multiples of 16 stay too: FP8 tensor
-        cores cannot multiply them.
-
-    Raises:
-        QtutorError: the model is itself a linear layer, which cannot be replaced in place.
+    Layers whose name ends with one of ``skip`` stay as they are.  The head stays in higher precision: its output goes
+    into the loss, where FP8's error would be seen most.  Layers whose sizes are not multiples of 16 stay too: FP8
+    tensor cores cannot multiply them.  Returns the number of layers replaced; raises QtutorError for a model that is
+    itself a linear layer.
     """
     from torch import nn
 

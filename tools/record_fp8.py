@@ -1,8 +1,7 @@
 """Records of FP8 on a GPU: one product, layers, where the time goes, break-even, training loss, inference.
 
 All of it needs a GPU with FP8 units and Transformer Engine; at full size about a quarter of an hour on an H200.  Steps
-that are short beside their launches (the course model, one decoding step) are replayed from a CUDA graph, which leaves
-the GPU's own time.
+that are short beside their launches are replayed from a CUDA graph, which leaves the GPU's own time.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ def _save(name: str, rows: list[dict], full: bool):
     return results.save(name, rows, profile="full" if full else "quick")
 
 
-# -------------------------------------------------------------------------------------------------- one product
 def gemm(m: int, n: int, k: int, seconds: float) -> list[dict]:
     """Rows of ``fp8_gemm``: a product of m tokens, n outputs and k inputs in BF16 and FP8, and what quantization adds.
 
@@ -30,10 +28,9 @@ def gemm(m: int, n: int, k: int, seconds: float) -> list[dict]:
     import torch
 
     te = rig.require_fp8()
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    w = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+    x, w = (torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for rows in (m, n))
     one, zeros = torch.ones((), device="cuda"), torch.zeros_like(x)
-    x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+    x8, w8 = (t.to(torch.float8_e4m3fn) for t in (x, w))
     delayed = te.Float8Quantizer(torch.ones(1, device="cuda"), torch.zeros(1, device="cuda"), te.DType.kFloat8E4M3)
     current = te.Float8CurrentScalingQuantizer(te.DType.kFloat8E4M3, device=torch.device("cuda"))
     for quantizer in (delayed, current):
@@ -50,8 +47,8 @@ def gemm(m: int, n: int, k: int, seconds: float) -> list[dict]:
         row = {"m": m, "n": n, "k": k, "what": what, **rig.timed(call, seconds, warmup=10)}
         if "product" in what:
             row["tflop_per_s"] = round(2 * m * n * k / row["ms_per_step"] / 1e9, 1)
-        else:
-            row["gb_per_s"] = round((2 + 1 + 1) * m * k / row["ms_per_step"] / 1e6, 1)  # BF16 in, FP8 out, twice
+        else:  # BF16 in, FP8 out, twice
+            row["gb_per_s"] = round((2 + 1 + 1) * m * k / row["ms_per_step"] / 1e6, 1)
         rows.append(row)
     return rows
 
@@ -64,8 +61,8 @@ def record_gemm(full: bool):
     return _save("fp8_gemm", rows, full)
 
 
-# ------------------------------------------------------------------------------------------------------- layers
 def record_layers(full: bool):
+    """Every rung of every shape; see :func:`qtutor.rigs.fp8_layers.ladder`."""
     shapes, rungs = (rig.SHAPES, rig.RUNGS) if full else (("Llama-2-7B",), ("TE BF16", "TE FP8 delayed"))
     return _save("fp8_layers", rig.ladder(tuple(shapes), tuple(rungs), 0.8 if full else 0.2), full)
 
@@ -108,13 +105,11 @@ def profile(shape: rig.Shape, rung: str, steps: int = 3) -> list[dict]:
 
 
 def record_profile(full: bool):
-    rungs = ("TE BF16", "TE FP8 delayed", "TE FP8 delayed + FP8 weights")
-    shapes = ("Llama-2-7B", "Llama-2-70B") if full else ("Llama-2-7B",)
-    rows = [row for shape in shapes for rung in rungs for row in profile(rig.SHAPES[shape], rung)]
-    return _save("fp8_profile", rows, full)
+    pairs = itertools.product(("Llama-2-7B", "Llama-2-70B") if full else ("Llama-2-7B",),
+                              ("TE BF16", "TE FP8 delayed", "TE FP8 delayed + FP8 weights"))  # fmt: skip
+    return _save("fp8_profile", [row for name, rung in pairs for row in profile(rig.SHAPES[name], rung)], full)
 
 
-# --------------------------------------------------------------------------------------------------- break-even
 def breakeven(hidden: int, tokens: int) -> list[dict]:
     """Rows of ``fp8_breakeven``: one decoder layer, BF16 against FP8 (delayed), eager and from a CUDA graph.
 
@@ -150,7 +145,6 @@ def record_breakeven(full: bool):
     return _save("fp8_breakeven", [row for size in tqdm(sizes, leave=False) for row in breakeven(*size)], full)
 
 
-# --------------------------------------------------------------------------------------------------------- loss
 LOSS_RECIPES = {"BF16": None, "FP8 delayed": "delayed", "FP8 current": "current", "FP8 block": "block"}
 
 
@@ -172,9 +166,8 @@ def loss_run(precision: str, seed: int, ids, held_out, steps: int, batch_size: i
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     stream = corpus.batches(ids, batch_size, context, seed=seed, device="cuda")
-    batch = next(stream).clone()
-    windows = torch.as_tensor(held_out[: len(held_out) // (context + 1) * (context + 1)].astype("int64"))
-    windows = windows.view(-1, context + 1)[:256].cuda()
+    batch, count = next(stream).clone(), min(256, len(held_out) // (context + 1))
+    windows = torch.as_tensor(held_out[: count * (context + 1)].astype("int64")).view(count, -1).cuda()
 
     def nats(rows, recipe, reduction="mean"):
         with torch.autocast("cuda", torch.bfloat16), te.autocast(enabled=recipe is not None, recipe=recipe):
@@ -189,11 +182,8 @@ def loss_run(precision: str, seed: int, ids, held_out, steps: int, batch_size: i
         return loss.detach()
 
     @torch.no_grad()
-    def held_out_nats() -> float:
-        model.eval()
-        total = sum(nats(rows, None, "sum").item() for rows in windows.split(32))
-        model.train()
-        return total / windows[:, 1:].numel()
+    def held_out_nats() -> float:  # a Llama without dropout computes the same in train and in eval mode
+        return sum(nats(rows, None, "sum").item() for rows in windows.split(32)) / windows[:, 1:].numel()
 
     replay, loss = measure.captured(passes)
     found, running = [], torch.zeros((), device="cuda")
@@ -226,7 +216,6 @@ def record_loss(full: bool):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------- inference
 INFERENCE = ("BF16", "FP8 (Transformer Engine)", "torchao FP8 dynamic", "torchao INT8 dynamic",
              "torchao INT8 weight-only", "torchao INT4 group 32")  # fmt: skip
 
@@ -236,9 +225,7 @@ def quality(technique: str) -> list[dict]:
     reference = techniques.build("BF16", "course", "cuda")
     text = corpus.tokens("eval", course_model.load_tokenizer())[:32769]
     compared = evaluate.compare_models(reference, techniques.build(technique, "course", "cuda"), text, ctx=512)
-    columns = ("perplexity", "perplexity_se", "kld_mean", "kld_mean_se", "same_top", "same_top_se", "scored_tokens")
-    row = compared.row()
-    return [{"model": "course model", "technique": technique, **{key: row[key] for key in columns}}]
+    return [{"model": "course model", "technique": technique, **compared.row()}]
 
 
 def speed(technique: str, prefill_tokens: int = 2048, length: int = 1024) -> list[dict]:

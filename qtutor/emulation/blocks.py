@@ -9,17 +9,15 @@ backward pass sums over the other one, so each tensor is quantized twice, by row
     dw = dY^T X     sums over tokens:    dY by columns X by columns
 
 - **Float8BlockScaling**: 1 x 128 values of inputs and gradients and 128 x 128 of weights, whose two versions are
-  therefore the same numbers.  Scales are FP32 numbers, by default powers of two, so that multiplying by them loses
-  nothing.
+  therefore the same numbers.  Scales are FP32 numbers, by default powers of two, so that they lose nothing.
 - **MXFP8**: E4M3 values, one power of two (E8M0) for 32.  The exponent is rounded up, so that no value overflows:
   ``2**ceil(log2(amax / 448))``.  (The OCP specification rounds down and lets the largest saturate.)
 - **NVFP4**: E2M1 values, one E4M3 scale for 16, one FP32 scale for the tensor.  NVIDIA's training recipe adds three
-  remedies for so few bits: weights share a scale in squares of 16 x 16, so that rows and columns agree; gradients are
-  rounded *stochastically*, up or down with probabilities that make the mean right; and operands of the weight's
-  gradient pass through a *random Hadamard transform*, which spreads an outlier over 16 values (both operands of the
-  product, so that it cancels).
+  remedies: weights share a scale in squares of 16 x 16, so that rows and columns agree; gradients are rounded
+  *stochastically*, so that the mean is right; and operands of the weight's gradient pass through a *random Hadamard
+  transform*, which spreads an outlier over 16 values (in both operands of the product, so that it cancels).
 
-MXFP8 and NVFP4 need matrix units that read the scales along with the data: Blackwell's.  Here everyone can study them.
+MXFP8 and NVFP4 need matrix units that read the scales along with the data: Blackwell's.
 
 Sources: DeepSeek-V3 Technical Report, arXiv:2412.19437; OCP Microscaling Formats (MX) v1.0; "Pretraining Large
 Language Models with NVFP4", arXiv:2509.25149; Transformer Engine 2.20, common/recipe and
@@ -216,10 +214,9 @@ def unpack_e2m1(codes: torch.Tensor) -> torch.Tensor:
 class NVFP4Quantizer(BlockQuantizer):
     """NVFP4: each 16 values share an E4M3 scale, the tensor an FP32 scale.
 
-    Args:
-        with_rht: transform 16 values at a time before quantizing by columns (operands of the weight's gradient).
-        with_2d_quantization: one scale for each 16 x 16 square (weights).
-        stochastic_rounding: round at random (gradients), from torch's generator.
+    ``with_rht``: transform 16 values at a time before quantizing by columns (operands of the weight's gradient);
+    ``with_2d_quantization``: one scale for each 16 x 16 square (weights); ``stochastic_rounding``: round at random
+    (gradients), from torch's generator.
     """
 
     block = 16

@@ -17,9 +17,8 @@ is rounded to BF16 first.  The emulation does the same, so that its bytes are th
 Arguments that need several GPUs, or kernels that are not emulated, are refused by name (NotImplementedError) unless
 they are switched off.
 
-Sources: Transformer Engine 2.20 (pytorch/module/layernorm_linear.py, layernorm_mlp.py, pytorch/transformer.py,
-common/normalization, common/activation); Zhang and Sennrich, RMSNorm, arXiv:1910.07467; Shazeer, GLU variants,
-arXiv:2002.05202; Su et al., RoFormer, arXiv:2104.09864; Ainslie et al., GQA, arXiv:2305.13245.
+Sources: Transformer Engine 2.20 (pytorch/module, pytorch/transformer.py, common/normalization, common/activation);
+RMSNorm, arXiv:1910.07467; GLU variants, arXiv:2002.05202; RoFormer, arXiv:2104.09864; GQA, arXiv:2305.13245.
 """
 
 from __future__ import annotations
@@ -75,10 +74,6 @@ class _Norm(torch.autograd.Function):
         return dx.to(x.dtype), dgamma.to(x.dtype).to(ctx.parameters[0]), dbeta, None, None
 
 
-def _options(params_dtype, device) -> dict:
-    return dict(device=device, dtype=params_dtype or torch.get_default_dtype())
-
-
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x**2) + eps) * weight`` over the last size, ``normalized_shape``, computed in FP32."""
 
@@ -86,7 +81,7 @@ class RMSNorm(nn.Module):
                  dtype=None, **unused):  # fmt: skip
         super().__init__()
         check_unused(self, unused)
-        self.eps, options = eps, _options(dtype or params_dtype, device)
+        self.eps, options = eps, dict(device=device, dtype=dtype or params_dtype or torch.get_default_dtype())
         self.weight = nn.Parameter(torch.ones(normalized_shape, **options))
         self.bias = nn.Parameter(torch.zeros(normalized_shape, **options)) if isinstance(self, LayerNorm) else None
 
@@ -107,13 +102,14 @@ class LayerNorm(RMSNorm):
 class _NormedModule(FP8Module):
     """A module with a norm in front of its first product: layer_norm_weight and, for LayerNorm, layer_norm_bias."""
 
-    def __init__(self, size: int, eps: float, normalization: str, options: dict):
+    def __init__(self, size: int, eps: float, normalization: str, params_dtype, device):
         super().__init__()
+        options = dict(device=device, dtype=params_dtype or torch.get_default_dtype())
         assert normalization in ("LayerNorm", "RMSNorm"), "Unsupported normalization type!"
         self.eps, self.normalization = eps, normalization
         self.layer_norm_weight = nn.Parameter(torch.ones(size, **options))
-        has_bias = normalization == "LayerNorm"
-        self.layer_norm_bias = nn.Parameter(torch.zeros(size, **options)) if has_bias else None
+        beta = torch.zeros(size, **options)
+        self.layer_norm_bias = nn.Parameter(beta) if normalization == "LayerNorm" else None
 
     def rounds_once(self) -> bool:
         """Whether norms and activations go to FP8 directly: under delayed scaling, whose scale is known beforehand."""
@@ -137,7 +133,7 @@ class LayerNormLinear(_NormedModule):
     def __init__(self, in_features: int, out_features: int, eps: float = 1e-5, *, init_method: Callable | None = None,
                  bias: bool = True, normalization: str = "LayerNorm", return_bias: bool = False,
                  params_dtype: torch.dtype | None = None, parameters_split=None, device=None, **unused):  # fmt: skip
-        super().__init__(in_features, eps, normalization, _options(params_dtype, device))
+        super().__init__(in_features, eps, normalization, params_dtype, device)
         check_unused(self, unused)
         self.in_features, self.out_features = in_features, out_features
         self.return_bias = return_bias
@@ -206,7 +202,7 @@ class LayerNormMLP(_NormedModule):
                  init_method: Callable | None = None, bias: bool = True, normalization: str = "LayerNorm",
                  activation: str = "gelu", output_layer_init_method: Callable | None = None,
                  params_dtype: torch.dtype | None = None, device=None, **unused):  # fmt: skip
-        super().__init__(hidden_size, eps, normalization, _options(params_dtype, device))
+        super().__init__(hidden_size, eps, normalization, params_dtype, device)
         check_unused(self, unused)
         if activation not in ("gelu", "swiglu"):
             raise NotImplementedError(f"LayerNormMLP({activation=}) is not emulated: use 'gelu' or 'swiglu'.")

@@ -64,11 +64,9 @@ def _check_dims(*tensors: torch.Tensor) -> None:
     for t in tensors:
         rows = t.numel() // t.shape[-1] if t.shape[-1] else 0
         if rows % 8 or t.shape[-1] % 16:
-            raise ValueError(
-                "FP8 execution requires the product of all dimensions except the last to be divisible by 8 and the "
-                f"last dimension to be divisible by 16, but got tensor with dims={list(t.shape)} "
-                f"(product of leading dims = {rows}, last dim = {t.shape[-1]})"
-            )
+            raise ValueError("FP8 execution requires the product of all dimensions except the last to be divisible by "
+                             "8 and the last dimension to be divisible by 16, but got tensor with "
+                             f"dims={list(t.shape)}: pad the batch or the layer.")  # fmt: skip
 
 
 def _product(a, b, dtype: torch.dtype, bias=None) -> torch.Tensor:
@@ -166,10 +164,7 @@ class FP8Module(nn.Module):
         return torch.device("cpu") if parameter is None else parameter.device
 
     def add_weights(self, *groups: dict, bias: bool, params_dtype, device) -> None:
-        """Make ``<prefix>weight`` and then ``<prefix>bias`` for each prefix -> (shape, init_method) of a group.
-
-        ``init_method`` fills a weight in place, by default from a normal distribution with deviation 0.023.
-        """
+        """Make ``<prefix>weight`` and then ``<prefix>bias`` for each prefix -> (shape, init_method) of a group."""
         options = dict(device=device, dtype=params_dtype or torch.get_default_dtype())
         for group in groups:
             for prefix, (shape, init_method) in group.items():
@@ -185,14 +180,10 @@ class FP8Module(nn.Module):
     def product(self, number: int, inp, weight, bias, dtype, is_first_microbatch=None, *, amax=None, wide=False):
         """``inp @ weight.T + bias``, in FP8 where the region says so, else in ``dtype``; call ``prepare_fp8`` before.
 
-        Args:
-            number: of the product in this module: each has its own quantizers and its own cached weight.
-            inp: (..., in_features).  It may be FP32 where ``dtype`` is BF16, if a fused kernel would not have rounded it
-                before it quantized it; its gradient is rounded to ``dtype``.
-            weight: (out_features, in_features), or a :class:`Float8Tensor`, which needs no cast.
-            is_first_microbatch: None, or whether the FP8 weight is made (and kept) or reused.
-            amax: of ``inp`` where a kernel has found it before rounding (current scaling only).
-            wide: return FP32 (of numbers rounded to ``dtype``), so that the gradient may be FP32 as well.
+        ``number``: of the product in this module; each has its own quantizers and its own cached weight.  ``inp`` may
+        be FP32 where ``dtype`` is BF16, if a fused kernel would not have rounded it before it quantized it; its gradient
+        is rounded to ``dtype``.  ``amax``: of ``inp`` where a kernel has found it before rounding (current scaling).
+        ``wide``: return FP32 (of numbers rounded to ``dtype``), so that the gradient may be FP32 as well.
         """
         bias = bias if bias is not None and bias.numel() else None
         if not self.fp8:
@@ -306,18 +297,13 @@ class FP8Module(nn.Module):
         return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Load what :meth:`get_extra_state` returned.
-
-        The real library keeps this state as a Python pickle, which can run code, and asks for an environment variable.
-        Ours is plain tensors, but code that works here must work there.
-        """
+        """Load what :meth:`get_extra_state` returned.  The real library's is a Python pickle, which can run code: it
+        asks for an environment variable.  Ours is plain tensors, but code that works here must work there."""
         if state is None or state.numel() == 0:
             return
         if os.environ.get(UNSAFE_STATE) != "1":
-            raise RuntimeError(
-                f"Refusing to load pickled Transformer Engine extra state for {type(self).__name__}: it can execute "
-                f"arbitrary code, so set {UNSAFE_STATE}=1 if the checkpoint is from a trusted source."
-            )
+            raise RuntimeError("Refusing to load pickled Transformer Engine extra state: it can execute arbitrary "
+                               f"code, so set {UNSAFE_STATE}=1 if the checkpoint is from a trusted source.")  # fmt: skip
         try:
             saved = torch.load(io.BytesIO(state.cpu().numpy().tobytes()), weights_only=True)
             settings = saved.pop("recipe")
@@ -364,12 +350,9 @@ class FP8Module(nn.Module):
 class Linear(FP8Module):
     """``nn.Linear`` whose three matrix products run in FP8 inside :class:`autocast`.
 
-    Args:
-        in_features, out_features: multiples of 16.
-        init_method: function that fills the weight in place; normal with deviation 0.023 by default.
-        return_bias: return (output, bias) and leave the addition to the caller.
-        params_dtype: dtype of the parameters, torch's default one if None.  Keep FP32 for training and let
-            ``torch.autocast`` choose the dtype of activations.
+    ``in_features`` and ``out_features`` are multiples of 16.  ``init_method`` fills the weight in place, by default
+    from a normal distribution with deviation 0.023.  ``return_bias``: return (output, bias) and leave the addition to the
+    caller.  ``params_dtype``: keep FP32 for training and let ``torch.autocast`` choose the dtype of activations.
 
     ``weight`` (out_features, in_features) is never changed by FP8.  Under delayed scaling there are
     ``fp8_meta["scaling_fwd"].scale`` and ``.amax_history`` (columns: input, weight, output, the last of them not used)

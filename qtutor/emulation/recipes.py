@@ -93,15 +93,10 @@ class Recipe:
 class DelayedScaling(Recipe):
     """One scale a tensor, from the amax of earlier steps.
 
-    Args:
-        margin: scale is divided by ``2**margin``, room for an amax that grows.
-        fp8_format: ``Format.HYBRID`` (E4M3 forward, E5M2 backward) or ``Format.E4M3``.
-        amax_history_len: how many steps are remembered.
-        amax_compute_algo: ``"max"`` of the history, ``"most_recent"``, or a function of the history
-            (amax_history_len, tensors) that returns one amax for each tensor.
-        scaling_factor_compute_algo: function ``(amax, old_scale, fp8_max, recipe) -> scale`` in place of the
-            formula.
-        reduce_amax: accepted; there is one device here.
+    The scale is divided by ``2**margin``, room for an amax that grows.  ``fp8_format``: ``Format.HYBRID`` (E4M3 forward
+    and E5M2 backward) or ``Format.E4M3``.  ``amax_compute_algo``: ``"max"`` of the history, ``"most_recent"``, or a
+    function of the history (amax_history_len, tensors) that returns one amax for each tensor.
+    ``scaling_factor_compute_algo``: a function ``(amax, old_scale, fp8_max, recipe) -> scale`` for the formula.
     """
 
     margin: int = 0
@@ -150,12 +145,8 @@ class Float8CurrentScaling(Recipe):
 class Float8BlockScaling(Recipe):
     """One FP32 scale for each 128 values (128 x 128 for weights), a power of two by default.
 
-    Args:
-        use_f32_scales: shows what NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 set; given here it changes nothing, in the real
-            library too: set ``recipe.fp8_quant_fwd_inp`` and its siblings.
-        fp8_format: ``Format.E4M3`` in both directions, or ``Format.HYBRID``.
-        x_block_scaling_dim, w_block_scaling_dim, grad_block_scaling_dim: 1 or 2: rows of 128 or squares, for inputs,
-            weights and gradients; no two of them squares.
+    ``use_f32_scales`` shows what NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 set, as above.  ``x_block_scaling_dim`` and its
+    siblings: 1 or 2, rows of 128 or squares, for inputs, weights and gradients; no two of them squares.
     """
 
     use_f32_scales: bool = _switch("NVTE_FP8_BLOCK_SCALING_FP32_SCALES")
@@ -204,10 +195,7 @@ class MXFP8BlockScaling(Recipe):
 class NVFP4BlockScaling(Recipe):
     """E2M1 values, one E4M3 scale for each 16.  The hardware for it is Blackwell; the emulation runs anywhere.
 
-    Args:
-        disable_rht: leave the random Hadamard transform out.
-        disable_stochastic_rounding: round gradients to nearest.
-        disable_2d_quantization: a scale for each 16 values of a row of the weights, too, instead of squares.
+    What can be left out: the random Hadamard transform, stochastic rounding of gradients, squares for weights.
     """
 
     disable_rht: bool = _switch("NVTE_NVFP4_DISABLE_RHT")

@@ -51,13 +51,9 @@ class Region:
 class autocast:  # noqa: N801 - the name of the real one
     """Run the modules called inside in FP8.
 
-    Args:
-        enabled: False runs them in high precision.
-        calibrating: with ``enabled=False``: run in high precision, make the FP8 state, so that a checkpoint holds it,
-            and note the amax of inputs and weights in row 0 of the histories (delayed scaling).  Scales are updated
-            where they always are: at the exit of an enabled region.
-        recipe: an instance of a recipe, :class:`DelayedScaling` by default.
-        amax_reduction_group: accepted; there is one device here.
+    ``calibrating``, with ``enabled=False``: run in high precision, make the FP8 state, so that a checkpoint has it, and
+    note the amax of inputs and weights in row 0 of the histories (delayed scaling).  Scales are updated where they
+    always are: at the exit of an enabled region.  ``recipe``: an instance, :class:`DelayedScaling` by default.
 
     Only forward passes belong inside; each module should be called once in a region.  Regions nest; an exception
     leaves the region like any other way out.  A region that is entered by hand and left open keeps FP8 on for whatever
@@ -110,11 +106,10 @@ def quantized_model_init(enabled: bool = True, recipe: Recipe | None = None,
     takes it back).  An optimizer's update in place is computed in high precision and rounded to FP8 again, and lost
     where it is smaller than an FP8 step, unless the optimizer keeps master weights of its own.
 
-    Args:
-        recipe: how to quantize, delayed or current scaling; use the same kind in ``autocast``.  Under delayed scaling a
-            new weight is rounded with scale 1, because nothing is known of it yet; the first update repairs that.
-        preserve_high_precision_init_val: keep each weight's value from before rounding on the CPU, for the optimizer's
-            master weights: ``weight.get_high_precision_init_val()``, then ``weight.clear_high_precision_init_val()``.
+    ``recipe``: delayed or current scaling, and the same kind in ``autocast``.  Under delayed scaling a new weight is
+    rounded with scale 1, because nothing is known of it yet; the first update repairs that.
+    ``preserve_high_precision_init_val``: keep each weight's value from before rounding on the CPU, for the optimizer's
+    master weights: ``weight.get_high_precision_init_val()``, then ``weight.clear_high_precision_init_val()``.
     """
     saved = Region.parameter_recipe, Region.keep_initial
     Region.parameter_recipe = (recipe or get_default_recipe()) if enabled else None

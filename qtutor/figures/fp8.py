@@ -28,11 +28,10 @@ def delayed_scaling(history_len: int = 8, margin: int = 0, algorithm: str = "max
                     octaves: float = 10, at: int = 6, steps: int = 28) -> list[dict]:  # fmt: skip
     """Run delayed scaling in E4M3 on a tensor that something happens to; return one dict for each step.
 
-    The keys: ``history`` (amaxes that the scale in use came from, oldest first), ``chosen`` (the one taken, None before
-    there is one), ``scale`` (in use), ``top`` and ``bottom`` (largest and smallest normal number it can hold), ``amax``
-    and ``low`` (of this step's tensor: largest, and first percentile of the magnitudes), ``saturated`` and ``lost``
-    (shares beyond the top, and rounded to zero), ``error`` and ``error_current`` (relative RMS error, with this scale
-    and with the scale that current scaling takes).  Without an amax the scale is 1, as in the library.
+    ``history``: amaxes that the scale in use came from, oldest first; ``chosen``: the one taken; ``top``, ``bottom``:
+    largest and smallest normal number that the scale can hold; ``amax``, ``low``: largest magnitude of this step's
+    tensor, and their first percentile; ``saturated``, ``lost``: shares beyond the top, and rounded to zero; ``error``,
+    ``error_current``: relative RMS error with this scale, and with the one that current scaling takes.
     """
 
     def rounded(x, scale):
@@ -105,12 +104,10 @@ def scaling_picture(step: int = 9, history_len: int = 8, margin: int = 0, algori
         axis.set_yscale("log", base=2)
         axis.set_ylim(*extent)
     key.axis("off")
-    key.legend(
-        [band, bulk, fits, late, delayed, current, lost],
-        ["normal numbers at the scale in use", "the tensor, without its lowest 1 %", "amax",
-         "amax that saturates (below: the share)", "error, delayed scaling", "error, current scaling",
-         "share rounded to zero"],
-        fontsize=8, loc="center", frameon=False, borderaxespad=0)  # fmt: skip
+    entries = {"normal numbers at the scale in use": band, "the tensor, without its lowest 1 %": bulk, "amax": fits,
+               "amax that saturates (below: the share)": late, "error, delayed scaling": delayed,
+               "error, current scaling": current, "share rounded to zero": lost}  # fmt: skip
+    key.legend(entries.values(), entries, fontsize=8, loc="center", frameon=False, borderaxespad=0)
     return fig
 
 
@@ -153,10 +150,9 @@ def scaling_explorer():
     for control in (step, *controls.values()):
         control.observe(redraw, names="value")
     redraw()
-    columns = ((controls["scenario"], controls["octaves"]), (controls["history_len"], controls["margin"]),
-               (controls["algorithm"], step))  # fmt: skip
-    box = ipywidgets.VBox([ipywidgets.HBox([ipywidgets.VBox(column) for column in columns]),
-                           ipywidgets.HBox([back, forth]), sentence, image])  # fmt: skip
+    six = [*controls.values(), step]
+    columns = [ipywidgets.VBox(six[i : i + 2]) for i in (0, 2, 4)]
+    box = ipywidgets.VBox([ipywidgets.HBox(columns), ipywidgets.HBox([back, forth]), sentence, image])
     box.add_class("qtutor-scaling-explorer")
     return box
 
@@ -210,9 +206,9 @@ def breakeven_explorer(machine: str = "h200"):
     """Choose hidden size, tokens and CUDA graph; see where that lies on the recorded break-even map."""
     recorded = results.load("fp8_breakeven", machine)
     rows, wide = recorded.frame(), {"description_width": "90px"}
-    hiddens = [h for h in (512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192)
-               if rows["hidden"].min() <= h <= rows["hidden"].max()]  # fmt: skip
-    counts = [2**i for i in range(4, 20) if rows["tokens"].min() <= 2**i <= rows["tokens"].max()]
+    hiddens, counts = ([size for size in sizes if rows[key].min() <= size <= rows[key].max()] for key, sizes in (
+        ("hidden", (512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192)),
+        ("tokens", [2**i for i in range(4, 20)])))  # fmt: skip
     hidden = ipywidgets.SelectionSlider(options=hiddens, value=4096, description="hidden size", style=wide)
     tokens = ipywidgets.SelectionSlider(options=counts, value=2048, description="tokens", style=wide)
     graph = ipywidgets.Checkbox(value=False, description="CUDA graph", indent=False)

@@ -1,17 +1,15 @@
 """Decoder layers in BF16 and FP8, one change at a time: how they are built, and what a training step of them takes.
 
-Every figure comes from whole forward and backward passes of decoder layers with the shapes of published models, on
-random data (zeros switch no transistors: a GPU draws less power on them and clocks higher), warmed up, timed with
-CUDA events, as medians; energy is read from the GPU's own counter around the timed passes.
-
-A *rung* is one way to run the same layers.  Rungs are ordered so that each changes one thing.
+Every figure comes from whole forward and backward passes of layers with the shapes of published models, on random
+data: zeros switch no transistors, so that a GPU draws less power on them and clocks higher.  A *rung* is one way to
+run the same layers; rungs are ordered so that each changes one thing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from .. import QtutorError, energy, measure, te_switch
 from ..decide import capacity
@@ -44,9 +42,9 @@ class Shape:
     def flop(self, layers: int = LAYERS) -> float:
         """Floating-point operations of a forward and a backward pass.
 
-        A weight takes part in one multiply-add for each token in the forward pass and in two in the backward pass:
-        6 operations.  Causal attention computes half of the (sequence x sequence) scores, and as much again for
-        the values: 2 * tokens * sequence * hidden, and twice that backward.
+        A weight takes part in one multiply-add a token forward and in two backward: 6 operations.  Causal attention
+        computes half of the (sequence x sequence) scores, and as much again for the values: 2 * tokens * sequence *
+        hidden, and twice that backward.
         """
         return layers * (6 * self.tokens * self.weights + 6 * self.tokens * self.sequence * self.hidden)
 
@@ -238,10 +236,7 @@ def peaks(size: int = 8192) -> dict:
 
 
 def measure_rung(shape: Shape, rung: str, peak: dict | None = None, seconds: float = 1.5) -> dict:
-    """Build a rung, time it, and return its row of ``fp8_layers``.  ``peak``: what :func:`peaks` returned.
-
-    ``peak_gib`` counts everything from an empty GPU on: weights, gradients, activations, FP8 copies, workspaces.
-    """
+    """Build a rung, time it, and return its row of ``fp8_layers``; ``peak_gib`` counts all that the rung allocates."""
     import torch
 
     require_fp8()
@@ -252,10 +247,9 @@ def measure_rung(shape: Shape, rung: str, peak: dict | None = None, seconds: flo
         weights = torch.cuda.memory_allocated() / measure.GIB - before
         for _ in range(3):
             step()
-    row = {"shape": shape.name, "hidden": shape.hidden, "intermediate": shape.intermediate, "heads": shape.heads,
-           "kv_heads": shape.kv_heads, "layers": LAYERS, "batch": shape.batch, "sequence": shape.sequence,
-           "tokens": shape.tokens, "rung": rung, **timed(step, seconds)}  # fmt: skip
-    row |= {"peak_gib": round(memory.peak - before, 3)}
+    sizes = asdict(shape)
+    row = {"shape": sizes.pop("name"), **sizes, "layers": LAYERS, "tokens": shape.tokens, "rung": rung,
+           **timed(step, seconds), "peak_gib": round(memory.peak - before, 3)}  # fmt: skip
     if not RUNGS[rung].graph:  # a graph's memory is taken when it is recorded, with the weights
         row |= {"weights_gib": round(weights, 3)}
     del stack, step
@@ -274,8 +268,8 @@ def _with_rates(row: dict, shape: Shape, peak: dict | None) -> dict:
 def ladder(shapes=tuple(SHAPES), rungs=tuple(RUNGS), seconds: float = 0.8, progress: bool = True) -> list[dict]:
     """Rows of ``fp8_layers``: every rung for every shape (names).
 
-    Each shape's rungs are measured in order and then in reverse order, and the two figures averaged: a GPU that
-    grows warm, and slows down, would otherwise favour the rungs that came first.
+    Rungs are measured in order and then in reverse order, and the two figures averaged: a GPU that grows warm, and
+    slows down, would otherwise favour the rungs that came first.
     """
     from tqdm.auto import tqdm
 
