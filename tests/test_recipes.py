@@ -15,7 +15,7 @@ import pytest
 from tools import notebooks
 
 ALONE = "import sys; sys.modules['qtutor'] = None  # whoever imports it gets an ImportError\n"
-EMULATION = "from qtutor import te; te.activate()\n"
+EMULATION = "from qtutor import te_switch; te_switch.activate()\n"
 RUN = "import runpy; runpy.run_path('recipe.py', run_name='__main__')\n"
 
 

@@ -181,8 +181,8 @@ class FP8Module(nn.Module):
         """``inp @ weight.T + bias``, in FP8 where the region says so, else in ``dtype``; call ``prepare_fp8`` before.
 
         ``number``: of the product in this module; each has its own quantizers and its own cached weight.  ``inp`` may
-        be FP32 where ``dtype`` is BF16, if a fused kernel would not have rounded it before it quantized it; its gradient
-        is rounded to ``dtype``.  ``amax``: of ``inp`` where a kernel has found it before rounding (current scaling).
+        be FP32 where ``dtype`` is BF16, if a fused kernel would not have rounded it before it quantized it; its
+        gradient is rounded to ``dtype``.  ``amax``: of ``inp`` where a kernel has found it before rounding it.
         ``wide``: return FP32 (of numbers rounded to ``dtype``), so that the gradient may be FP32 as well.
         """
         bias = bias if bias is not None and bias.numel() else None
@@ -302,8 +302,10 @@ class FP8Module(nn.Module):
         if state is None or state.numel() == 0:
             return
         if os.environ.get(UNSAFE_STATE) != "1":
-            raise RuntimeError("Refusing to load pickled Transformer Engine extra state: it can execute arbitrary "
-                               f"code, so set {UNSAFE_STATE}=1 if the checkpoint is from a trusted source.")  # fmt: skip
+            raise RuntimeError(
+                "Refusing to load pickled Transformer Engine extra state: it can execute arbitrary "
+                f"code, so set {UNSAFE_STATE}=1 if you trust where the checkpoint comes from."
+            )
         try:
             saved = torch.load(io.BytesIO(state.cpu().numpy().tobytes()), weights_only=True)
             settings = saved.pop("recipe")
@@ -351,8 +353,8 @@ class Linear(FP8Module):
     """``nn.Linear`` whose three matrix products run in FP8 inside :class:`autocast`.
 
     ``in_features`` and ``out_features`` are multiples of 16.  ``init_method`` fills the weight in place, by default
-    from a normal distribution with deviation 0.023.  ``return_bias``: return (output, bias) and leave the addition to the
-    caller.  ``params_dtype``: keep FP32 for training and let ``torch.autocast`` choose the dtype of activations.
+    from a normal distribution with deviation 0.023.  ``return_bias``: return (output, bias) and leave the addition to
+    the caller.  ``params_dtype``: keep FP32 for training and let ``torch.autocast`` choose the dtype of activations.
 
     ``weight`` (out_features, in_features) is never changed by FP8.  Under delayed scaling there are
     ``fp8_meta["scaling_fwd"].scale`` and ``.amax_history`` (columns: input, weight, output, the last of them not used)
