@@ -15,8 +15,7 @@ import time
 import torch
 from torch.nn import functional as F
 
-from qtutor import course_model, lesson
-from qtutor import te_switch as switch
+from qtutor import course_model, lesson, te_switch
 
 
 def candidates():
@@ -24,7 +23,7 @@ def candidates():
     import contextlib
 
     lesson.quiet()
-    switch.activate()
+    te_switch.activate()
     import transformer_engine.pytorch as te
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling
@@ -34,7 +33,7 @@ def candidates():
 
     def swapped():
         m = model()
-        switch.swap_linears(m)
+        te_switch.swap_linears(m)
         return m
 
     # Float8Linear replaces what the filter lets through: all but the head, as swap_linears does

@@ -1,11 +1,10 @@
 """``import transformer_engine.pytorch as te`` that works everywhere.
 
-Transformer Engine needs an NVIDIA GPU of compute capability 8.9 or more for FP8 (Ada, Hopper, Blackwell)
-and a CUDA build to import at all.  :func:`activate` looks at this machine.  Where the real library can run,
-it does nothing; elsewhere it registers :mod:`qtutor.emulation` under Transformer Engine's names, so that
-the notebooks' imports, which are those of any real project, mean the emulation:
+Transformer Engine needs an NVIDIA GPU of compute capability 8.9 or more for FP8 (Ada, Hopper, Blackwell) and a CUDA
+build to import at all.  Where it cannot run, :func:`activate` registers :mod:`qtutor.emulation` under its names, so
+that the notebooks' imports, which are those of any real project, mean the emulation:
 
-    status = te.activate()
+    status = te_switch.activate()
     import transformer_engine.pytorch as te                    # real, or emulated
     from transformer_engine.common.recipe import DelayedScaling
 
@@ -14,45 +13,32 @@ The emulation rounds the numbers as the hardware does; it is not faster than BF1
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.machinery
 import importlib.metadata
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-_NAMES = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.common",
-          "transformer_engine.common.recipe")  # fmt: skip
-_CHECKS = {  # recipe -> (function of transformer_engine.pytorch that says whether it runs here)
-    "DelayedScaling": "is_fp8_available",
-    "Float8CurrentScaling": "is_fp8_available",
-    "Float8BlockScaling": "is_fp8_block_scaling_available",
-    "MXFP8BlockScaling": "is_mxfp8_available",
-    "NVFP4BlockScaling": "is_nvfp4_available",
-}
-_status = None
+from . import QtutorError
+
+_CHECKS = {"DelayedScaling": "is_fp8_available", "Float8CurrentScaling": "is_fp8_available",
+           "Float8BlockScaling": "is_fp8_block_scaling_available", "MXFP8BlockScaling": "is_mxfp8_available",
+           "NVFP4BlockScaling": "is_nvfp4_available"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Status:
-    """What :func:`activate` found.
+    """What :func:`activate` found."""
 
-    Attributes:
-        real: True where NVIDIA's library runs FP8 on this machine.
-        reason: one clause that says why not, empty where ``real``.
-        version: Transformer Engine's version where it is installed, else None.
-        recipes: recipe name -> (runs here, on the hardware or in the emulation; the reason if not).
-    """
-
-    real: bool
-    reason: str
-    version: str | None
-    recipes: dict = field(default_factory=dict)
+    real: bool  # NVIDIA's library runs FP8 on this machine
+    reason: str  # one clause that says why not
+    version: str | None  # of Transformer Engine, where it is installed
+    recipes: dict  # name -> (runs here, on the hardware or in the emulation; the reason if not)
 
     def __str__(self) -> str:
-        if self.real:
-            return f"Transformer Engine {self.version}, real FP8"
-        return f"emulated: {self.reason}"
+        return f"Transformer Engine {self.version}, real FP8" if self.real else f"emulated: {self.reason}"
 
 
 def _why_not_real() -> str:
@@ -73,90 +59,82 @@ def _why_not_real() -> str:
     return "" if available else reason
 
 
-def _recipes() -> dict:
-    module = sys.modules["transformer_engine.pytorch"]
-    found = {}
-    for recipe, check in _CHECKS.items():
-        function = getattr(module, check, None)
-        if function is None:
-            found[recipe] = (False, "this version of Transformer Engine does not have it")
-        else:
-            available, reason = function(return_reason=True)
-            found[recipe] = (bool(available), reason if not available else "")
-    return found
-
-
 def _install_emulation() -> None:
     from . import emulation
 
-    modules = {name: types.ModuleType(name, doc=emulation.__doc__) for name in _NAMES}
-    for name, module in modules.items():
+    def missing(name: str):
+        what = " is not emulated: it needs Transformer Engine on a GPU." if not name.startswith("__") else ""
+        raise AttributeError(f"transformer_engine.pytorch.{name}{what}")
+
+    root, pytorch, common, recipe = modules = [types.ModuleType(name, doc=emulation.__doc__) for name in (
+        "transformer_engine", "transformer_engine.pytorch", "transformer_engine.common",
+        "transformer_engine.common.recipe")]  # fmt: skip
+    for module in modules:
         module.__version__ = "emulated"
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)  # find_spec() asks for it
+        module.__spec__ = importlib.machinery.ModuleSpec(
+            module.__name__, None, is_package=True
+        )  # find_spec asks for it
         module.__path__ = []  # a package, so that submodule imports look into sys.modules
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(modules[parent], child, module)
-    for name in emulation.__all__:
-        setattr(modules["transformer_engine.pytorch"], name, getattr(emulation, name))
-    for name in emulation.RECIPES:
-        setattr(modules["transformer_engine.common.recipe"], name, getattr(emulation, name))
+    root.pytorch, root.common, common.recipe, pytorch.__getattr__ = pytorch, common, recipe, missing
+    for name, value in vars(emulation).items():
+        home = getattr(value, "__module__", None) or ""
+        if home.startswith(emulation.__name__):
+            is_recipe = home == emulation.recipes.__name__ and isinstance(value, type)
+            setattr(recipe if is_recipe else pytorch, name, value)
     for name in list(sys.modules):  # what a failed import of the real one left behind
         if name == "transformer_engine" or name.startswith("transformer_engine."):
             del sys.modules[name]
-    sys.modules.update(modules)
+    sys.modules.update({module.__name__: module for module in modules})
 
 
+@functools.cache
 def activate() -> Status:
     """Make Transformer Engine importable on this machine, real where it can run, else emulated.
 
     Call it before the first ``import transformer_engine``; further calls return the same status.
     """
-    global _status
-    if _status is None:
-        try:
-            version = importlib.metadata.version("transformer_engine")
-        except importlib.metadata.PackageNotFoundError:
-            version = None
-        reason = _why_not_real()
-        if reason:
-            _install_emulation()
-        _status = Status(not reason, reason, version, _recipes())
-    return _status
+    try:
+        version = importlib.metadata.version("transformer_engine")
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    reason = _why_not_real()
+    if reason:
+        _install_emulation()
+    te = sys.modules["transformer_engine.pytorch"]
+    recipes = {recipe: getattr(te, check)(return_reason=True) for recipe, check in _CHECKS.items()}
+    return Status(not reason, reason, version, recipes)
 
 
 def swap_linears(model, skip: tuple[str, ...] = ("lm_head",)) -> int:
-    """Replace every ``nn.Linear`` of a model by a ``te.Linear`` with the same weights, in place.
+    """Replace every ``nn.Linear`` of a model by a ``te.Linear`` with the same parameters, in place.
 
-    Args:
-        model: any module; its parameters keep their names, dtype and device.
-        skip: layers whose name ends with one of these stay as they are.  The head stays in higher precision:
-            its output goes into the loss, where FP8's error would be seen most.
+    The parameters are the same objects: frozen ones stay frozen, tied ones tied, a layer that occurs twice stays one
+    layer, and an optimizer made before goes on training them.
 
-    Returns:
-        The number of layers replaced.  Layers whose sizes are not multiples of 16 stay too: FP8 tensor
-        cores cannot multiply them.
+    Layers whose name ends with one of ``skip`` stay as they are.  The head stays in higher precision: its output goes
+    into the loss, where FP8's error would be seen most.  Layers whose sizes are not multiples of 16 stay too: FP8
+    tensor cores cannot multiply them.  Returns the number of layers replaced; raises QtutorError for a model that is
+    itself a linear layer.
     """
-    import torch
+    from torch import nn
 
+    if type(model) is nn.Linear:
+        raise QtutorError("A bare nn.Linear cannot be replaced in place: make a te.Linear, or put it into a model.")
     activate()
     te = importlib.import_module("transformer_engine.pytorch")
-    count = 0
+    new = {}
     for name, parent in list(model.named_modules()):
-        for child_name, child in list(parent.named_children()):
-            full = f"{name}.{child_name}" if name else child_name
-            if type(child) is not torch.nn.Linear or full.endswith(tuple(skip)):
+        for child_name, child in list(parent._modules.items()):
+            if type(child) is not nn.Linear or f"{name}.{child_name}".endswith(tuple(skip)):
                 continue
             if child.in_features % 16 or child.out_features % 16:
                 continue
-            weight = child.weight
-            new = te.Linear(child.in_features, child.out_features, bias=child.bias is not None,
-                            params_dtype=weight.dtype, device=weight.device)  # fmt: skip
-            with torch.no_grad():
-                new.weight.copy_(weight)
+            if child not in new:
+                layer = te.Linear(child.in_features, child.out_features, bias=child.bias is not None,
+                                  params_dtype=child.weight.dtype, device=child.weight.device)  # fmt: skip
+                layer.weight = child.weight
                 if child.bias is not None:
-                    new.bias.copy_(child.bias)
-            new.train(child.training)
-            setattr(parent, child_name, new)
-            count += 1
-    return count
+                    layer.bias = child.bias
+                new[child] = layer.train(child.training)
+            setattr(parent, child_name, new[child])
+    return len(new)

@@ -1,4 +1,4 @@
-"""``autocast``, the base of all modules with FP8 state, the FP8 product they share, and ``Linear``.
+"""The FP8 product with its gradients, the base of all modules that have one, and ``Linear``.
 
 See :mod:`qtutor.emulation` for the idea and :mod:`qtutor.emulation.quantizers` for the numbers.
 """
@@ -9,153 +9,54 @@ import copy
 import io
 import os
 import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import fields
 
 import torch
 from torch import nn
 
-from .blocks import Float8BlockQuantizer
-from .mx import MXFP8Quantizer, NVFP4Quantizer
-from .quantizers import (
-    DelayedScaling,
-    Float8CurrentScaling,
-    Float8Quantizer,
-    Float8Tensor,
-    Format,
-    Recipe,
-    _amax,
-    _CurrentState,
-    _decode,
-    _DelayedState,
-    _fp8_dtype,
-    get_default_recipe,
-)
+from .quantizers import Float8Quantizer, Float8Tensor, largest
+from .recipes import DelayedScaling, Float8CurrentScaling, Format, Recipe
+from .regions import DelayedState, Region, State
 
-_UNSAFE_STATE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+UNSAFE_STATE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
-# ----------------------------------------------------------------------------------------------- autocast
-class _Region:
-    """What every module asks: is FP8 on, by which recipe, and is this the region's first FP8 module?
-
-    ``members`` holds, for each recipe, the modules that take part in its updates: a module enters at its first
-    forward pass and stays.  An update visits all of them, also a module that this step did not call; its amax is 0,
-    which changes nothing.  The real library does the same.
-    """
-
-    enabled = False
-    calibrating = False
-    recipe: Recipe | None = None
-    depth = 0
-    first = False
-    members: dict[str, tuple[Recipe, weakref.WeakSet]] = {}
-    fp8_parameters = False  # inside quantized_model_init
-    parameter_recipe: Recipe | None = None
-    keep_initial = False
-
-
-def _update(forward: bool) -> None:
-    key = "scaling_fwd" if forward else "scaling_bwd"
-    for recipe, modules in _Region.members.values():
-        for module in modules:
-            state = module.fp8_meta.get(key)
-            if isinstance(state, _DelayedState):
-                state.update(recipe)
+# ------------------------------------------------------------------------------------- what is not emulated
+# Arguments of the real modules that only matter with several GPUs, or with kernels and features that are not emulated,
+# by the values that switch each off.
+_OFF = {name: values for values, names in (
+    ((None,), "tp_group get_rng_state_tracker symmetric_ar_type activation_params cp_group cp_global_ranks cp_stream "
+              "enc_dec_window_size enc_dec_bottom_right_diagonal qk_norm_type core_attention_bias alibi_slopes "
+              "inference_params encoder_output enc_dec_attn_mask cu_seqlens cu_seqlens_q cu_seqlens_kv start_positions "
+              "cu_seqlens_q_padded cu_seqlens_kv_padded seq_len_interpolation_factor softmax_scale "
+              "pretrained_max_position_embeddings"),
+    ((False,), "fuse_wgrad_accumulation return_layernorm_output return_layernorm_output_gathered delay_wgrad_compute "
+               "checkpoint return_max_logit output_layernorm parallel_attention_mlp fp8_output fp8_grad interleaved "
+               "apply_residual_connection_post_layernorm zero_centered_gamma rotary_pos_interleaved"),
+    ((True,), "qkv_weight_interleaved"), ((None, False), "bottom_right_diagonal pad_between_seqs"),
+    ((True, False), "sequence_parallel set_parallel_mode"), ((1,), "tp_size cp_size"), ((0,), "cp_rank"),
+    ((0.0,), "softcap drop_path_rate"), ((1.0,), "rotary_percent"), ((None, (-1, -1), (-1, 0)), "window_size"),
+    ((None, "column"), "parallel_mode"), (("vanilla",), "softmax_type"), (("self",), "attention_type"),
+    (("p2p",), "cp_comm_type"), (("no_mask",), "enc_dec_attn_mask_type"), (("encoder",), "layer_type"),
+    (("no_bias",), "core_attention_bias_type"),
+) for name in names.split()}  # fmt: skip
+# Arguments that change speed or memory, not numbers.
+_IGNORED = set("name layer_number seq_length micro_batch_size ub_tp_comm_overlap ub_overlap_ag ub_overlap_rs "
+               "ub_overlap_rs_dgrad ub_bulk_dgrad ub_bulk_wgrad ub_name sm_margin fast_zero_fill max_seqlen_q "
+               "max_seqlen_kv qk_norm_eps qk_norm_before_rope checkpoint_core_attention".split())  # fmt: skip
 
 
-class _BlockState:
-    """Block scaling remembers nothing either."""
-
-    def __init__(self, recipe: Recipe, forward: bool, device, gemms: int = 1):
-        self.recipe, self.forward, self.gemms = recipe, forward, gemms
-
-    def make_quantizers(self) -> list:
-        """Three for each product, (input, weight, output), or two, (grad_output, grad_input)."""
-        kinds = ("inp", "weight", "inp") if self.forward else ("grad", "grad")
-        return [self._quantizer(kind) for kind in kinds] * self.gemms
-
-    def _quantizer(self, kind: str):
-        recipe, dtype = self.recipe, _fp8_dtype(self.recipe, self.forward)
-        if recipe.mxfp8():
-            return MXFP8Quantizer(dtype)
-        where = f"{'fwd' if self.forward else 'bwd'}_{kind}"
-        if recipe.nvfp4():
-            params = getattr(recipe, f"fp4_quant_{where}")
-            return NVFP4Quantizer(with_rht=params.random_hadamard_transform,
-                                  with_2d_quantization=params.fp4_2d_quantization,
-                                  stochastic_rounding=params.stochastic_rounding)  # fmt: skip
-        params = getattr(recipe, f"fp8_quant_{where}")
-        dim = getattr(recipe, f"{dict(inp='x', weight='w', grad='grad')[kind]}_block_scaling_dim")
-        return Float8BlockQuantizer(dtype, amax_epsilon=params.amax_epsilon, force_pow_2_scales=params.power_2_scale,
-                                    block_scaling_dim=dim)  # fmt: skip
-
-
-def _state_of(recipe: Recipe) -> type:
-    if recipe.delayed():
-        return _DelayedState
-    return _CurrentState if recipe.float8_current_scaling() else _BlockState
-
-
-class autocast:  # noqa: N801 - the name of the real one
-    """Run the modules called inside in FP8.
-
-    Args:
-        enabled: False runs them in high precision.
-        calibrating: with ``enabled=False``: run in high precision, allocate the FP8 state, so that a checkpoint
-            holds it, and note the amax of inputs and weights in row 0 of the histories (delayed scaling; the other
-            recipes have nothing to note).  Scales move where they always do: at the exit of a region that is enabled.
-        recipe: an instance of a recipe, :class:`DelayedScaling` by default.
-        amax_reduction_group: accepted; there is one device here.
-
-    Only forward passes belong inside; each module should be called once in a region, because the outermost
-    exit is what updates the forward scales (and only with gradients enabled: evaluation moves no scale).  The
-    scales of the gradients are updated at the end of the backward pass of the region's first module.
-
-    Regions nest; an exception leaves the region like any other way out.  A region that is entered by hand and left
-    open keeps FP8 on for whatever follows, and no forward scale moves again, since no exit is the outermost one.
-
-    Raises:
-        RuntimeError: this object has been entered already.
-        AttributeError: ``recipe`` is no recipe.
-        TypeError: left without having been entered.
-    """
-
-    def __init__(self, enabled: bool = True, calibrating: bool = False, recipe: Recipe | None = None,
-                 amax_reduction_group=None):  # fmt: skip
-        self._new = (enabled, calibrating, recipe)
-        self._saved = None
-
-    def __enter__(self):
-        enabled, calibrating, recipe = self._new
-        if self._saved is not None:
-            raise RuntimeError("autocast context manager cannot be entered more than once concurrently")
-        recipe = get_default_recipe() if recipe is None else recipe
-        if not hasattr(recipe, "float8_per_tensor_scaling"):  # the real one's error, too
-            raise AttributeError(f"recipe is {recipe!r}: pass a recipe, for example DelayedScaling()")
-        self._saved = (_Region.enabled, _Region.calibrating, _Region.recipe, _Region.first)
-        _Region.enabled, _Region.calibrating, _Region.recipe = enabled, calibrating, recipe
-        members = _Region.members.get(repr(recipe))
-        _Region.members[repr(recipe)] = (recipe, members[1] if members else weakref.WeakSet())
-        _Region.first = _Region.depth == 0 or _Region.first
-        _Region.depth += 1
-        return self
-
-    def __exit__(self, *exception):
-        if self._saved is None:
-            raise TypeError("this autocast region is not open: __exit__ needs an __enter__ before it")
-        _Region.enabled, _Region.calibrating, _Region.recipe, _Region.first = self._saved
-        self._saved = None
-        _Region.depth -= 1
-        if self._new[0] and _Region.depth == 0 and torch.is_grad_enabled():
-            _update(forward=True)
-
-
-def fp8_autocast(enabled: bool = True, calibrating: bool = False, fp8_recipe: Recipe | None = None, fp8_group=None):
-    """Former name of :class:`autocast`, still there and deprecated in Transformer Engine 2.20."""
-    warnings.warn("fp8_autocast is deprecated: use autocast(enabled=..., recipe=...)", DeprecationWarning, stacklevel=2)
-    return autocast(enabled, calibrating, fp8_recipe, fp8_group)
+def check_unused(module, arguments: dict) -> None:
+    """Accept arguments of the real module that are switched off; refuse what would change the result."""
+    name = type(module).__name__
+    for argument, value in arguments.items():
+        if argument in _OFF:
+            if not any(value is off or (type(value) is type(off) and value == off) for off in _OFF[argument]):
+                raise NotImplementedError(f"{name}({argument}={value!r}) is not emulated: it needs Transformer Engine "
+                                          "on a GPU.")  # fmt: skip
+        elif argument not in _IGNORED:
+            raise TypeError(f"{name} got an unexpected keyword argument {argument!r}")
 
 
 # -------------------------------------------------------------------------------------------- the FP8 product
@@ -163,218 +64,181 @@ def _check_dims(*tensors: torch.Tensor) -> None:
     for t in tensors:
         rows = t.numel() // t.shape[-1] if t.shape[-1] else 0
         if rows % 8 or t.shape[-1] % 16:
-            raise ValueError(
-                "FP8 execution requires the product of all dimensions except the last to be divisible by 8 and the "
-                f"last dimension to be divisible by 16, but got tensor with dims={list(t.shape)} "
-                f"(product of leading dims = {rows}, last dim = {t.shape[-1]})"
-            )
+            raise ValueError("FP8 execution requires the product of all dimensions except the last to be divisible by "
+                             "8 and the last dimension to be divisible by 16, but got tensor with "
+                             f"dims={list(t.shape)}: pad the batch or the layer.")  # fmt: skip
 
 
-def _check_gradient(dy: torch.Tensor) -> None:
-    if dy.shape[0] % 16 or dy.shape[1] % 16:
-        raise RuntimeError(
-            "The backward pass in FP8 requires the number of rows (tokens) and out_features to be divisible by 16, "
-            f"but got a gradient with dims={list(dy.shape)}: pad the batch or the layer."
-        )
-
-
-def _product(a: torch.Tensor, b: torch.Tensor, factor: float, dtype: torch.dtype, bias=None) -> torch.Tensor:
-    """``factor * (a @ b) (+ bias)`` of FP32 matrices that hold FP8 numbers, rounded once to ``dtype``."""
+def _product(a, b, dtype: torch.dtype, bias=None) -> torch.Tensor:
+    """``a @ b (+ bias)`` of (FP32 matrix, factor or None) pairs, rounded once to ``dtype``."""
+    factor = (1.0 if a[1] is None else a[1]) * (1.0 if b[1] is None else b[1])
     # beta=0 ignores its first argument, so any tensor that broadcasts will do.
-    start, beta = (a.new_zeros(1), 0) if bias is None else (bias.float(), 1)
-    return torch.addmm(start, a, b, beta=beta, alpha=factor).to(dtype)
+    start, beta = (a[0].new_zeros(1), 0) if bias is None else (bias.float(), 1)
+    return torch.addmm(start, a[0], b[0], beta=beta, alpha=factor).to(dtype)
+
+
+def _matrix(quantizer, operand):
+    """An operand as (FP32 matrix, factor of the product)."""
+    return quantizer.decode(*operand), operand[1] if quantizer.per_tensor else None
+
+
+def _transposed(matrix):
+    return matrix[0].t(), matrix[1]
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """Three FP8 products: y = x w^T, dx = dy w, dw = dy^T x.  What is kept for the backward pass is in FP8."""
+    """Three products of quantized operands: y = x w^T, dx = dy w, dw = dy^T x.
+
+    What is kept for the backward pass is quantized, along the dimension that the backward products sum over.
+    """
 
     @staticmethod
-    def forward(ctx, weight, inp, bias, module, gemm, dtype, cached, amax, wide):
+    def forward(ctx, weight, inp, bias, module, number, dtype, cached, amax, wide):
         x = inp.reshape(-1, inp.shape[-1])
-        quantizers = module.quantizers["scaling_fwd"]
-        x_codes, x_inv = quantizers[3 * gemm]._codes(x, amax)
+        of_x, of_w = module.quantizers["scaling_fwd"][3 * number : 3 * number + 2]
         if isinstance(weight, Float8Tensor):
-            w_codes, w_inv = weight._data.view(weight._fp8_dtype.torch), weight._scale_inv.item()
+            codes, scale_inv = weight._data, weight._scale_inv.item()
+            of_rows, of_columns = (codes, scale_inv, None), (codes.t(), scale_inv, None)
         else:
-            w_codes, w_inv = cached or quantizers[3 * gemm + 1]._codes(weight)
-            module._last_weights[gemm] = (w_codes, w_inv)
-        ctx.save_for_backward(x_codes.view(torch.uint8), w_codes.view(torch.uint8))
-        ctx.formats = x_codes.dtype, w_codes.dtype
-        ctx.scales, ctx.module, ctx.gemm, ctx.dtype, ctx.shape = (x_inv, w_inv), module, gemm, dtype, inp.shape
+            of_rows, of_columns = cached or of_w.both(weight)
+            module.last_weights[number] = of_rows, of_columns
         ctx.updates = False
         if any(ctx.needs_input_grad[:3]):  # the first module of a region comes last in the backward pass
-            ctx.updates, _Region.first = _Region.first, False
+            ctx.updates, Region.first = Region.first, False
+        rows, columns = of_x.both(x, amax) if ctx.needs_input_grad[0] else (of_x.rows(x, amax), (None,) * 3)
+        kept = [*columns, *of_columns]
+        ctx.numbers = [None if torch.is_tensor(v) else v for v in kept]
+        ctx.save_for_backward(*(v if torch.is_tensor(v) else None for v in kept))
+        ctx.quantizers = of_x, of_w, module.quantizers["scaling_bwd"][2 * number]
+        ctx.dtype, ctx.shape = dtype, inp.shape
         if bias is not None:  # cuBLAS takes no FP32 bias with FP8 operands
             bias = bias.to(torch.bfloat16 if dtype == torch.float32 else dtype)
-        out = _product(_decode(x_codes), _decode(w_codes).t(), x_inv * w_inv, dtype, bias)
+        out = _product(_matrix(of_x, rows), _transposed(_matrix(of_w, of_rows)), dtype, bias)
         return (out.float() if wide else out).view(*inp.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, grad_output):
-        x_codes, w_codes = (codes.view(fmt) for codes, fmt in zip(ctx.saved_tensors, ctx.formats, strict=True))
+        kept = [n if t is None else t for t, n in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
+        of_x, of_w, of_dy = ctx.quantizers
         dy = grad_output.reshape(-1, grad_output.shape[-1])
-        _check_gradient(dy)
-        codes, inv = ctx.module.quantizers["scaling_bwd"][2 * ctx.gemm]._codes(dy)
-        values = _decode(codes)
+        if dy.shape[0] % 16 or dy.shape[1] % 16:
+            raise RuntimeError("The backward pass in FP8 requires the number of rows (tokens) and out_features to be "
+                               f"divisible by 16, but got a gradient with dims={list(dy.shape)}: pad the batch or the "
+                               "layer.")  # fmt: skip
+        rows = _matrix(of_dy, of_dy.rows(dy))
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dw = _product(values.t(), _decode(x_codes), inv * ctx.scales[0], ctx.dtype)
+            columns = _transposed(rows) if of_dy.per_tensor else _matrix(of_dy, of_dy.columns(dy))
+            dw = _product(columns, _transposed(_matrix(of_x, kept[:3])), ctx.dtype)
         if ctx.needs_input_grad[1]:
-            dx = _product(values, _decode(w_codes), inv * ctx.scales[1], ctx.dtype).view(ctx.shape)
+            dx = _product(rows, _transposed(_matrix(of_w, kept[3:])), ctx.dtype).view(ctx.shape)
         if ctx.needs_input_grad[2]:  # a sum, not a matrix product: it reads the gradient before FP8
             db = dy.float().sum(0).to(ctx.dtype)
         if ctx.updates:
-            _update(forward=False)
+            Region.update(forward=False)
         return dw, dx, db, None, None, None, None, None, None
 
 
-def _both(quantizer, x: torch.Tensor):
-    """Operands of ``x`` by rows and by columns; squares have the same numbers in both."""
-    rows = quantizer._rows(x)
-    if getattr(quantizer, "block_scaling_dim", 1) == 2:
-        return rows, (rows[0].t().contiguous(), rows[1].t(), None)
-    return rows, quantizer._columns(x)
-
-
-class _BlockLinear(torch.autograd.Function):
-    """The same three products of block-scaled operands, quantized along the dimension that each product sums over."""
-
-    @staticmethod
-    def forward(ctx, weight, inp, bias, module, gemm, dtype, cached):
-        x = inp.reshape(-1, inp.shape[-1])
-        of_x, of_w = module.quantizers["scaling_fwd"][3 * gemm : 3 * gemm + 2]
-        w_rows, w_columns = cached or _both(of_w, weight)
-        module._last_weights[gemm] = w_rows, w_columns
-        ctx.quantizers = of_x, of_w, module.quantizers["scaling_bwd"][2 * gemm]
-        ctx.dtype, ctx.shape, ctx.updates = dtype, inp.shape, False
-        ctx.save_for_backward(*(of_x._columns(x) if ctx.needs_input_grad[0] else (None,) * 3), *w_columns)
-        if any(ctx.needs_input_grad[:3]):  # these recipes update nothing, but this was the region's first module
-            ctx.updates, _Region.first = _Region.first, False
-        if bias is not None:
-            bias = bias.to(torch.bfloat16 if dtype == torch.float32 else dtype)
-        a, b = of_x._dequantize(*of_x._rows(x)), of_w._dequantize(*w_rows)
-        return _product(a, b.t(), 1.0, dtype, bias).view(*inp.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        dy = grad_output.reshape(-1, grad_output.shape[-1])
-        _check_gradient(dy)
-        of_x, of_w, of_dy = ctx.quantizers
-        x_columns, w_columns = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dw = _product(of_dy._dequantize(*of_dy._columns(dy)), of_x._dequantize(*x_columns).t(), 1.0, ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            dx = _product(of_dy._dequantize(*of_dy._rows(dy)), of_w._dequantize(*w_columns).t(), 1.0, ctx.dtype)
-            dx = dx.view(ctx.shape)
-        if ctx.needs_input_grad[2]:
-            db = dy.float().sum(0).to(ctx.dtype)
-        if ctx.updates:
-            _update(forward=False)
-        return dw, dx, db, None, None, None, None
-
-
-def _linear(module, gemm: int, inp, weight, bias, dtype, is_first_microbatch=None, *, amax=None, wide=False):
-    """``inp @ weight.T + bias``, in FP8 where ``module.fp8`` says so, else in ``dtype``.
-
-    Args:
-        module: a :class:`_TEModule`, prepared by ``_prepare_fp8``.
-        gemm: which of its products, 0 or 1: it has its own quantizers and its own cached weight.
-        inp: (..., in_features).  It may be FP32 where ``dtype`` is BF16, if a fused kernel would not have rounded it
-            before it quantized it; its gradient is rounded to ``dtype``.
-        weight: (out_features, in_features), or a :class:`Float8Tensor`, which needs no cast.
-        bias: (out_features,) or None.
-        dtype: of the activations.
-        is_first_microbatch: None, or whether the FP8 weight is made (and kept) or reused.
-        amax: see ``_Quantizer._codes``.
-        wide: return FP32 (of numbers rounded to ``dtype``), so that the gradient may be FP32 as well.
-
-    Raises:
-        ValueError: sizes that FP8 matrix units cannot multiply.
-    """
-    if not module.fp8:
-        if module.fp8_calibration:
-            quantizers = module.quantizers["scaling_fwd"][3 * gemm : 3 * gemm + 2]
-            for quantizer, tensor in zip(quantizers, (inp.to(dtype), weight), strict=True):
-                if isinstance(quantizer, Float8Quantizer):  # the other recipes remember nothing
-                    quantizer.amax.fill_(_amax(tensor.detach()))
-        bias = None if bias is None else bias.to(dtype)
-        return nn.functional.linear(inp.to(dtype), weight.to(dtype), bias)
-    _check_dims(inp, weight)
-    cached = module._last_weights.get(gemm) if is_first_microbatch is False else None
-    with torch.autocast(inp.device.type, enabled=False):
-        if module.fp8_meta["recipe"].float8_per_tensor_scaling():
-            out = _Fp8Linear.apply(weight, inp, bias, module, gemm, dtype, cached, amax, wide)
-        else:
-            out = _BlockLinear.apply(weight, inp, bias, module, gemm, dtype, cached)
-    if is_first_microbatch is None:
-        module._last_weights.pop(gemm, None)
-    return out
-
-
-def _default_init(weight: torch.Tensor) -> None:
-    weight.normal_(0.0, 0.023)
-
-
 # ------------------------------------------------------------------------------------------------ base module
-class _TEModule(nn.Module):
+class FP8Module(nn.Module):
     """What every module with FP8 products has: quantizers, their state, its way into checkpoints and copies.
 
-    A subclass says how many products it has (``_gemms``), calls ``_quantize_parameters`` at the end of its constructor
-    and ``_prepare_fp8`` in its forward pass before ``_linear``.
+    A subclass says how many products it has (``products``), calls ``add_weights`` at the end of its constructor, and in
+    its forward pass ``prepare_fp8``, then ``product`` for each of them, the last one by ``last_product``.
     """
 
-    _gemms = 1
+    products = 1
 
-    def __init__(self, name: str | None = None):
+    def __init__(self):
         super().__init__()
-        self.name = name
         self.fp8_meta, self.quantizers = {}, {}
         self.fp8 = self.fp8_calibration = False
-        self._last_weights = {}  # product -> FP8 weight of this step's first microbatch
+        self.last_weights = {}  # product -> quantized weight of this step's first microbatch
         self._fp8_weights = []  # names of FP8 parameters, by product
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.named_parameters(recurse=False))
 
     def _device(self) -> torch.device:
         parameter = next(self.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
+    def add_weights(self, *groups: dict, bias: bool, params_dtype, device) -> None:
+        """Make ``<prefix>weight`` and then ``<prefix>bias`` for each prefix -> (shape, init_method) of a group."""
+        options = dict(device=device, dtype=params_dtype or torch.get_default_dtype())
+        for group in groups:
+            for prefix, (shape, init_method) in group.items():
+                weight = nn.Parameter(torch.empty(shape, **options))
+                setattr(self, f"{prefix}weight", weight)
+                with torch.no_grad():
+                    init_method(weight) if init_method else weight.normal_(0.0, 0.023)
+            for prefix, (shape, _) in group.items():  # without bias the real one has an empty tensor there, not None
+                value = nn.Parameter(torch.zeros(shape[0], **options)) if bias else torch.empty(0, **options)
+                setattr(self, f"{prefix}bias", value)
+        self._quantize_parameters([f"{prefix}weight" for group in groups for prefix in group])
+
+    def product(self, number: int, inp, weight, bias, dtype, is_first_microbatch=None, *, amax=None, wide=False):
+        """``inp @ weight.T + bias``, in FP8 where the region says so, else in ``dtype``; call ``prepare_fp8`` before.
+
+        ``number``: of the product in this module; each has its own quantizers and its own cached weight.  ``inp`` may
+        be FP32 where ``dtype`` is BF16, if a fused kernel would not have rounded it before it quantized it; its
+        gradient is rounded to ``dtype``.  ``amax``: of ``inp`` where a kernel has found it before rounding it.
+        ``wide``: return FP32 (of numbers rounded to ``dtype``), so that the gradient may be FP32 as well.
+        """
+        bias = bias if bias is not None and bias.numel() else None
+        if not self.fp8:
+            if self.fp8_calibration:
+                quantizers = self.quantizers["scaling_fwd"][3 * number : 3 * number + 2]
+                for quantizer, tensor in zip(quantizers, (inp.to(dtype), weight), strict=True):
+                    if isinstance(quantizer, Float8Quantizer):  # the other recipes remember nothing
+                        quantizer.amax.fill_(largest(tensor.detach()))
+            return nn.functional.linear(inp.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        _check_dims(inp, weight)
+        cached = self.last_weights.get(number) if is_first_microbatch is False else None
+        with torch.autocast(inp.device.type, enabled=False):
+            out = _Fp8Linear.apply(weight, inp, bias, self, number, dtype, cached, amax, wide)
+        if is_first_microbatch is None:
+            self.last_weights.pop(number, None)
+        return out
+
+    def last_product(self, number: int, inp, weight, bias, dtype, is_first_microbatch, **options):
+        """The module's result: the product with its bias added or, with return_bias, (product, bias)."""
+        added = None if self.return_bias else bias
+        out = self.product(number, inp, weight, added, dtype, is_first_microbatch, **options)
+        return (out, bias.to(dtype)) if self.return_bias else out
+
     # -- FP8 parameters
     def _quantize_parameters(self, names: list[str]) -> None:
         """Inside quantized_model_init: replace the weight of each product by an FP8 parameter."""
-        if not _Region.fp8_parameters:
+        recipe = Region.parameter_recipe
+        if recipe is None:
             return
-        recipe = _Region.parameter_recipe
         if not recipe.float8_per_tensor_scaling():
             raise NotImplementedError(f"FP8 weights under {type(recipe).__name__} are not emulated: use DelayedScaling "
                                       "or Float8CurrentScaling.")  # fmt: skip
         self._set_recipe(recipe)
-        for gemm, name in enumerate(names):
+        for number, name in enumerate(names):
             plain = getattr(self, name).detach()
-            weight = nn.Parameter(self.quantizers["scaling_fwd"][3 * gemm + 1](plain))
-            if _Region.keep_initial:
-                weight._keep_initial(plain.cpu())
+            weight = nn.Parameter(self.quantizers["scaling_fwd"][3 * number + 1](plain))
+            if Region.keep_initial:
+                weight.keep_initial(plain.cpu())
             setattr(self, name, weight)
         self._fp8_weights = list(names)
 
     def _link_parameters(self) -> None:
         """FP8 weights round with the module's quantizers, which are made anew now and then."""
-        for gemm, name in enumerate(self._fp8_weights):
+        for number, name in enumerate(self._fp8_weights):
             if isinstance(getattr(self, name), Float8Tensor):  # Module.to(dtype) makes a plain one of it
-                getattr(self, name)._quantizer = self.quantizers["scaling_fwd"][3 * gemm + 1]
+                getattr(self, name)._quantizer = self.quantizers["scaling_fwd"][3 * number + 1]
 
     def _check_parameters(self) -> None:
         for name in self._fp8_weights:
-            weight = getattr(self, name)
-            if not isinstance(weight, Float8Tensor):
-                continue
-            delayed = isinstance(weight._quantizer, Float8Quantizer)
-            kind = DelayedScaling if delayed else Float8CurrentScaling
-            if not isinstance(_Region.recipe, kind):
-                raise RuntimeError(
-                    f"Recipe mismatch for {name!r}: tensor supports recipe {kind.__name__}, but got "
-                    f"{type(_Region.recipe).__name__}. Please check the recipes assigned during quantized_model_init() "
-                    "and autocast() calls."
-                )
+            quantizer = getattr(getattr(self, name), "_quantizer", None)
+            kind = DelayedScaling if isinstance(quantizer, Float8Quantizer) else Float8CurrentScaling
+            if quantizer is not None and not isinstance(Region.recipe, kind):
+                raise RuntimeError(f"Recipe mismatch for {name!r}: tensor supports recipe {kind.__name__}, but got "
+                                   f"{type(Region.recipe).__name__}: use one kind of recipe in quantized_model_init() "
+                                   "and autocast().")  # fmt: skip
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         key = prefix + "_extra_state"
@@ -383,26 +247,30 @@ class _TEModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # -- FP8 state
-    def _prepare_fp8(self) -> None:
-        self.fp8, self.fp8_calibration = _Region.enabled, _Region.calibrating
+    def prepare_fp8(self) -> None:
+        """Take over what the region says; make quantizers where the recipe is new."""
+        self.fp8, self.fp8_calibration = Region.enabled, Region.calibrating
         if not (self.fp8 or self.fp8_calibration):
             return
         self._check_parameters()
         old = self.fp8_meta.get("recipe")
-        if old is not None and type(old) is not type(_Region.recipe):
-            warnings.warn(f"Recipe type changed from {type(old).__name__} to {type(_Region.recipe).__name__}. "
+        if old is not None and type(old) is not type(Region.recipe):
+            warnings.warn(f"Recipe type changed from {type(old).__name__} to {type(Region.recipe).__name__}. "
                           "This may affect model behavior.", stacklevel=3)  # fmt: skip
-        self._set_recipe(_Region.recipe)
-        if self.fp8 and _Region.recipe.delayed():
-            _Region.members[repr(_Region.recipe)][1].add(self)
+        self._set_recipe(Region.recipe)
+        if self.fp8 and Region.recipe.delayed():
+            Region.members[repr(Region.recipe)][1].add(self)
+            state = self.fp8_meta["scaling_fwd"]
+            for before in Region.checkpoints:
+                before.setdefault(self, (state.scale.clone(), state.amax_history.clone()))
 
     def _set_recipe(self, recipe: Recipe) -> None:
         self.fp8_meta["recipe"] = recipe
-        kind = _state_of(recipe)
         for key, forward in (("scaling_fwd", True), ("scaling_bwd", False)):
             state = self.fp8_meta.get(key)
-            if type(state) is not kind or type(state.recipe) is not type(recipe):
-                state = self.fp8_meta[key] = kind(recipe, forward, self._device(), self._gemms)
+            if state is None or type(state.recipe) is not type(recipe):
+                kind = DelayedState if recipe.delayed() else State
+                state = self.fp8_meta[key] = kind(recipe, forward, self._device(), self.products)
             elif recipe.delayed() and len(state.amax_history) != recipe.amax_history_len:
                 state.resize(recipe.amax_history_len)
             else:
@@ -410,75 +278,67 @@ class _TEModule(nn.Module):
             self.quantizers[key] = state.make_quantizers()
         self._link_parameters()
 
+    def _delayed_states(self) -> dict[str, DelayedState]:
+        states = {key: self.fp8_meta.get(key) for key in ("scaling_fwd", "scaling_bwd")}
+        return {key: state for key, state in states.items() if isinstance(state, DelayedState)}
+
     def get_extra_state(self) -> torch.Tensor:
         """Scales and amax histories as bytes, uint8 (n,); empty where there is nothing to remember."""
-        state = self.fp8_meta.get("scaling_fwd")
-        if not (self.fp8 or self.fp8_calibration) or not isinstance(state, _DelayedState):
+        states = self._delayed_states()
+        if not (self.fp8 or self.fp8_calibration) or not states:
             return torch.empty(0, dtype=torch.uint8)
         recipe = self.fp8_meta["recipe"]
         settings = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
         settings["fp8_format"] = recipe.fp8_format.name
         settings = {k: v for k, v in settings.items() if isinstance(v, (bool, int, str))}  # no functions
-        saved = {"recipe": settings}
-        for direction in ("fwd", "bwd"):
-            state = self.fp8_meta[f"scaling_{direction}"]
-            saved[f"scale_{direction}"] = state.scale.cpu()
-            saved[f"amax_history_{direction}"] = state.amax_history.cpu()
+        saved = {key: (state.scale.cpu(), state.amax_history.cpu()) for key, state in states.items()}
         file = io.BytesIO()
-        torch.save(saved, file)
+        torch.save({"recipe": settings, **saved}, file)
         return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Load what :meth:`get_extra_state` returned.
-
-        Raises:
-            RuntimeError: the environment does not allow it.  The real library keeps this state as a Python
-                pickle, which can run code, and asks for the same variable; ours is plain tensors, but code that
-                works here must work there.
-        """
+        """Load what :meth:`get_extra_state` returned.  The real library's is a Python pickle, which can run code: it
+        asks for an environment variable.  Ours is plain tensors, but code that works here must work there."""
         if state is None or state.numel() == 0:
             return
-        if os.environ.get(_UNSAFE_STATE) != "1":
+        if os.environ.get(UNSAFE_STATE) != "1":
             raise RuntimeError(
-                f"Refusing to load pickled Transformer Engine extra state for {type(self).__name__}: it can execute "
-                f"arbitrary code, so set {_UNSAFE_STATE}=1 if the checkpoint is from a trusted source."
+                "Refusing to load pickled Transformer Engine extra state: it can execute arbitrary "
+                f"code, so set {UNSAFE_STATE}=1 if you trust where the checkpoint comes from."
             )
         try:
             saved = torch.load(io.BytesIO(state.cpu().numpy().tobytes()), weights_only=True)
-            settings = saved["recipe"]
+            settings = saved.pop("recipe")
         except Exception as error:  # whatever a foreign or damaged pickle raises
             raise RuntimeError("This FP8 state was not written by the emulation: load it with Transformer Engine on a "
                                "GPU, or drop the keys that end with '_extra_state'.") from error  # fmt: skip
-        settings["fp8_format"] = Format[settings["fp8_format"]]
         self.fp8_meta.pop("scaling_fwd", None), self.fp8_meta.pop("scaling_bwd", None)
-        self._set_recipe(DelayedScaling(**settings))
-        for direction in ("fwd", "bwd"):
-            target = self.fp8_meta[f"scaling_{direction}"]
-            target.scale.copy_(saved[f"scale_{direction}"])
-            target.amax_history.copy_(saved[f"amax_history_{direction}"])
+        self._set_recipe(DelayedScaling(**settings | {"fp8_format": Format[settings["fp8_format"]]}))
+        for key, numbers in saved.items():
+            self.fp8_meta[key].restore(*numbers)
 
     def __deepcopy__(self, memo):
         # Quantizers are views of the state's tensors: rebuild them, or they would look at copies.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         for key, value in self.__dict__.items():
-            new.__dict__[key] = {} if key == "_last_weights" else copy.deepcopy(value, memo)
+            new.__dict__[key] = {} if key == "last_weights" else copy.deepcopy(value, memo)
         new.quantizers = {k: s.make_quantizers() for k, s in new.fp8_meta.items() if k.startswith("scaling_")}
         new._link_parameters()
         return new
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        for key in ("scaling_fwd", "scaling_bwd"):  # the state follows the module to its device, and stays FP32
-            state = self.fp8_meta.get(key)
-            if isinstance(state, _DelayedState):
-                state.scale = state.scale.to(self._device())
-                state.amax_history = state.amax_history.to(self._device())
-                self.quantizers[key] = state.make_quantizers()
+        for key, state in self._delayed_states().items():  # the state follows the module to its device, and stays FP32
+            state.scale = state.scale.to(self._device())
+            state.amax_history = state.amax_history.to(self._device())
+            self.quantizers[key] = state.make_quantizers()
         self._link_parameters()
         return self
 
-    def _activation_dtype(self, inp: torch.Tensor) -> torch.dtype:
+    def activation_dtype(self, inp: torch.Tensor, features: int) -> torch.dtype:
+        """The dtype that ``inp`` (..., features) is computed in."""
+        assert inp.shape[-1] == features, "GEMM not possible"  # the real one's error
         if torch.is_autocast_enabled(inp.device.type):
             return torch.get_autocast_dtype(inp.device.type)
         for name, parameter in self.named_parameters():
@@ -489,70 +349,44 @@ class _TEModule(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------- Linear
-class Linear(_TEModule):
+class Linear(FP8Module):
     """``nn.Linear`` whose three matrix products run in FP8 inside :class:`autocast`.
 
-    Args:
-        in_features, out_features: multiples of 16.
-        bias: whether to add one.
-        init_method: function that fills the weight in place; normal with deviation 0.023 by default.
-        return_bias: return (output, bias) and leave the addition to the caller.
-        params_dtype: dtype of the parameters, torch's default one if None.  Keep FP32 for training and let
-            ``torch.autocast`` choose the dtype of activations.
-        device: where the parameters live.
-        name: a label.
+    ``in_features`` and ``out_features`` are multiples of 16.  ``init_method`` fills the weight in place, by default
+    from a normal distribution with deviation 0.023.  ``return_bias``: return (output, bias) and leave the addition to
+    the caller.  ``params_dtype``: keep FP32 for training and let ``torch.autocast`` choose the dtype of activations.
 
-    Attributes:
-        weight: (out_features, in_features), never changed by FP8.
-        fp8_meta: under delayed scaling ``fp8_meta["scaling_fwd"].scale`` and ``.amax_history`` (columns: input,
-            weight, output, the last of them not used) and ``["scaling_bwd"]`` (grad_output, grad_input).
-        quantizers: the quantizers of the same columns.
+    ``weight`` (out_features, in_features) is never changed by FP8.  Under delayed scaling there are
+    ``fp8_meta["scaling_fwd"].scale`` and ``.amax_history`` (columns: input, weight, output, the last of them not used)
+    and ``["scaling_bwd"]`` (grad_output, grad_input); ``quantizers`` has the same columns.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, init_method: Callable | None = None,
-                 return_bias: bool = False, params_dtype: torch.dtype | None = None, device=None,
-                 name: str | None = None):  # fmt: skip
-        super().__init__(name)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        init_method: Callable | None = None,
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        device=None,
+        **unused,
+    ):
+        super().__init__()
+        check_unused(self, unused)
         self.in_features, self.out_features = in_features, out_features
         self.use_bias, self.return_bias = bias, return_bias
-        self._init_method = init_method
-        options = dict(device=device, dtype=params_dtype or torch.get_default_dtype())
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, **options))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, **options))
-        else:
-            self.bias = torch.empty(0, **options)  # the real one has an empty tensor here, not None
-        self.reset_parameters()
-        self._quantize_parameters(["weight"])
+        self.add_weights({"": ((out_features, in_features), init_method)}, bias=bias, params_dtype=params_dtype,
+                         device=device)  # fmt: skip
 
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            (self._init_method or _default_init)(self.weight)
-            if self.use_bias:
-                self.bias.zero_()
+    def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None, **unused):
+        """Apply the layer to (..., in_features); for training in FP8 16 must divide the product of the other sizes.
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.use_bias}"
-
-    def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None):
-        """Apply the layer.
-
-        Args:
-            inp: (..., in_features); in FP8 the product of the other sizes must be a multiple of 16 for training.
-            is_first_microbatch: with gradient accumulation, True for the first batch of a step and False for the
-                others, which then reuse its FP8 weight.
-
-        Returns:
-            (..., out_features) in the dtype of the activations.
-
-        Raises:
-            ValueError: sizes that FP8 matrix units cannot multiply.
-            TypeError: outside ``torch.autocast``, parameters of another dtype than the input.
+        ``is_first_microbatch``: with gradient accumulation, True for the first batch of a step and False for the
+        others, which then reuse its FP8 weight.
         """
-        dtype = self._activation_dtype(inp)
-        self._prepare_fp8()
-        bias = self.bias if self.use_bias and not self.return_bias else None
-        if inp.shape[-1] != self.in_features:
-            raise AssertionError("GEMM not possible")  # the real one's error
-        out = _linear(self, 0, inp, self.weight, bias, dtype, is_first_microbatch)
-        return (out, self.bias.to(dtype)) if self.return_bias else out
+        check_unused(self, unused)
+        dtype = self.activation_dtype(inp, self.in_features)
+        self.prepare_fp8()
+        return self.last_product(0, inp, self.weight, self.bias, dtype, is_first_microbatch)

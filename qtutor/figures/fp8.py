@@ -1,60 +1,49 @@
-"""Pictures of the FP8 notebooks: delayed scaling at work, and where FP8 begins to pay."""
-
+"""Pictures of the FP8 topics: delayed scaling at work, and where FP8 begins to pay."""
 
 from __future__ import annotations
 
+import math
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.colors import TwoSlopeNorm
+
+from .. import plots, results
 from .live import image_widget
 
-# ------------------------------------------------------------- notebook 03: delayed scaling
-
-
-def scaling_tensor(values: int = 4096):
-    """Values (n,) spread over many powers of two, as a transformer's activations are; the largest one is 1."""
-    import torch
-
-    g = torch.Generator().manual_seed(3)
-    x = torch.randn(values, generator=g) * torch.exp2(2.5 * torch.randn(values, generator=g))
-    return x / x.abs().max()
-
-
+# ---------------------------------------------------------------------------------------------- delayed scaling
 SCENARIOS = ("one spike", "a jump that stays", "growth without end")
 
 
 def _sizes(scenario: str, octaves: float, at: int, steps: int) -> list[float]:
     """What the largest value of each step is multiplied by, beside a wobble that every training has."""
-    wobble = [2 ** (0.3 * ((step * 7) % 5 - 2) / 2) for step in range(steps)]
-    event = {
-        "one spike": [2.0**octaves if step == at else 1.0 for step in range(steps)],
-        "a jump that stays": [2.0**octaves if step >= at else 1.0 for step in range(steps)],
-        "growth without end": [2.0 ** (octaves / 16 * max(0, step - at)) for step in range(steps)],
-    }[scenario]
-    return [w * e for w, e in zip(wobble, event, strict=True)]
+    power = {"one spike": lambda step: octaves * (step == at), "a jump that stays": lambda step: octaves * (step >= at),
+             "growth without end": lambda step: octaves / 16 * max(0, step - at)}[scenario]  # fmt: skip
+    return [2.0 ** (0.3 * ((step * 7) % 5 - 2) / 2 + power(step)) for step in range(steps)]
 
 
 def delayed_scaling(history_len: int = 8, margin: int = 0, algorithm: str = "max", scenario: str = "one spike",
                     octaves: float = 10, at: int = 6, steps: int = 28) -> list[dict]:  # fmt: skip
     """Run delayed scaling in E4M3 on a tensor that something happens to; return one dict for each step.
 
-    The keys: ``history`` (amaxes that the scale in use came from, oldest first), ``chosen`` (the one taken, None before
-    there is one), ``scale`` (in use), ``top`` and ``bottom`` (largest and smallest normal number it can hold), ``amax``
-    and ``low`` (of this step's tensor: largest, and first percentile of the magnitudes), ``saturated`` and ``lost``
-    (shares beyond the top, and rounded to zero), ``error`` and ``error_current`` (relative RMS error, with this scale
-    and with the scale that current scaling takes).  Without an amax the scale is 1, as in the library.
+    ``history``: amaxes that the scale in use came from, oldest first; ``chosen``: the one taken; ``top``, ``bottom``:
+    largest and smallest normal number that the scale can hold; ``amax``, ``low``: largest magnitude of this step's
+    tensor, and their first percentile; ``saturated``, ``lost``: shares beyond the top, and rounded to zero; ``error``,
+    ``error_current``: relative RMS error with this scale, and with the one that current scaling takes.
     """
-    import torch
 
     def rounded(x, scale):
         return (x * scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() / scale
 
-    base, history, scale, chosen, run = scaling_tensor(), [], 1.0, None, []
-    spot = base.abs().argmax()
+    g = torch.Generator().manual_seed(3)  # many powers of two, as in a transformer's activations; the largest is 4
+    base = torch.randn(4096, generator=g) * torch.exp2(2.5 * torch.randn(4096, generator=g))
+    base = base / base.abs().max() * 4
+    spot = torch.arange(len(base)) == base.abs().argmax()
+    history, scale, chosen, run = [], 1.0, None, []
     for step, size in enumerate(_sizes(scenario, octaves, at, steps)):
-        if scenario == "one spike":
-            x = base.clone()
-            x[spot] *= size  # one value of the tensor
-        else:
-            x = base * size  # all of it
-        x = x * 4
+        x = torch.where(spot, base * size, base) if scenario == "one spike" else base * size  # one value, or all
         amax = x.abs().max().item()
         got, best = rounded(x, scale), rounded(x, 448 / amax)
         run.append(dict(
@@ -72,11 +61,6 @@ def delayed_scaling(history_len: int = 8, margin: int = 0, algorithm: str = "max
 def scaling_picture(step: int = 9, history_len: int = 8, margin: int = 0, algorithm: str = "max",
                     scenario: str = "one spike", octaves: float = 10, at: int = 6):  # fmt: skip
     """Figure: the amax history before ``step``, what the scale can hold against what comes, error and loss by step."""
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    from .. import plots
-
     run = delayed_scaling(history_len, margin, algorithm, scenario, octaves, at)
     now, steps = run[step], np.arange(len(run))
     blue, orange, green, red, grey = (plots.PALETTE[i] for i in (0, 1, 2, 3, 7))
@@ -120,18 +104,14 @@ def scaling_picture(step: int = 9, history_len: int = 8, margin: int = 0, algori
         axis.set_yscale("log", base=2)
         axis.set_ylim(*extent)
     key.axis("off")
-    key.legend(
-        [band, bulk, fits, late, delayed, current, lost],
-        ["normal numbers at the scale in use", "the tensor, without its lowest 1 %", "amax",
-         "amax that saturates (below: the share)", "error, delayed scaling", "error, current scaling",
-         "share rounded to zero"],
-        fontsize=8, loc="center", frameon=False, borderaxespad=0)  # fmt: skip
+    entries = {"normal numbers at the scale in use": band, "the tensor, without its lowest 1 %": bulk, "amax": fits,
+               "amax that saturates (below: the share)": late, "error, delayed scaling": delayed,
+               "error, current scaling": current, "share rounded to zero": lost}  # fmt: skip
+    key.legend(entries.values(), entries, fontsize=8, loc="center", frameon=False, borderaxespad=0)
     return fig
 
 
 def _scaling_sentence(step: int, margin: int, **settings) -> str:
-    import math
-
     now = delayed_scaling(margin=margin, **settings)[step]
     source = "no amax yet: 1" if now["chosen"] is None else f"448 / {now['chosen']:.4g} / 2<sup>{margin}</sup>"
     room = math.log2(now["top"] / now["amax"])
@@ -144,11 +124,7 @@ def _scaling_sentence(step: int, margin: int, **settings) -> str:
 
 
 def scaling_explorer():
-    """Step through delayed scaling: history length, margin, algorithm, and what happens to the tensor (notebook 03)."""
-    import ipywidgets
-
-    from .. import plots
-
+    """Step through delayed scaling: history length, margin, algorithm, and what happens to the tensor."""
     wide = {"description_width": "70px"}
     controls = dict(
         scenario=ipywidgets.Dropdown(options=SCENARIOS, description="event", style=wide),
@@ -158,9 +134,7 @@ def scaling_explorer():
         algorithm=ipywidgets.Dropdown(options=["max", "most_recent"], description="algorithm", style=wide),
     )
     step = ipywidgets.IntSlider(5, 0, 27, description="step", style=wide)
-    back, forth = ipywidgets.Button(description="◂ back"), ipywidgets.Button(description="next step ▸")
-    for button in (back, forth):
-        button.layout.width = "100px"
+    back, forth = (ipywidgets.Button(description=text, layout={"width": "100px"}) for text in ("◂ back", "next step ▸"))
     image, sentence = image_widget(), ipywidgets.HTML()
 
     def redraw(_=None):
@@ -176,28 +150,20 @@ def scaling_explorer():
     for control in (step, *controls.values()):
         control.observe(redraw, names="value")
     redraw()
-    columns = ((controls["scenario"], controls["octaves"]), (controls["history_len"], controls["margin"]),
-               (controls["algorithm"], step))  # fmt: skip
-    box = ipywidgets.VBox([ipywidgets.HBox([ipywidgets.VBox(column) for column in columns]),
-                           ipywidgets.HBox([back, forth]), sentence, image])  # fmt: skip
+    six = [*controls.values(), step]
+    columns = [ipywidgets.VBox(six[i : i + 2]) for i in (0, 2, 4)]
+    box = ipywidgets.VBox([ipywidgets.HBox(columns), ipywidgets.HBox([back, forth]), sentence, image])
     box.add_class("qtutor-scaling-explorer")
     return box
 
 
-# ------------------------------------------------------------- notebook 04: will FP8 pay?
-
-
+# ------------------------------------------------------------------------------------------- will FP8 pay?
 def breakeven_speedup(rows, hidden: float, tokens: float, graph: bool, column: str = "speedup") -> float:
     """Read the recorded map between its points: linear in the logarithms; beyond its edge, the value at the edge.
 
-    Args:
-        rows: DataFrame of ``fp8_breakeven``: hidden, tokens, graph, speedup, ms_bf16, ms_fp8 on a full grid.
-        hidden, tokens: the size of the layer and of the batch.
-        graph: replayed from a CUDA graph, or launched from Python.
-        column: which figure, all of them positive.
+    ``rows``: DataFrame of ``fp8_breakeven`` on a full grid of hidden and tokens; ``graph``: replayed from a CUDA graph,
+    or launched from Python; ``column``: which figure, all of them positive.
     """
-    import numpy as np
-
     grid = rows[rows["graph"] == graph].pivot(index="hidden", columns="tokens", values=column).sort_index()
     across, down = np.log2(grid.columns.to_numpy(float)), np.log2(grid.index.to_numpy(float))
     values = np.log(grid.sort_index(axis=1).to_numpy(float))
@@ -207,12 +173,6 @@ def breakeven_speedup(rows, hidden: float, tokens: float, graph: bool, column: s
 
 def breakeven_picture(rows, hidden: int = 4096, tokens: int = 4096, graph: bool = False):
     """Figure: the recorded map with the reader's size marked, and the times of a layer over tokens at that size."""
-    import matplotlib.pyplot as plt
-    import numpy as np
-    from matplotlib.colors import TwoSlopeNorm
-
-    from .. import plots
-
     fig, (left, right) = plots.figure(8.5, 3.5, ncols=2, width_ratios=(1.25, 1))
     y, x = np.sort(rows["hidden"].unique()), np.sort(rows["tokens"].unique())
     fine_y, fine_x = np.geomspace(y[0], y[-1], 41), np.geomspace(x[0], x[-1], 49)
@@ -243,16 +203,12 @@ def breakeven_picture(rows, hidden: int = 4096, tokens: int = 4096, graph: bool 
 
 
 def breakeven_explorer(machine: str = "h200"):
-    """Choose hidden size, tokens and CUDA graph; see where that lies on the recorded break-even map (notebook 04)."""
-    import ipywidgets
-
-    from .. import plots, results
-
+    """Choose hidden size, tokens and CUDA graph; see where that lies on the recorded break-even map."""
     recorded = results.load("fp8_breakeven", machine)
     rows, wide = recorded.frame(), {"description_width": "90px"}
-    hiddens = [h for h in (512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192)
-               if rows["hidden"].min() <= h <= rows["hidden"].max()]  # fmt: skip
-    counts = [2**i for i in range(4, 20) if rows["tokens"].min() <= 2**i <= rows["tokens"].max()]
+    hiddens, counts = ([size for size in sizes if rows[key].min() <= size <= rows[key].max()] for key, sizes in (
+        ("hidden", (512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192)),
+        ("tokens", [2**i for i in range(4, 20)])))  # fmt: skip
     hidden = ipywidgets.SelectionSlider(options=hiddens, value=4096, description="hidden size", style=wide)
     tokens = ipywidgets.SelectionSlider(options=counts, value=2048, description="tokens", style=wide)
     graph = ipywidgets.Checkbox(value=False, description="CUDA graph", indent=False)
@@ -265,7 +221,8 @@ def breakeven_explorer(machine: str = "h200"):
         verdict = "FP8 pays" if gain >= 1.1 else "about even" if gain > 0.95 else "FP8 is slower"
         sentence.value = (
             f"<b>{verdict}</b>: {gain:.2f}x; a layer takes about {bf16:.2f} ms in BF16 and {fp8:.2f} ms in FP8 "
-            f"(delayed scaling). Recorded on an {recorded.device}, {recorded.created[:10]}; interpolated.")
+            f"(delayed scaling). Recorded on an {recorded.device}, {recorded.created[:10]}; interpolated."
+        )
 
     for control in (hidden, tokens, graph):
         control.observe(redraw, names="value")

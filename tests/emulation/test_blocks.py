@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qtutor import emulation as te
-from qtutor.emulation import DType, Float8BlockScaling, Format, MXFP8BlockScaling, NVFP4BlockScaling
+from qtutor.emulation import DType, Float8BlockScaling, Format, MXFP8BlockScaling, NVFP4BlockScaling, regions
 
-REFERENCE = Path(__file__).resolve().parent.parent / "data" / "reference"
+REFERENCE = Path(__file__).resolve().parents[2] / "data" / "reference"
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Recipe type changed")
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Recipe type changed")
 
 @pytest.fixture(autouse=True)
 def fresh_region(monkeypatch):
-    monkeypatch.setattr(te._Region, "members", {})
+    monkeypatch.setattr(regions.Region, "members", {})
     torch.manual_seed(0)
 
 
@@ -58,11 +58,11 @@ def test_each_block_has_the_scale_of_its_largest_value(dim, pow2, dtype):
 
 @pytest.mark.parametrize("dtype", list(DType))
 def test_decoding_is_torchs_cast(dtype):
-    from qtutor.emulation.quantizers import _decode
+    from qtutor.emulation.quantizers import decode
 
     codes = torch.arange(256, dtype=torch.uint8).reshape(16, 16).view(dtype.torch)
     for x in (codes, codes.t(), codes[:0], codes[:, ::2]):
-        assert torch.equal(_decode(x).nan_to_num(7e6), x.float().nan_to_num(7e6))
+        assert torch.equal(decode(x).nan_to_num(7e6), x.float().nan_to_num(7e6))
 
 
 def test_special_blocks():
@@ -106,7 +106,7 @@ def test_products_are_those_of_the_dequantized_operands(recipe):
 
     def both(quantizer, t):
         t = t.detach().reshape(-1, t.shape[-1])
-        return [quantizer._dequantize(*part).double() for part in (quantizer._rows(t), quantizer._columns(t))]
+        return [quantizer.decode(*part).double() for part in (quantizer.rows(t), quantizer.columns(t))]
 
     (x_r, x_c), (w_r, w_c), (d_r, d_c) = both(of_x, x), both(of_w, layer.weight), both(of_dy, dy)
     assert torch.equal(w_r.t(), w_c) != recipe.mxfp8() and not torch.equal(x_r.t(), x_c)
@@ -207,7 +207,7 @@ def test_bytes_scales_and_products_are_the_recorded_ones():
                 assert torch.equal(result._rowwise_data, data[f"{tag}.{name}_codes"]), (tag, name)
                 assert torch.equal(result._columnwise_data, data[f"{tag}.{name}_codes_t"]), (tag, name)
                 for mine, real, length in (
-                    (result._rowwise_scale_inv, data[f"{tag}.{name}_scale_inv"], result._rows[1].shape),
+                    (result._rowwise_scale_inv, data[f"{tag}.{name}_scale_inv"], result.rows[1].shape),
                     (result._columnwise_scale_inv, data[f"{tag}.{name}_scale_inv_t"], None),
                 ):
                     assert mine.shape == real.shape, (tag, name)

@@ -1,0 +1,64 @@
+"""fp8_layers, as far as no GPU is needed: arithmetic, the rungs, the refusal."""
+
+import pytest
+import torch
+
+from qtutor import QtutorError
+from qtutor.rigs import fp8_layers
+
+
+def test_shapes_are_those_of_the_published_models():
+    """Whole models, from the layer's weights, embedding, head and norms: the published parameter counts."""
+    published = {"Llama-2-7B": (32, 32000, 6_738_415_616), "Llama-3-8B": (32, 128256, 8_030_261_248),
+                 "Llama-2-70B": (80, 32000, 68_976_648_192)}  # fmt: skip
+    for name, (layers, vocabulary, count) in published.items():
+        shape = fp8_layers.SHAPES[name]
+        norms = (2 * layers + 1) * shape.hidden
+        assert layers * shape.weights + 2 * vocabulary * shape.hidden + norms == count
+
+
+def test_flop_count_agrees_with_pytorchs_counter():
+    """PyTorch counts the products of a forward and backward pass; its attention counts the whole square, ours half."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    shape = fp8_layers.Shape("tiny", 64, 176, 4, 2, 2, 48)
+    config = LlamaConfig(hidden_size=64, intermediate_size=176, num_attention_heads=4, num_key_value_heads=2,
+                         attn_implementation="eager")  # fmt: skip
+    layer = LlamaDecoderLayer(config, 0)
+    x = torch.randn(2, 48, 64, requires_grad=True)
+    cos_sin = LlamaRotaryEmbedding(config)(x, torch.arange(48)[None])
+    with FlopCounterMode(display=False) as counter:
+        out = layer(x, position_embeddings=cos_sin, attention_mask=None)
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+    attention = 6 * shape.tokens * shape.sequence * shape.hidden
+    rotary = counter.get_total_flops() - (shape.flop(1) + attention)
+    assert rotary == 0
+
+
+def test_rungs_change_one_thing_at_a_time():
+    """Each FP8 rung differs in one field from an earlier rung (the block rung: in its recipe from BF16)."""
+    rungs = list(fp8_layers.RUNGS.values())
+    for i, rung in enumerate(rungs[1:], start=1):
+        assert any(sum(a != b for a, b in zip(vars(rung).values(), vars(earlier).values(), strict=True)) == 1
+                   for earlier in rungs[:i]), rung  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("call", [fp8_layers.ladder, lambda: fp8_layers.measure_rung(None, "TE BF16")])
+def test_without_a_gpu_the_measurements_refuse_in_one_sentence(call):
+    with pytest.raises(QtutorError, match="need a GPU with FP8 units") as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.gpu
+def test_a_rung_is_measured():
+    shape = fp8_layers.Shape("tiny", 256, 768, 4, 2, 2, 128)
+    for rung in ("Hugging Face BF16", "TE BF16", "TE FP8 delayed + FP8 weights", "TE BF16 + CUDA graph"):
+        try:
+            row = fp8_layers.measure_rung(shape, rung, seconds=0.05)
+        except QtutorError as error:
+            pytest.skip(str(error))
+        assert 0 < row["ms_p10"] <= row["ms_per_step"] <= row["ms_p90"] and row["repeats"] >= 5 and row["peak_gib"] > 0
