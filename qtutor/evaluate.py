@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -106,6 +107,19 @@ def logits_function(source, first: int = 0) -> Callable[[np.ndarray], Tensor]:
     return run
 
 
+@contextmanager
+def eval_mode(source):
+    """A module in eval mode inside the block, and as it was afterwards; any other source is left alone."""
+    training = getattr(source, "training", False)
+    if training:
+        source.eval()
+    try:
+        yield
+    finally:
+        if training:
+            source.train()
+
+
 def iter_logits(source, tokens, ctx: int = 512, *, second_half_only: bool = False, bos: int | None = None,
                 progress: bool = False) -> Iterator[Tensor]:  # fmt: skip
     """Yield one window's scored logits at a time: (n_scored_in_window, vocab), on the model's device.
@@ -118,15 +132,9 @@ def iter_logits(source, tokens, ctx: int = 512, *, second_half_only: bool = Fals
     run, cut = logits_function(source, ctx // 2 if second_half_only else 0), windows(tokens, ctx)
     if bos is not None:
         cut[:, 0] = bos
-    training = getattr(source, "training", False)
-    if training:
-        source.eval()
-    try:
+    with eval_mode(source):
         for window in tqdm(cut, desc="logits", unit="window", leave=False, disable=not progress):
             yield run(window)[:-1]  # the last position predicts a token beyond the window
-    finally:
-        if training:
-            source.train()
 
 
 def logits_of(source, tokens, ctx: int = 512, **options) -> Tensor:
