@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import gguf
@@ -70,25 +71,15 @@ def test_pytorch_step_alone():
     assert row["decode_context"] == 16 and "prefill_tokens_per_s" not in row
 
 
-def test_energy_follows_the_counter(monkeypatch):
+def test_energy_of_a_counter_comes_with_its_steps(monkeypatch):
     """Joules from a counter that moves in steps of 0.1 s come with that much doubt."""
-
-    class Meter:
-        source = "NVML energy counter"
-
-        def start(self):
-            pass
-
-        def stop(self):
-            return 30.0
-
-    monkeypatch.setattr(energy, "_meter", lambda device: Meter())
-    row = tradeoff._phase("decode", lambda: time.sleep(0.02), 2, seconds=0.7, device="cpu")
-    assert row["energy_source"] == Meter.source
-    assert row["joules_per_decode_token_low"] < row["joules_per_decode_token"] < row["joules_per_decode_token_high"]
-    middle = (row["joules_per_decode_token_low"] + row["joules_per_decode_token_high"]) / 2
-    assert middle == pytest.approx(row["joules_per_decode_token"])
-    short = tradeoff._phase("decode", lambda: time.sleep(0.005), 2, seconds=0.1, device="cpu")
+    read = itertools.count(0.0, 30.0).__next__
+    monkeypatch.setattr(energy, "_source", lambda device: energy._Source("NVML energy counter", 0.1, read))
+    row = tradeoff._phase("decode", lambda: time.sleep(0.02), 2, seconds=0.7, where="cpu")
+    assert row["energy_source"] == "NVML energy counter"
+    low, middle, high = (row[f"joules_per_decode_token{end}"] for end in ("_low", "", "_high"))
+    assert 0.85 * middle < low < middle < high and (low + high) / 2 == pytest.approx(middle)
+    short = tradeoff._phase("decode", lambda: time.sleep(0.005), 2, seconds=0.1, where="cpu")
     assert "joules_per_decode_token" not in short  # a window of one step says nothing
 
 
