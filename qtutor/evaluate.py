@@ -12,14 +12,13 @@ Three questions, from the coarse to the fine:
 Beside them: the change of the true token's probability (mean: got worse?  root mean square: how noisy?) and how
 often both models put the same token first (what greedy decoding would notice).
 
-Definitions follow llama.cpp's ``tools/perplexity`` (README.md and perplexity.cpp, functions ``perplexity`` and
-``kl_divergence``), including which tokens count: ``second_half_only=True`` scores a window as llama-perplexity does.
-Standard errors treat tokens as independent draws, as llama.cpp's do; neighbours in a text are not quite, so they are
-somewhat too small (:func:`standard_error` with ``block`` shows by how much).  Whether a loss is real, and whether it is
-small enough, are questions for the paired tests of :mod:`qtutor.paired`.
+Definitions follow llama.cpp's ``tools/perplexity`` (README.md and perplexity.cpp), including which tokens count:
+``second_half_only=True`` scores a window as llama-perplexity does.  Standard errors treat tokens as independent draws,
+as llama.cpp's do; neighbours in a text are not quite, so they are somewhat too small (:func:`standard_error` with
+``block`` shows by how much).  Whether a loss is real, and small enough, is for the tests of :mod:`qtutor.paired`.
 
-Everything here takes a Hugging Face causal language model, a :class:`qtutor.llamacpp.Model`, or any function from a
-window of token ids to logits; sums are float64 and only one window's logits need to be in memory.
+A model is a Hugging Face causal language model, a :class:`qtutor.llamacpp.Model`, or any function from a window of
+token ids to logits; sums are float64 and only one window's logits need to be in memory.
 """
 
 from __future__ import annotations
@@ -273,7 +272,8 @@ class Comparison:
 def _per_token(base: Tensor, logits: Tensor, true: Tensor) -> tuple[Tensor, ...]:
     """nll, base nll, KLD and same-top of each token, float64 (rows,)."""
     if base.shape != logits.shape:
-        raise QtutorError(f"A vocabulary of {base.shape[-1]} tokens and one of {logits.shape[-1]} do not pair up.")
+        raise QtutorError(f"A vocabulary of {base.shape[-1]} tokens and one of {logits.shape[-1]} do not pair up: use "
+                          "models with one tokenizer.")  # fmt: skip
     logp, base_logp = _log_softmax(logits), _log_softmax(base.to(logits.device))
     kld = ((base_logp - logp) * base_logp.exp()).sum(1)
     if torch.isnan(kld).any():

@@ -24,7 +24,7 @@ What is checked, from the crude to the fine:
 The limits are yours to set: :class:`Limits` has defaults that Q8_0 and Q6_K pass with room to spare.  They are looser
 than run-to-run noise and tighter than what a reader of the output would notice.
 
-KLD here compares the base's ``top`` likeliest tokens and "all others" taken together, so that the file stays small.
+KLD here compares the base's :data:`TOP` likeliest tokens and "all others" taken together, so that the file stays small.
 Merging outcomes never increases a KL divergence (the data-processing inequality): the figure is a little below the full
 KLD, never above it.
 """
