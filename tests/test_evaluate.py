@@ -40,7 +40,7 @@ def test_perplexity_by_hand():
     assert result.value == pytest.approx(2**1.5)
     # sample standard deviation of {ln 2, ln 4} is ln 2 / sqrt 2; over sqrt n it is ln 2 / 2
     assert result.se == pytest.approx(2**1.5 * math.log(2) / 2)
-    assert result.n == 2 and list(result.token_nll) == pytest.approx(nll)
+    assert result.scored_tokens == 2 and list(result.token_nll) == pytest.approx(nll)
 
 
 def test_comparison_by_hand():
@@ -53,13 +53,14 @@ def test_comparison_by_hand():
     assert c.delta_p_rms_se == pytest.approx(0.5 / c.delta_p_rms * 0.0625 / 2)
     assert c.perplexity_ratio == pytest.approx(math.sqrt(2))
     assert c.perplexity_ratio_se == pytest.approx(math.sqrt(2) * math.log(2) / 2)
-    assert c.n == 2
+    assert c.scored_tokens == 2
 
 
 def test_same_model_is_zero_everywhere(pair):
     base, _, targets = pair
     c = evaluate.compare(base, base, targets)
-    assert c.kld_mean == c.kld_mean_se == c.delta_p_rms == c.delta_p_rms_se == c.perplexity_ratio_se == c.same_top_se == 0
+    assert c.kld_mean == c.kld_mean_se == c.delta_p_rms == c.delta_p_rms_se == 0
+    assert c.perplexity_ratio_se == c.same_top_se == 0
     assert c.same_top == c.perplexity_ratio == 1 and c.perplexity_correlation == pytest.approx(1)
 
 
@@ -67,12 +68,6 @@ def test_a_token_that_the_base_excludes_costs_nothing():
     base = np.array([[0.0, 0.0, -np.inf]] * 2)
     c = evaluate.compare(base, np.zeros((2, 3)), [0, 1])
     assert c.kld_mean == pytest.approx(math.log(1.5))
-
-
-def test_bits_per_byte():
-    result = evaluate.score(logits_for([[0.5, 0.5]] * 3), [0, 1, 0])
-    bits = evaluate.bits_per_byte(result, n_tokens=30, n_bytes=60)
-    assert bits.value == pytest.approx(0.5) and bits.se == pytest.approx(0)
 
 
 # ---------------------------------------------------------------------------------------------- other libraries
@@ -88,7 +83,8 @@ def test_against_torch_and_scipy(pair):
     dp = np.exp(-nll) - np.exp(-nll_base)
     assert c.kld_mean == pytest.approx(kld.mean()) and c.kld_mean_se == pytest.approx(stats.sem(kld))
     assert c.kld_p99 == pytest.approx(np.quantile(kld, 0.99)) and c.kld_p999 == pytest.approx(np.quantile(kld, 0.999))
-    assert c.perplexity == pytest.approx(math.exp(nll.mean())) and c.perplexity_se == pytest.approx(c.perplexity * stats.sem(nll))
+    assert c.perplexity == pytest.approx(math.exp(nll.mean()))
+    assert c.perplexity_se == pytest.approx(c.perplexity * stats.sem(nll))
     assert c.delta_p_mean == pytest.approx(dp.mean()) and c.delta_p_mean_se == pytest.approx(stats.sem(dp))
     assert c.delta_p_rms_se == pytest.approx(stats.sem(dp**2) / (2 * c.delta_p_rms))
     assert c.perplexity_correlation == pytest.approx(stats.pearsonr(nll, nll_base).statistic)
@@ -104,7 +100,8 @@ def test_correlated_error_is_llama_cpps_formula(pair):
     cov = np.cov(nll, nll_base) / len(nll)
     expected = math.sqrt(cov[0, 0] + cov[1, 1] - 2 * cov[0, 1])
     assert c.perplexity_ratio_se == pytest.approx(c.perplexity_ratio * expected)
-    expected = math.sqrt(c.perplexity_se**2 + c.base_perplexity_se**2 - 2 * c.perplexity * c.base_perplexity * cov[0, 1])
+    shared = 2 * c.perplexity * c.base_perplexity * cov[0, 1]
+    expected = math.sqrt(c.perplexity_se**2 + c.base_perplexity_se**2 - shared)
     assert c.perplexity_diff_se == pytest.approx(expected)
     assert c.perplexity_diff == pytest.approx(c.perplexity - c.base_perplexity)
 
@@ -133,7 +130,6 @@ def test_block_errors_see_correlation():
 def test_windows():
     cut = evaluate.windows(np.arange(11, dtype=np.uint16), 4)
     assert cut.dtype == np.int64 and cut.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert evaluate.windows(np.arange(7), 4, stride=2).tolist() == [[0, 1, 2, 3], [2, 3, 4, 5]]
     assert evaluate.targets_of(np.arange(11), 4).tolist() == [1, 2, 3, 5, 6, 7]
     assert evaluate.targets_of(np.arange(11), 4, second_half_only=True).tolist() == [3, 7]
 
@@ -167,7 +163,7 @@ def test_sources_agree_and_bos_is_context_only(tiny):
         lambda w: tiny(input_ids=torch.from_numpy(w)[None]).logits[0].detach().numpy(),
         tokens, ctx=64, second_half_only=True,
     )  # fmt: skip
-    assert direct.value == pytest.approx(function.value) and direct.n == 3 * 31
+    assert direct.value == pytest.approx(function.value) and direct.scored_tokens == 3 * 31
     loss = []
     for w in evaluate.windows(tokens, 64):
         ids = torch.from_numpy(w)[None]
@@ -176,7 +172,7 @@ def test_sources_agree_and_bos_is_context_only(tiny):
             logits = tiny(input_ids=ids).logits[0, :-1]
         loss.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
     with_bos = evaluate.perplexity(tiny, tokens, ctx=64, bos=0)
-    assert with_bos.nll == pytest.approx(np.mean(loss), rel=1e-5) and with_bos.n == 3 * 63
+    assert with_bos.nll == pytest.approx(np.mean(loss), rel=1e-5) and with_bos.scored_tokens == 3 * 63
 
 
 def test_compare_models_with_models_and_kept_logits(tiny):
@@ -198,7 +194,6 @@ def test_compare_models_with_models_and_kept_logits(tiny):
     [
         lambda: evaluate.windows(np.arange(3), 4),
         lambda: evaluate.windows(np.arange(8), 1),
-        lambda: evaluate.windows(np.arange(8.0), 4),
         lambda: evaluate.standard_error([1.0]),
         lambda: evaluate.score(np.zeros((3, 4)), [0, 1]),
         lambda: evaluate.score(np.zeros((2, 4)), [0, 1, 2]),
@@ -210,7 +205,6 @@ def test_compare_models_with_models_and_kept_logits(tiny):
         lambda: evaluate.compare(iter([np.zeros((2, 4))] * 2), iter([np.zeros((2, 4))]), [0, 1]),
         lambda: evaluate.perplexity(object(), np.arange(8), 4),
         lambda: evaluate.perplexity(lambda w: np.zeros((1, 4)), np.arange(8), 4),
-        lambda: evaluate.bits_per_byte(evaluate.score(np.zeros((2, 4)), [0, 1]), 1, 0),
     ],
 )
 def test_bad_input_is_one_sentence(call):
@@ -305,7 +299,7 @@ def test_same_numbers_as_llama_perplexity_as_people_run_it(tmp_path):
         tokens, bos = one.tokenize(text.read_text(encoding="utf-8")), evaluate.bos_of(one)
         kept = evaluate.logits_of(one, tokens, bos=bos, **how)
         mine = evaluate.perplexity(one, tokens, bos=bos, **how)
-    assert mine.n == len(tokens) // 512 * 255 and mine.n > 1000
+    assert mine.scored_tokens == len(tokens) // 512 * 255 and mine.scored_tokens > 1000
     assert (mine.value, mine.se) == (pytest.approx(perplexity, rel=1e-3), pytest.approx(se, rel=1e-3))
     for name in ("Q4_0", "Q3_K_M"):
         quantized = llamacpp.quantize(base, tmp_path / f"{name}.gguf", name)

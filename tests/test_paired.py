@@ -25,21 +25,14 @@ def test_t_is_scipys_paired_test(tokens):
     interval = test.confidence_interval(0.95)
     assert found.p == pytest.approx(test.pvalue) and found.difference == pytest.approx((model - base).mean())
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-    assert found.se == pytest.approx(stats.sem(model - base)) and found.n == 4000 and found.worse == 1
+    assert found.se == pytest.approx(stats.sem(model - base)) and found.n == 4000
 
 
 def test_blocks_are_means_of_windows(tokens):
     base, model = tokens
     found = paired.paired_nll(base, model, block=300)  # 13 blocks, 100 tokens left over
     means = (model - base)[:3900].reshape(13, 300).mean(1)
-    assert found.se == pytest.approx(stats.sem(means)) and found.n == 3900 and found.df == 12
-
-
-def test_bootstrap_agrees_with_t_and_repeats(tokens):
-    t, boot = (paired.paired_nll(*tokens, method=method) for method in ("t", "bootstrap"))
-    assert boot.se == pytest.approx(t.se, rel=0.1)
-    assert (boot.low, boot.high) == pytest.approx((t.low, t.high), abs=0.3 * t.se)
-    assert paired.paired_nll(*tokens, method="bootstrap") == boot
+    assert found.se == pytest.approx(stats.sem(means)) and found.n == 3900 and found.blocks == 13
 
 
 def test_a_comparison_alone_is_enough():
@@ -47,7 +40,7 @@ def test_a_comparison_alone_is_enough():
     base, model = rng.normal(size=(2, 500, 30))
     targets = rng.integers(0, 30, 500)
     two = paired.paired_nll(evaluate.score(base, targets), evaluate.score(model, targets))
-    one = evaluate.paired_nll(evaluate.compare(base, model, targets))
+    one = paired.paired_nll(evaluate.compare(base, model, targets))
     assert one.difference == pytest.approx(two.difference) and one.se == pytest.approx(two.se)
     assert math.exp(one.difference) == pytest.approx(evaluate.compare(base, model, targets).perplexity_ratio)
 
@@ -58,7 +51,7 @@ def test_mcnemar_by_hand():
     found = paired.mcnemar(base, hits)
     assert (found.lost, found.gained, found.n) == (8, 1, 100)
     assert found.p == pytest.approx(2 * (1 + 9) / 2**9)  # no more than one gain among nine, both tails
-    assert found.difference == pytest.approx(-0.07) and found.worse == -1
+    assert found.difference == pytest.approx(-0.07)
     assert found.se == pytest.approx(math.sqrt(9 - 49 / 100) / 100)
     assert found.se == pytest.approx(np.std(hits - base, ddof=0) / 10)
     assert found.low < -0.07 < found.high < 0.01
@@ -102,6 +95,18 @@ def test_intervals_of_blocks_cover_and_those_of_tokens_do_not():
     assert _rate(covers(None)) < 0.85
 
 
+@pytest.mark.parametrize("blocks", [5, 8, 20])
+def test_interval_of_a_few_windows_covers(blocks):
+    """A BCa bootstrap of so few means covers 85, 90 and 94 %, at a nominal 95."""
+
+    def trial(rng):
+        found = paired.paired_nll(np.zeros(blocks * 4), rng.normal(0, 1, blocks * 4), block=4)
+        return found.low <= 0 <= found.high, found.p < 0.05
+
+    covered, significant = np.mean([trial(rng) for rng in [np.random.default_rng(9)] for _ in range(2000)], axis=0)
+    assert covered == pytest.approx(0.95, abs=0.015) and significant == pytest.approx(0.05, abs=0.015)
+
+
 def test_interval_of_a_difference_of_accuracies_covers():
     def trial(rng):  # 8 % lost, 3 % gained
         kind = rng.choice(4, 150, p=[0.08, 0.03, 0.5, 0.39])
@@ -111,16 +116,14 @@ def test_interval_of_a_difference_of_accuracies_covers():
     assert _rate(trial) == pytest.approx(0.95, abs=0.025)
 
 
-@pytest.mark.parametrize("test", [paired.non_inferior, paired.equivalent])
-def test_a_loss_as_large_as_the_margin_passes_one_time_in_twenty(test):
+def test_a_loss_as_large_as_the_margin_passes_one_time_in_twenty():
     def trial(rng, loss):
         values = rng.normal(loss, 0.5, 400)
-        return test(paired.paired_nll(np.zeros(400), values), 0.1).passed
+        return paired.non_inferior(paired.paired_nll(np.zeros(400), values), 0.1).passed
 
     assert _rate(lambda rng: trial(rng, 0.1)) == pytest.approx(0.05, abs=0.025)
     assert _rate(lambda rng: trial(rng, 0.0)) > 0.9  # and no loss passes nearly always
-    better = _rate(lambda rng: trial(rng, -0.2))
-    assert better > 0.9 if test is paired.non_inferior else better < 0.05
+    assert _rate(lambda rng: trial(rng, -0.2)) > 0.9
 
 
 def test_non_inferior_for_accuracy_has_its_level():
@@ -139,7 +142,7 @@ def _passes(n, lost, gained, margin):
         for c in range(min(n - b, 12) + 1):
             share = stats.multinomial.pmf([b, c, n - b - c], n, [lost, gained, 1 - lost - gained])
             if share > 1e-8:
-                total += share * (paired._score_p(b, c, n, margin) < 0.05)
+                total += share * (paired.score_p(b, c, n, margin) < 0.05)
     return total
 
 
@@ -153,8 +156,8 @@ def test_a_margin_keeps_its_level_where_little_is_lost(n, margin, gained):
 
 def test_tangos_published_interval():
     """7 and 1 of 21 pairs: -0.517 to -0.026 (Fagerland, Lydersen and Laake 2014, Statistics in Medicine 33:2850)."""
-    assert paired._score_bound(7, 1, 21, 0.025) == pytest.approx(0.517, abs=5e-4)
-    assert paired._score_bound(1, 7, 21, 0.025) == pytest.approx(-0.026, abs=5e-4)
+    assert paired.score_bound(7, 1, 21, 0.025) == pytest.approx(0.517, abs=5e-4)
+    assert paired.score_bound(1, 7, 21, 0.025) == pytest.approx(-0.026, abs=5e-4)
 
 
 @pytest.mark.parametrize("lost, gained, n", [(7, 1, 21), (0, 0, 200), (3, 0, 100), (0, 4, 50), (5, 9, 60)])
@@ -168,7 +171,7 @@ def test_score_test_against_a_numeric_likelihood(lost, gained, n, margin):
 
     q = optimize.minimize_scalar(minus, bounds=(1e-12, (1 - margin) / 2), method="bounded", options={"xatol": 1e-12}).x
     z = (lost - gained - n * margin) / math.sqrt(n * (2 * q + margin - margin**2))
-    assert paired._score_p(lost, gained, n, margin) == pytest.approx(stats.norm.cdf(z), abs=1e-4)
+    assert paired.score_p(lost, gained, n, margin) == pytest.approx(stats.norm.cdf(z), abs=1e-4)
 
 
 def test_bound_and_p_of_a_margin_agree():
@@ -178,7 +181,6 @@ def test_bound_and_p_of_a_margin_agree():
         for margin in (0.01, 0.05, 0.1, 0.3):
             verdict = paired.non_inferior(found, margin)
             assert verdict.passed == (verdict.bound < margin)
-            assert paired.equivalent(found, margin).p >= verdict.p
     nothing = paired.non_inferior(paired.mcnemar([1] * 200, [1] * 200), 0.02)
     assert nothing.passed and nothing.bound == pytest.approx(1 / (1 + 200 / 1.64485**2), rel=1e-3)  # by hand: q = 0
 
@@ -190,6 +192,33 @@ def test_sample_needed_gives_the_power_it_promises():
     assert n == pytest.approx((1.95996 + 0.84162) ** 2 * 0.4**2 / 0.05**2, rel=0.06)
     power = _rate(lambda rng: paired.paired_nll(np.zeros(n), rng.normal(0.05, 0.4, n)).p < 0.05)
     assert power == pytest.approx(0.8, abs=0.05)
+
+
+def _power_of_mcnemar(n, lost, gained, runs=4000):
+    """Share of simulated pairs of models with these true shares whose McNemar's test is significant."""
+    counts = np.random.default_rng(5).multinomial(n, [lost, gained, 1 - lost - gained], runs)
+    return np.mean([stats.binomtest(int(b), int(b + c)).pvalue < 0.05 if b + c else False for b, c, _ in counts])
+
+
+@pytest.mark.parametrize("lost, gained, loss", [(30, 20, 0.03), (24, 16, 0.05), (6, 2, 0.01)])
+def test_sample_needed_for_answers_gives_the_power_it_promises(lost, gained, loss):
+    """McNemar's test is exact, hence cautious: a normal approximation gives a power of 0.73 to 0.78."""
+    rest = 500 - lost - gained
+    pilot = paired.mcnemar([1] * lost + [0] * gained + [1] * rest, [0] * lost + [1] * gained + [1] * rest)
+    n, changed = paired.sample_needed(pilot, loss), (lost + gained) / 500
+    power = _power_of_mcnemar(n, (changed + loss) / 2, (changed - loss) / 2)
+    assert power == pytest.approx(0.8, abs=0.02)
+    assert n > ((1.95996 + 0.84162) * pilot.se * math.sqrt(500) / loss) ** 2
+
+
+def test_sample_needed_counts_whole_windows():
+    values = np.random.default_rng(6).normal(0, 1, (8, 50)).ravel()
+    pilot = paired.paired_nll(np.zeros(400), values, block=50)
+    n = paired.sample_needed(pilot, 0.1)
+    assert n % 50 == 0
+    spread = pilot.se * math.sqrt(8)
+    power = _rate(lambda rng: stats.ttest_1samp(rng.normal(0.1, spread, n // 50), 0).pvalue < 0.05, runs=2000)
+    assert power >= 0.78
 
 
 def test_pairing_saves_tokens(tokens):
@@ -209,18 +238,12 @@ def test_pairing_saves_tokens(tokens):
     lambda: paired.paired_nll([1.0, 2.0]),
     lambda: paired.paired_nll([1.0, math.nan], [1.0, 2.0]),
     lambda: paired.paired_nll([1.0, 2.0], [1.0, 2.5], block=2),
-    lambda: paired.paired_nll([1.0, 2.0], [1.0, 2.5], method="z"),
     lambda: paired.paired_nll([1.0, 2.0], [1.0, 2.5], confidence=95),
     lambda: paired.mcnemar([True, False], [True]),
     lambda: paired.mcnemar([0.3, 0.7], [0.1, 0.9]),
     lambda: paired.non_inferior(paired.mcnemar([1, 0, 1], [1, 0, 0]), 0),
     lambda: paired.non_inferior(paired.mcnemar([1, 0, 1], [1, 0, 0]), 0.1, alpha=5),
-    lambda: paired.equivalent(0.1, 0.1),
     lambda: paired.non_inferior(paired.mcnemar([1, 0, 1], [1, 0, 0]), 2),  # two points are 0.02
-    lambda: paired.non_inferior(paired.mcnemar([1, 0, 1], [1, 0, 0]), "x"),
-    lambda: paired.paired_nll(["a", "b"], [1.0, 2.0]),
-    lambda: paired.paired_nll([1.0, 2.0, 3.0], [1.0, 2.5, 3.0], block=1.5),
-    lambda: paired.paired_nll([1.0, 2.0], [1.0, 2.5], confidence="high"),
     lambda: paired.sample_needed(paired.mcnemar([1, 0, 1], [1, 0, 0]), -1),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(call):
@@ -233,4 +256,3 @@ def test_sentences(tokens):
     found = paired.paired_nll(*tokens)
     assert "nats per token" in str(found) and "95 % interval" in str(found)
     assert "NOT shown" in str(paired.non_inferior(found, 0.001)) and " shown" in str(paired.non_inferior(found, 0.1))
-    assert {"difference", "difference_se", "p_value"} <= set(found.row())

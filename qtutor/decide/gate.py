@@ -24,7 +24,7 @@ What is checked, from the crude to the fine:
 The limits are yours to set: :class:`Limits` has defaults that Q8_0 and Q6_K pass with room to spare.  They are looser
 than run-to-run noise and tighter than what a reader of the output would notice.
 
-KLD here compares the base's ``top`` likeliest tokens and "all others" taken together, so that the file stays small.
+KLD here compares the base's :data:`TOP` likeliest tokens and "all others" taken together, so that the file stays small.
 Merging outcomes never increases a KL divergence (the data-processing inequality): the figure is a little below the full
 KLD, never above it.
 """
@@ -32,18 +32,20 @@ KLD, never above it.
 from __future__ import annotations
 
 import html
-import json
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import pandas
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .. import QtutorError
+from .. import QtutorError, corpus, course_model, evaluate, files, paired
+from . import accuracy
 
-VERSION = 1
 DEFAULT_PROMPTS = (
     "Return a new array with the same",
     "If the sequence is empty, a",
@@ -52,10 +54,16 @@ DEFAULT_PROMPTS = (
     "Examples\n--------\n>>> import numpy as np\n>>>",
     "This function is used to",
 )
+TOP = 16  # the likeliest tokens that are kept of each position
 
 
-@dataclass(frozen=True)
-class Limits:
+class Recorded(BaseModel):
+    """What is written to the file: no field too many, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Limits(Recorded):
     """How far a model may be from its base.
 
     - ``logprob``: change of a reference continuation's log-probability, nats per token, either way
@@ -69,190 +77,118 @@ class Limits:
     - ``max_bytes``, ``min_tokens_per_s``: optional
     """
 
-    logprob: float = 0.25
-    plausible: float = 0.5
-    repetition: float = 0.5
-    perplexity: float = 0.02
-    kld_mean: float = 0.05
-    kld_p99: float = 0.5
-    same_top: float = 0.9
-    accuracy_alpha: float = 0.05
-    max_bytes: int | None = None
-    min_tokens_per_s: float | None = None
+    logprob: float = Field(0.25, ge=0)
+    plausible: float = Field(0.5, ge=0)
+    repetition: float = Field(0.5, ge=0)
+    perplexity: float = Field(0.02, ge=0)
+    kld_mean: float = Field(0.05, ge=0)
+    kld_p99: float = Field(0.5, ge=0)
+    same_top: float = Field(0.9, ge=0)
+    accuracy_alpha: float = Field(0.05, ge=0)
+    max_bytes: int | None = Field(None, ge=0)
+    min_tokens_per_s: float | None = Field(None, ge=0)
 
-    def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value is None and f.default is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                raise QtutorError(f"The limit {f.name} is a number that is not negative, not {value!r}.")
-
-
-# -------------------------------------------------------------------------------------------------------- report
+    def __init__(self, **limits):
+        try:
+            super().__init__(**limits)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise QtutorError(f"The limit {first['loc'][0]} cannot be {first['input']!r}: {first['msg']}.") from None
 
 
-@dataclass(frozen=True)
-class Row:
-    """One check: ``value`` is expected between ``low`` and ``high``; ``margin`` is the distance to the nearer limit,
-    in the same unit, negative outside."""
-
-    check: str
-    where: str
-    value: float
-    low: float
-    high: float
-    unit: str = ""
-    note: str = ""
-
-    @property
-    def passed(self) -> bool:
-        return self.low <= self.value <= self.high  # False for NaN
-
-    @property
-    def margin(self) -> float:
-        return min(self.value - self.low, self.high - self.value)
-
-    @property
-    def expected(self) -> str:
-        """The range in words."""
-        low, high = (None if math.isinf(x) else f"{x:,.4g}" for x in (self.low, self.high))
-        if low is None or high is None:
-            return f"at most {high}" if low is None else f"at least {low}"
-        return low if low == high else f"{low} to {high}"
-
-    def __str__(self) -> str:
-        where = f" [{self.where}]" if self.where else ""
-        note = f"; {self.note}" if self.note else ""
-        return f"{self.check}{where}: {self.value:,.4g} {self.unit}".rstrip() + f", expected {self.expected}{note}"
+def row(check: str, where: str, value: float, low: float, high: float, unit: str = "", note: str = "") -> dict:
+    """One check: ``value`` is expected from ``low`` to ``high``; ``margin`` to the nearer one, negative outside."""
+    words = [f"{x:,.4g}" for x in (low, high)]
+    expected = words[0] if low == high else f"{words[0]} to {words[1]}"
+    expected = f"at most {words[1]}" if math.isinf(low) else f"at least {words[0]}" if math.isinf(high) else expected
+    return {"check": check, "where": where, "value": value, "unit": unit, "expected": expected,
+            "margin": min(value - low, high - value), "passed": low <= value <= high, "note": note}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Report:
-    """All checks of one model; prints as text, shows as a table in a notebook."""
+    """All checks of one model, ``table`` with one :func:`row` each; prints as text, shows as a table in a notebook."""
 
     name: str
     base: str
-    rows: tuple[Row, ...]
+    table: pandas.DataFrame
 
     @property
     def passed(self) -> bool:
-        return all(row.passed for row in self.rows)
+        return bool(self.table["passed"].all())
 
     @property
-    def failures(self) -> list[Row]:
-        return [row for row in self.rows if not row.passed]
+    def failures(self) -> pandas.DataFrame:
+        return self.table[~self.table["passed"]]
 
     @property
     def headline(self) -> str:
-        """One sentence."""
-        failed, n = len(self.failures), len(self.rows)
-        return f"{self.name} PASSES all {n} checks" if not failed else f"{self.name} FAILS {failed} of {n} checks"
+        failed, n = len(self.failures), len(self.table)
+        verdict = f"FAILS {failed} of {n} checks" if failed else f"PASSES all {n} checks"
+        return f"{self.name} {verdict} against {self.base}"
 
-    def frame(self):
-        """The rows as a pandas DataFrame, with ``passed`` and ``margin``."""
-        import pandas
-
-        return pandas.DataFrame([asdict(r) | {"passed": r.passed, "margin": r.margin} for r in self.rows])
+    def sentences(self) -> list[str]:
+        """What fell out of range, and by how much."""
+        return [f"{r.check} [{r.where}]: {r.value:,.4g} {r.unit}, expected {r.expected}{r.note and '; '}{r.note}"
+                for r in self.failures.itertuples()]  # fmt: skip
 
     def raise_for_failure(self) -> None:
-        """Raise QtutorError, naming what fell out of range, unless everything passed."""
+        """Raise QtutorError, naming the first three failures, unless everything passed."""
         if not self.passed:
-            first = "; ".join(str(row) for row in self.failures[:3])
-            more = f"; and {len(self.failures) - 3} more" if len(self.failures) > 3 else ""
-            raise QtutorError(f"{self.headline} against {self.base}: {first}{more}. Do not ship it.")
+            raise QtutorError(f"{self.headline}: {'; '.join(self.sentences()[:3])}. Do not ship it.")
 
     def __str__(self) -> str:
-        lines = [f"{self.headline} against {self.base}."]
-        lines += [f"  FAIL  {row}" for row in self.failures]
-        tightest = sorted((r for r in self.rows if r.passed and 0 < r.margin < math.inf), key=_tightness)[:3]
-        if tightest:
-            lines.append("  closest to a limit of those that pass:")
-            lines += [f"  pass  {row}" for row in tightest]
-        return "\n".join(lines)
+        return "\n  FAIL  ".join([f"{self.headline}.", *self.sentences()])
 
     def _repr_html_(self) -> str:
-        cells = []
-        for r in sorted(self.rows, key=lambda row: row.passed):
-            mark, color = ("pass", "#0072B2") if r.passed else ("FAIL", "#D55E00")
-            texts = (r.check, r.where, f"{r.value:,.4g} {r.unit}", r.expected, f"{r.margin:+,.3g}", r.note)
-            row = "".join(f"<td style='text-align:left'>{html.escape(t)}</td>" for t in texts)
-            cells.append(f"<tr><td style='text-align:left;color:{color}'><b>{mark}</b></td>{row}</tr>")
-        head = "".join(f"<th style='text-align:left'>{h}</th>"
-                       for h in ("", "check", "where", "value", "expected", "margin", "note"))  # fmt: skip
-        title = html.escape(f"{self.headline} against {self.base}.")
-        return f"<p><b>{title}</b></p><table><thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody></table>"
+        table = self.table.sort_values("passed", kind="stable").replace({"passed": {True: "pass", False: "FAIL"}})
+        colors = {"pass": "color: #0072B2", "FAIL": "color: #D55E00; font-weight: bold"}
+        return (table.style.hide(axis="index").map(colors.get, subset=["passed"])
+                .format({"value": "{:,.4g}", "margin": "{:+,.3g}"}, escape="html")
+                .set_caption(html.escape(self.headline)).to_html())  # fmt: skip
 
 
-def _tightness(row: Row) -> float:
-    """Margin as a share of what the limit leaves."""
-    limits = [x for x in (row.low, row.high) if math.isfinite(x)]
-    span = limits[1] - limits[0] if len(limits) == 2 else abs(limits[0])
-    return row.margin / span if span else 0.0
-
-
-# ------------------------------------------------------------------------------------------------------- measuring
-
-
-class _Watched:
-    """A source's logits, float64, that counts positions where they are not numbers.  In a ``with`` block, a module is
-    in eval mode."""
+class Reader:
+    """Log-probabilities of a model, counting the positions where its logits are not numbers."""
 
     def __init__(self, source, n_vocab: int | None = None):
         self.source, self.n_vocab, self.bad, self.n = source, n_vocab, 0, 0
 
-    def __enter__(self):
-        self.training = getattr(self.source, "training", False)
-        if self.training:
-            self.source.eval()
-        return self
-
-    def __exit__(self, *_):
-        if self.training:
-            self.source.train()
-
-    def __call__(self, ids, first: int = 0):
-        """Log-probabilities after positions first, first + 1, ... of ``ids``: (n - first, vocab), on the CPU."""
-        import torch
-
-        from ..evaluate import _logits_function
-
-        with torch.inference_mode():
-            logits = _logits_function(self.source, first)(np.asarray(ids, dtype=np.int64)).detach().cpu().double()
+    def __call__(self, ids, first: int = 0) -> np.ndarray:
+        """Log-probabilities after positions first, first + 1, ... of ``ids``: float64 (n - first, vocab)."""
+        with torch.inference_mode(), evaluate.eval_mode(self.source):
+            logits = evaluate.logits_function(self.source, first)(np.asarray(ids, dtype=np.int64)).cpu().double()
         if logits.shape[1] != (self.n_vocab or logits.shape[1]):
             raise QtutorError(f"This model has {logits.shape[1]} tokens and the gate was built for {self.n_vocab}: "
                               "they have different tokenizers.")  # fmt: skip
         bad = torch.isnan(logits).any(1) | torch.isposinf(logits).any(1)
         self.bad, self.n = self.bad + int(bad.sum()), self.n + len(bad)
-        return logits.log_softmax(-1)
+        return logits.log_softmax(-1).numpy()
 
+    def greedy(self, ids: list[int], n: int) -> list[int]:
+        """The next ``n`` tokens, each the likeliest."""
+        for _ in range(n):
+            ids = [*ids, int(self(ids, len(ids) - 1)[-1].argmax())]
+        return ids[-n:]
 
-def _greedy(run: _Watched, ids: Sequence[int], n: int) -> list[int]:
-    ids = list(ids)
-    for _ in range(n):
-        ids.append(int(run(ids, len(ids) - 1)[-1].argmax()))
-    return ids[-n:]
+    def continuation(self, prompt: list[int], reference: list[int]) -> tuple[float, np.ndarray]:
+        """Mean log-probability of the reference, nats per token, and those of all first tokens (vocab,)."""
+        logp = self([*prompt, *reference][:-1], len(prompt) - 1)
+        return float(logp[np.arange(len(reference)), reference].mean()), logp[0]
+
+    def text(self, tokens, ctx: int) -> tuple[np.ndarray, float]:
+        """Log-probabilities (n, vocab) on a text in windows of ``ctx``, and its negative log-likelihood a token."""
+        targets = evaluate.targets_of(tokens, ctx)
+        logp = np.concatenate([self(window)[:-1] for window in evaluate.windows(tokens, ctx)])
+        if min(tokens) < 0 or max(tokens) >= logp.shape[1]:
+            raise QtutorError("The tokens lie outside the model's vocabulary: use the model's own tokenizer.")
+        return logp, -float(logp[np.arange(len(targets)), targets].mean())
 
 
 def repetition(ids: Sequence[int], n: int = 4) -> float:
     """Share of the ``n``-token sequences in ``ids`` that occurred before: 0 where nothing repeats, near 1 in a loop."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _logprob(run: _Watched, prompt: Sequence[int], reference: Sequence[int]) -> tuple[float, np.ndarray]:
-    """Mean log-probability of the reference, nats per token, and those of all first tokens (vocab,)."""
-    ids = [*prompt, *reference]
-    logp = run(ids[:-1], len(prompt) - 1)
-    return float(np.mean([float(logp[i, t]) for i, t in enumerate(reference)])), logp[0].numpy()
-
-
-def _text_windows(run: _Watched, tokens, ctx: int):
-    """For each window: log-probabilities (ctx - 1, vocab) and the true tokens."""
-    from ..evaluate import windows
-
-    for window in windows(tokens, ctx):
-        yield run(window)[:-1].numpy(), window[1:]
 
 
 def _kld_of_top(base_logp: np.ndarray, logp: np.ndarray) -> np.ndarray:
@@ -262,264 +198,197 @@ def _kld_of_top(base_logp: np.ndarray, logp: np.ndarray) -> np.ndarray:
     return (p * (base_logp - logp)).sum(1) + rest_p * (np.log(rest_p) - np.log(rest_q))
 
 
-# ------------------------------------------------------------------------------------------------------------ gate
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What a base model makes of some prompts, a text and some questions, and the limits for others.
-
-    Make one with :meth:`build` or :meth:`load`; the fields are what :meth:`save` writes.
-    """
-
-    base: str
-    n_vocab: int
-    ctx: int
-    prompts: list
-    text: dict
-    items: list
-    limits: Limits = field(default_factory=Limits)
-
-    @classmethod
-    def build(cls, base, prompts=DEFAULT_PROMPTS, tokenizer=None, tokens=None, items=None, limits: Limits | None = None,
-              reference_tokens: int = 16, ctx: int = 128, top: int = 16, name: str = "the base model") -> Gate:
-        """Record what ``base`` does.
-
-        Args:
-            base: the model before quantization: a Hugging Face model, a llamacpp.Model or a function from token ids to
-                logits.
-            prompts: texts, or pairs (text, reference continuation); by default the reference is what the base itself
-                writes, greedily.
-            tokenizer: the model's, a Hugging Face tokenizer; the course model's by default.
-            tokens: token ids (n,) of a text to compare on; by default 1,024 of the evaluation text.
-            items: multiple choice (:func:`qtutor.decide.accuracy.build_items`); none by default.
-            limits: see :class:`Limits`.
-            reference_tokens: length of a reference that the base writes.
-            ctx: window on the text.
-            top: how many of the base's likeliest tokens to keep for each position of the text.
-
-        Raises QtutorError for no prompts, an empty prompt or reference, too little text, and a base whose logits are
-        not finite.
-        """
-        from .. import corpus
-        from . import accuracy
-
-        tokenizer = accuracy._tokenizer(tokenizer)
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-            raise QtutorError("Give the prompts as a list of texts.")
-        if limits is not None and not isinstance(limits, Limits):
-            raise QtutorError("Give the limits as gate.Limits(perplexity=0.02, ...).")
-        if items:
-            accuracy._check_items(items)
-        prompts = list(prompts)
-        if not prompts or reference_tokens < 1 or top < 1:
-            raise QtutorError("A gate needs at least one prompt, one reference token and one top token.")
-        tokens = np.asarray(corpus.tokens("eval", tokenizer)[:1024] if tokens is None else tokens)
-        whole = tokens.size and np.issubdtype(tokens.dtype, np.integer)  # windows() refuses the others
-        if whole and not 0 <= tokens.min() <= tokens.max() < len(tokenizer):
-            raise QtutorError("The tokens lie outside the tokenizer's vocabulary: use the model's own tokenizer.")
-        with _Watched(base) as run:
-            recorded = [_record_prompt(run, tokenizer, prompt, reference_tokens) for prompt in prompts]
-            text = _record_text(run, tokens, ctx, top)
-        asked = _record_items(base, items, tokenizer) if items else []
-        if run.bad:
-            raise QtutorError("The base model's logits hold NaN or infinity: a gate needs a sound base.")
-        return cls(name, text.pop("n_vocab"), ctx, recorded, text, asked, limits or Limits())
-
-    def check(self, model, tokenizer=None, bytes: int | None = None, tokens_per_s: float | None = None,
-              name: str = "model") -> Report:  # fmt: skip
-        """Run all checks on a model and report; raises only for a model that does not fit the gate.
-
-        Args:
-            model: as ``base`` in :meth:`build`.
-            tokenizer: only to print tokens as text in the notes.
-            bytes: the model's size, for the limit on it; of a llamacpp.Model it is known.
-            tokens_per_s: its measured speed, for the limit on that (:func:`qtutor.measure.generation_speed`).
-            name: for the report.
-        """
-        rows = []
-        with _Watched(model, self.n_vocab) as run:
-            for entry in self.prompts:
-                rows += self._check_prompt(run, entry, tokenizer)
-            rows += self._check_text(run)
-        if self.items and not run.bad:
-            rows += self._check_items(model)
-        bytes = bytes if bytes is not None else getattr(getattr(model, "gguf", None), "file_bytes", None)
-        first = [Row("finite", "", run.bad, 0, 0, "positions", f"of {run.n:,} with NaN or infinity in their logits")]
-        for check, value, low, high, unit in (
-            ("size", bytes, -math.inf, self.limits.max_bytes, "bytes"),
-            ("speed", tokens_per_s, self.limits.min_tokens_per_s, math.inf, "tokens/s"),
-        ):
-            if low is not None and high is not None:
-                note = "" if value is not None else "there is a limit, but no measurement was given"
-                first.append(Row(check, "", math.nan if value is None else float(value), low, high, unit, note))
-        return Report(name, self.base, tuple(first + rows))
-
-    def _check_prompt(self, run: _Watched, entry: dict, tokenizer) -> list[Row]:
-        where, limits = _short(entry["prompt"]), self.limits
-        value, first = _logprob(run, entry["ids"], entry["reference"])
-        ratio = np.exp(np.array(entry["first_logp"]) - max(entry["first_logp"]))
-        plausible = [t for t, r in zip(entry["first_ids"], ratio, strict=True) if r >= limits.plausible]
-        top = int(first.argmax())
-        text = repr(tokenizer.decode([top])) if tokenizer else f"token {top}"
-        names = dict(zip(entry["first_ids"], entry["first_text"], strict=True))
-        note = f"{names.get(top, text)}, the base finds plausible: {', '.join(names[t] for t in plausible)}"
-        looped = repetition(_greedy(run, entry["ids"], entry["written"]))
-        expected, most = entry["logprob"], min(1.0, entry["repetition"] + limits.repetition)
-        return [
-            Row("log-probability", where, value, expected - limits.logprob, expected + limits.logprob, "nats/token",
-                f"of {_short(entry['reference_text'])!r}"),
-            Row("first token", where, float(top in plausible), 1, 1, "(1: plausible)", note),
-            Row("repetition", where, looped, -math.inf, most, "of 4-grams"),
-        ]  # fmt: skip
-
-    def _check_text(self, run: _Watched) -> list[Row]:
-        ids, base_logp = np.array(self.text["top_ids"]), np.array(self.text["top_logp"])
-        at, nll, kld, same = 0, [], [], []
-        for logp, true in _text_windows(run, self.text["tokens"], self.ctx):
-            rows = slice(at, at + len(true))
-            nll.append(-logp[np.arange(len(true)), true])
-            kld.append(_kld_of_top(base_logp[rows], np.take_along_axis(logp, ids[rows], 1)))
-            same.append(logp.argmax(1) == ids[rows, 0])
-            at += len(true)
-        nll, kld, same = np.concatenate(nll), np.concatenate(kld), np.concatenate(same)
-        base, limits, n = math.exp(self.text["nll"]), self.limits, f"{len(nll):,} tokens"
-        mean = float(nll.mean())
-        return [
-            Row("perplexity", n, math.exp(mean) if mean < 700 else math.nan, -math.inf, base * (1 + limits.perplexity),
-                "", f"the base's is {base:.4g}"),
-            Row("KLD, mean", n, float(kld.mean()), -math.inf, limits.kld_mean, "nats"),
-            Row("KLD, 99th percentile", n, float(np.percentile(kld, 99)), -math.inf, limits.kld_p99, "nats"),
-            Row("same top token", n, float(same.mean()), limits.same_top, math.inf, "of tokens"),
-        ]  # fmt: skip
-
-    def _check_items(self, model) -> list[Row]:
-        from scipy import stats
-
-        hits = _hits(model, self.items)
-        base = np.array([item["base_hit"] for item in self.items])
-        lost, gained = int((base & ~hits).sum()), int((~base & hits).sum())
-        p = stats.binomtest(lost, lost + gained, 0.5, alternative="greater").pvalue if lost + gained else 1.0
-        note = f"{100 * hits.mean():.1f} % right, the base {100 * base.mean():.1f} %; {lost} lost, {gained} gained"
-        return [Row("accuracy", f"{len(hits)} items", float(p), self.limits.accuracy_alpha, math.inf,
-                    "= p of no loss", note)]  # fmt: skip
-
-    def save(self, path) -> Path:
-        """Write the gate as JSON; appears under ``path`` only when complete.  Raises QtutorError where it cannot."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps({"gate": VERSION, **asdict(self)}, ensure_ascii=False), "utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            try:
-                partial.unlink(missing_ok=True)
-            except OSError:
-                pass
-            raise QtutorError(f"The gate cannot be written to '{path}' ({error.strerror or error}): choose another "
-                              "place.") from None  # fmt: skip
-        return path
-
-    @classmethod
-    def load(cls, path) -> Gate:
-        """Read a gate; raises QtutorError for a file that is missing, damaged or of another version."""
-        path = Path(path)
-        try:
-            data = json.loads(path.read_text("utf-8"))
-        except OSError:
-            raise QtutorError(f"There is no gate '{path}': build one with Gate.build(...).save(path).") from None
-        except ValueError:
-            data = None
-        if not isinstance(data, dict) or "gate" not in data:
-            raise QtutorError(f"{path.name} is not a gate, or a damaged one: build and save it again.")
-        if data.pop("gate") != VERSION:
-            raise QtutorError(f"{path.name} was written by another version of qtutor: build and save it again.")
-        try:
-            gate = cls(**{**data, "limits": Limits(**data["limits"])})
-            gate._validate()
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise QtutorError(f"{path.name} is a damaged gate: build and save it again.") from None
-        return gate
-
-    def _validate(self) -> None:
-        ids, logp = np.array(self.text["top_ids"], dtype=np.int64), np.array(self.text["top_logp"], dtype=np.float64)
-        scored = len(self.text["tokens"]) // self.ctx * (self.ctx - 1)
-        if ids.ndim != 2 or ids.shape != logp.shape or len(ids) != scored or not math.isfinite(self.text["nll"]):
-            raise ValueError
-        used = [ids, self.text["tokens"], *(i["reference"] for i in self.prompts), *(i["ids"] for i in self.prompts)]
-        if any(np.max(x) >= self.n_vocab or np.min(x) < 0 for x in used) or not self.prompts:
-            raise ValueError
-        for entry in self.prompts:
-            if not (len(entry["first_ids"]) == len(entry["first_logp"]) == len(entry["first_text"]) > 0):
-                raise ValueError
-            if not math.isfinite(entry["logprob"] + entry["repetition"]) or entry["written"] < 1:
-                raise ValueError
-        for item in self.items:
-            if not (len(item["requests"]) == len(item["lengths"]) > item["answer"] >= 0):
-                raise ValueError
-
-
 def _short(text: str, n: int = 40) -> str:
     text = " ".join(text.split())
     return text if len(text) <= n else text[: n - 1] + "…"
 
 
-def _record_prompt(run: _Watched, tokenizer, prompt, n: int, written: int = 32) -> dict:
-    def encode(text):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else []
-        if not ids:
-            raise QtutorError(f"A prompt, and a reference continuation, is a text with at least one token: {text!r}.")
-        return ids
+class Prompt(Recorded):
+    """What the base makes of a prompt: its log-probability of a continuation, its first tokens, how much it repeats."""
 
-    text, reference = prompt if isinstance(prompt, (tuple, list)) and len(prompt) == 2 else (prompt, None)
-    ids = encode(text)
-    greedy = _greedy(run, ids, max(n, written))
-    continuation = encode(reference) if reference is not None else greedy[:n]
-    value, first = _logprob(run, ids, continuation)
-    if not math.isfinite(value):
-        raise QtutorError("The base model's logits hold NaN or infinity: a gate needs a sound base.")
-    likely = np.argsort(-first, kind="stable")[:16]
-    return {
-        "prompt": text, "ids": [int(i) for i in ids], "reference": [int(i) for i in continuation],
-        "reference_text": tokenizer.decode(continuation), "logprob": value, "repetition": repetition(greedy[:written]),
-        "written": written, "first_ids": likely.tolist(), "first_logp": [float(first[i]) for i in likely],
-        "first_text": [repr(tokenizer.decode([int(i)])) for i in likely],
-    }  # fmt: skip
+    prompt: str
+    ids: list[int] = Field(min_length=1)
+    reference: list[int] = Field(min_length=1)
+    reference_text: str
+    logprob: float
+    repetition: float
+    written: int = Field(ge=1)
+    first_ids: list[int] = Field(min_length=1)
+    first_logp: list[float]
+    first_text: list[str]
+
+    @classmethod
+    def record(cls, read: Reader, tokenizer, prompt, n: int, written: int = 32) -> Prompt:
+        def encode(text):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else []
+            if not ids:
+                raise QtutorError(f"A prompt, and a reference, is a text with at least one token, not {text!r}.")
+            return ids
+
+        text, reference = prompt if isinstance(prompt, (tuple, list)) else (prompt, None)
+        ids = encode(text)
+        greedy = read.greedy(ids, max(n, written))
+        reference = greedy[:n] if reference is None else encode(reference)
+        value, first = read.continuation(ids, reference)
+        if read.bad:
+            raise QtutorError("The base model's logits hold NaN or infinity: a gate needs a sound base.")
+        likely = np.argsort(-first, kind="stable")[:TOP].tolist()
+        return cls(prompt=text, ids=ids, reference=reference, reference_text=tokenizer.decode(reference), logprob=value,
+                   repetition=repetition(greedy[:written]), written=written, first_ids=likely, first_logp=first[likely],
+                   first_text=[repr(tokenizer.decode([i])) for i in likely])  # fmt: skip
+
+    def check(self, read: Reader, limits: Limits) -> list[dict]:
+        where = _short(self.prompt)
+        value, first = read.continuation(self.ids, self.reference)
+        top, names = int(first.argmax()), dict(zip(self.first_ids, self.first_text, strict=True))
+        share = np.exp(np.array(self.first_logp) - max(self.first_logp))
+        plausible = [token for token, one in zip(self.first_ids, share, strict=True) if one >= limits.plausible]
+        note = f"{names.get(top, f'token {top}')}, the base finds plausible: {', '.join(names[t] for t in plausible)}"
+        looped, most = repetition(read.greedy(self.ids, self.written)), min(1.0, self.repetition + limits.repetition)
+        return [
+            row("log-probability", where, value, self.logprob - limits.logprob, self.logprob + limits.logprob,
+                "nats/token", f"of {_short(self.reference_text)!r}"),
+            row("first token", where, float(top in plausible), 1, 1, "(1: plausible)", note),
+            row("repetition", where, looped, -math.inf, most, "of 4-grams"),
+        ]  # fmt: skip
 
 
-def _record_text(run: _Watched, tokens: np.ndarray, ctx: int, top: int) -> dict:
-    nll, ids, kept = [], [], []
-    for logp, true in _text_windows(run, tokens, ctx):
-        n_vocab = logp.shape[1]
-        if true.max() >= n_vocab:
-            raise QtutorError("The tokens lie outside the model's vocabulary: use the model's own tokenizer.")
-        order = np.argsort(-logp, axis=1, kind="stable")[:, :top]
-        nll.append(-logp[np.arange(len(true)), true])
-        ids.append(order)
-        kept.append(np.take_along_axis(logp, order, 1))
-    logp = [[float(f"{x:.7g}") for x in row] for row in np.concatenate(kept)]
-    return {"n_vocab": n_vocab, "tokens": [int(t) for t in tokens], "nll": float(np.concatenate(nll).mean()),
-            "top_ids": np.concatenate(ids).tolist(), "top_logp": logp}  # fmt: skip
+class Question(Recorded):
+    """A multiple-choice item as token ids, and whether the base got it right."""
+
+    requests: list[tuple[list[int], int]] = Field(min_length=2)  # (passage and ending, tokens of the passage)
+    lengths: list[int]
+    answer: int = Field(ge=0)
+    base_hit: bool = False
+
+    @classmethod
+    def record(cls, base, tokenizer, items) -> list[Question]:
+        accuracy.check_items(items)
+        asked = [cls(requests=[accuracy.encode(tokenizer, item.context, choice) for choice in item.choices],
+                     lengths=map(len, item.choices), answer=item.answer) for item in items]  # fmt: skip
+        return [
+            q.model_copy(update={"base_hit": bool(hit)}) for q, hit in zip(asked, cls.hits(base, asked), strict=True)
+        ]
+
+    @staticmethod
+    def hits(source, questions: Sequence[Question]) -> np.ndarray:
+        """Which questions the model gets right, by log-likelihood per character: bool (n,)."""
+        loglik = accuracy.loglikelihoods(source, [request for q in questions for request in q.requests])
+        scores = loglik.reshape(len(questions), -1) / [q.lengths for q in questions]
+        return scores.argmax(1) == [q.answer for q in questions]
 
 
-def _record_items(base, items, tokenizer) -> list:
-    from . import accuracy
+class Gate(Recorded):
+    """What a base model makes of some prompts, a text and some questions, and the limits for others.
 
-    found = []
-    for item in items:
-        requests = [accuracy.encode(tokenizer, item.context, choice) for choice in item.choices]
-        found.append({"requests": [[list(ids), first] for ids, first in requests], "answer": item.answer,
-                      "lengths": [len(choice) for choice in item.choices]})  # fmt: skip
-    for entry, hit in zip(found, _hits(base, found), strict=True):
-        entry["base_hit"] = bool(hit)
-    return found
+    Make one with :meth:`build` or :meth:`load`; the fields are what :meth:`save` writes.
+    """
 
+    version: Literal[1] = 1
+    base: str
+    n_vocab: int
+    ctx: int
+    prompts: list[Prompt] = Field(min_length=1)
+    tokens: list[int]
+    nll: float
+    top_ids: list[list[int]]
+    top_logp: list[list[float]]
+    items: list[Question]
+    limits: Limits
 
-def _hits(source, items: list) -> np.ndarray:
-    """Which items the model gets right, by log-likelihood per character: bool (n,)."""
-    from . import accuracy
+    @model_validator(mode="after")
+    def _fits_together(self):
+        ids, logp = np.array(self.top_ids), np.array(self.top_logp)
+        scored = len(self.tokens) // self.ctx * (self.ctx - 1)
+        used = [ids, self.tokens, *(p.ids + p.reference + p.first_ids for p in self.prompts)]
+        if ids.ndim != 2 or ids.shape != logp.shape or len(ids) != scored:
+            raise ValueError("the text and its top tokens do not fit together")
+        if any(np.max(x) >= self.n_vocab or np.min(x) < 0 for x in used):
+            raise ValueError("token ids outside the vocabulary")
+        if any(not len(p.first_ids) == len(p.first_logp) == len(p.first_text) for p in self.prompts):
+            raise ValueError("a prompt's first tokens are not complete")
+        if any(not len(q.requests) == len(q.lengths) > q.answer for q in self.items):
+            raise ValueError("a question is not complete")
+        return self
 
-    requests = [tuple(request) for item in items for request in item["requests"]]
-    loglik = accuracy.loglikelihoods(source, requests).reshape(len(items), -1)
-    return (loglik / np.array([item["lengths"] for item in items])).argmax(1) == [item["answer"] for item in items]
+    @classmethod
+    def build(cls, base, prompts=DEFAULT_PROMPTS, tokenizer=None, tokens=None, items=(), limits: Limits | None = None,
+              reference_tokens: int = 16, ctx: int = 128, name: str = "the base model") -> Gate:  # fmt: skip
+        """Record what ``base`` does: the model before quantization, any source of :mod:`qtutor.evaluate`.
+
+        Args:
+            prompts: texts, or pairs (text, reference continuation); by default the reference is what the base itself
+                writes, greedily: ``reference_tokens``.
+            tokenizer: the model's, a Hugging Face tokenizer; the course model's by default.
+            tokens: token ids (n,) of a text to compare on, in windows of ``ctx``; by default 1,024 of the evaluation
+                text.
+            items: multiple choice (:func:`qtutor.decide.accuracy.build_items`); none by default.
+
+        Raises QtutorError for no prompts, an empty prompt or reference, too little text, and a base whose logits are
+        not finite.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise QtutorError("Give the prompts as a list of texts, at least one.")
+        tokenizer = tokenizer or course_model.load_tokenizer()
+        tokens = np.asarray(corpus.tokens("eval", tokenizer)[:1024] if tokens is None else tokens)
+        if tokens.min() < 0 or tokens.max() >= len(tokenizer):
+            raise QtutorError("The tokens lie outside the tokenizer's vocabulary: use the model's own tokenizer.")
+        read = Reader(base)
+        recorded = [Prompt.record(read, tokenizer, prompt, reference_tokens) for prompt in prompts]
+        logp, nll = read.text(tokens, ctx)
+        likely = np.argsort(-logp, axis=1, kind="stable")[:, :TOP]
+        top_logp = [[float(f"{x:.7g}") for x in each] for each in np.take_along_axis(logp, likely, 1)]
+        questions = Question.record(base, tokenizer, items) if items else []
+        return cls(base=name, n_vocab=logp.shape[1], ctx=ctx, prompts=recorded, tokens=tokens, nll=nll, top_ids=likely,
+                   top_logp=top_logp, items=questions, limits=limits or Limits())  # fmt: skip
+
+    def check(self, model, bytes: int | None = None, tokens_per_s: float | None = None, name: str = "model") -> Report:
+        """Run all checks on a model and report; raises only for a model that does not fit the gate.
+
+        ``bytes`` and ``tokens_per_s`` are its size and measured speed, for the limits on them; the size of a
+        llamacpp.Model is known.
+        """
+        read, limits = Reader(model, self.n_vocab), self.limits
+        rows = [one for prompt in self.prompts for one in prompt.check(read, limits)]
+        logp, nll = read.text(self.tokens, self.ctx)
+        ids, base, n = np.array(self.top_ids), math.exp(self.nll), f"{len(logp):,} tokens"
+        kld = _kld_of_top(np.array(self.top_logp), np.take_along_axis(logp, ids, 1))
+        same = float((logp.argmax(1) == ids[:, 0]).mean())
+        rows += [
+            row("perplexity", n, math.exp(nll) if nll < 700 else math.nan, -math.inf, base * (1 + limits.perplexity),
+                "", f"the base's is {base:.4g}"),
+            row("KLD, mean", n, float(kld.mean()), -math.inf, limits.kld_mean, "nats"),
+            row("KLD, 99th percentile", n, float(np.percentile(kld, 99)), -math.inf, limits.kld_p99, "nats"),
+            row("same top token", n, same, limits.same_top, math.inf, "of tokens"),
+        ]  # fmt: skip
+        if self.items and not read.bad:
+            before, hits = [q.base_hit for q in self.items], Question.hits(model, self.items)
+            found = paired.mcnemar(before, hits, alternative="greater")
+            note = (
+                f"{np.mean(hits):.1%} right, the base {np.mean(before):.1%}; {found.lost} lost, {found.gained} gained"
+            )
+            rows.append(row("accuracy", f"{found.n} items", found.p, limits.accuracy_alpha, math.inf, "= p of no loss",
+                            note))  # fmt: skip
+        bytes = bytes if bytes is not None else getattr(getattr(model, "gguf", None), "file_bytes", None)
+        first = [row("finite", "logits", read.bad, 0, 0, "positions", f"of {read.n:,} hold NaN or infinity")]
+        limited = (("size", bytes, -math.inf, limits.max_bytes, "bytes"),
+                   ("speed", tokens_per_s, limits.min_tokens_per_s, math.inf, "tokens/s"))  # fmt: skip
+        for check, value, low, high, unit in limited:
+            if None not in (low, high):
+                note = "there is a limit, but no measurement was given" if value is None else ""
+                first.append(row(check, "", math.nan if value is None else value, low, high, unit, note))
+        return Report(name, self.base, pandas.DataFrame(first + rows))
+
+    def save(self, path) -> Path:
+        """Write the gate as JSON; return the path."""
+        return files.write_text(path, self.model_dump_json())
+
+    @classmethod
+    def load(cls, path) -> Gate:
+        """Read a gate; raises QtutorError for a file that is missing, damaged or of another version."""
+        data = files.read_json(path, "gate")
+        try:
+            return cls.model_validate(data)
+        except (ValidationError, QtutorError):
+            raise QtutorError(f"{Path(path).name} is a damaged gate, or one of another version: build and save it "
+                              "again.") from None  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections import Counter
@@ -75,8 +74,7 @@ def test_the_same_seed_gives_the_same_items():
 
 
 def test_build_items_bad_input():
-    for bad in (dict(n=1), dict(choices=1), dict(n=10**6), dict(text="Too short."), dict(n=5, text="A b.\n\n" * 50),
-                dict(n="x"), dict(n=2.5), dict(text=5), dict(seed=-1)):  # fmt: skip
+    for bad in (dict(n=1), dict(choices=1), dict(n=10**6), dict(text="Too short."), dict(n=5, text="A b.\n\n" * 50)):
         with pytest.raises(QtutorError):
             accuracy.build_items(**bad)
 
@@ -102,7 +100,7 @@ def test_summary_by_hand():
              accuracy.Item("z", ("e" * 10, "f" * 10), 0)]  # fmt: skip
     found = accuracy.summarize(items, [[-5.0, -9.0], [-1.0, -2.0], [-3.0, -2.0]])
     # by sum: 0, 0, 1; by character: 1 (-0.3 against -0.5), 0, 1
-    assert list(found.picks) == [0, 0, 1] and list(found.picks_norm) == [1, 0, 1]
+    assert list(found.hits) == [False, True, False]
     assert found.acc == pytest.approx(1 / 3) and found.acc_norm == pytest.approx(2 / 3)
     assert found.acc_se == pytest.approx(math.sqrt(1 / 3 * 2 / 3 / 2)) == pytest.approx(stats.sem(found.hits))
     assert found.chance == 0.5 and list(found.hits_norm) == [True, True, False]
@@ -124,20 +122,18 @@ def test_batches_single_windows_and_llama_cpp_agree(model, items, scored, gguf):
     with llamacpp.Model(gguf, ctx=256) as native:
         found = accuracy.score_items(native, few)
     assert np.allclose(found.loglik, scored.loglik[:8], atol=1e-2)
-    assert np.array_equal(found.picks, scored.picks[:8])
+    assert np.array_equal(found.hits, scored.hits[:8])
 
 
 def test_the_course_model_is_above_chance(scored):
     right = int(scored.hits_norm.sum())
     assert stats.binomtest(right, scored.n, 0.25, alternative="greater").pvalue < 0.01
-    assert "chance 0.25" in str(scored) and scored.row()["items"] == 80
+    assert "chance 0.25" in str(scored) and scored.row()["accuracy_n"] == 80
 
 
 def test_harness_gives_the_same_answers(model, items, scored):
     """lm-evaluation-harness with its own model class around the course model: equal item by item."""
-    usable, why = accuracy.harness_available()
-    if not usable:
-        pytest.skip(why)
+    pytest.importorskip("lm_eval")
     found = accuracy.run_harness(model, items)
     assert np.allclose(found.loglik, scored.loglik, atol=1e-3)
     assert np.array_equal(found.hits, scored.hits) and np.array_equal(found.hits_norm, scored.hits_norm)
@@ -145,41 +141,10 @@ def test_harness_gives_the_same_answers(model, items, scored):
     assert (found.acc_se, found.acc_norm_se) == pytest.approx((scored.acc_se, scored.acc_norm_se))
 
 
-def test_harness_takes_a_gguf_too(items, gguf):
-    from qtutor import llamacpp
-
-    usable, why = accuracy.harness_available()
-    if not usable:
-        pytest.skip(why)
-    with llamacpp.Model(gguf, ctx=256) as native:
-        ours, theirs = accuracy.score_items(native, items[:6]), accuracy.run_harness(native, items[:6])
-    assert np.allclose(ours.loglik, theirs.loglik, atol=1e-4) and np.array_equal(ours.hits, theirs.hits)
-
-
 def test_without_the_harness_one_sentence(monkeypatch, items, model):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    usable, why = accuracy.harness_available()
-    assert not usable and "pip install lm_eval" in why
-    with pytest.raises(QtutorError, match="pip install"):
+    with pytest.raises(QtutorError, match="pip install lm_eval"):
         accuracy.run_harness(model, items)
-
-
-def test_task_files(tmp_path, items):
-    import yaml
-
-    folder = tmp_path / "it's a {folder}: #1"  # whatever is in a path
-    path = accuracy.write_task(folder, items)
-    task = yaml.safe_load(path.read_text("utf-8"))
-    assert task["task"] == accuracy.TASK and task["doc_to_text"] == "{{context}}"
-    data = task["dataset_kwargs"]["data_files"]["test"]
-    rows = [json.loads(line) for line in open(data, encoding="utf-8")]
-    assert [accuracy.Item(r["context"], tuple(r["choices"]), r["answer"]) for r in rows] == list(items)
-    assert not list(folder.glob("*.partial"))
-    with pytest.raises(QtutorError):
-        accuracy.write_task(tmp_path, items, name="../x")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(QtutorError):
-        accuracy.write_task(tmp_path / "file", items)
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -190,7 +155,7 @@ def test_scoring_bad_input(items, tokenizer):
     small = lambda ids: torch.zeros(len(ids), 7)  # noqa: E731 - a vocabulary of seven
     broken = lambda ids: torch.full((len(ids), len(tokenizer)), math.nan)  # noqa: E731
     for source, given in ((small, items[:2]), (broken, items[:2]), (small, items[:1]), (small, ragged), (7, items[:2]),
-                          (small, 5), (small, [1, 2])):  # fmt: skip
+                          (small, [1, 2])):  # fmt: skip
         with pytest.raises(QtutorError) as error:
             accuracy.score_items(source, given, tokenizer)
         assert str(error.value).endswith(".")

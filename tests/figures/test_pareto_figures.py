@@ -1,0 +1,48 @@
+"""The trade-off's pictures draw every axis, and the explorer says what is left."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pytest
+from tradeoff_rows import row, some_rows
+
+from qtutor.decide.pareto import AXES, relative, with_cost
+from qtutor.figures import pareto
+
+
+@pytest.mark.parametrize("x", AXES)
+def test_pictures(x):
+    more = {"perplexity": 20.0, "perplexity_se": 0.1, "same_top": 0.9, "same_top_se": 0.01, "accuracy": 0.5,
+            "accuracy_se": 0.02, "peak_gib": 1.0, "bits_per_weight": 4.0, "prefill_tokens_per_s": 9.0,
+            "joules_per_prefill_token": 2.0}  # fmt: skip
+    rows = with_cost([r | more for r in some_rows()], 1, 400)
+    fig = pareto.picture(rows, x, "decode speed" if x != "decode speed" else "kld", "title")
+    fig.canvas.draw()
+    assert fig.axes[0].get_xlabel() and fig.axes[0].get_ylabel() and fig.axes[0].texts
+    plt.close(fig)
+
+
+def test_relative_picture():
+    made = relative([*some_rows(), row("GGUF F16", "gguf", 14, 1e-5, 300)], "decode_tokens_per_s")
+    fig = pareto.relative_picture({"decode": made, "again": made}, "speed / speed of 16 bits", "title")
+    fig.canvas.draw()
+    assert {t.get_text() for t in fig.axes[0].get_yticklabels()} >= {"GGUF Q8_0", "GGUF Q4_0"}
+    plt.close(fig)
+
+
+def test_explorer():
+    box = pareto.explorer(some_rows() + [row("BF16", "float", 14, 1e-5, 800, batch=8)], "a CPU")
+    (x, y, batch), limits, words, image = *[b.children for b in box.children[:2]], *box.children[2:]
+    first = bytes(image.value)
+    assert first.startswith(b"\x89PNG") and "on the front" in words.value
+    x.value = "decode speed"
+    assert bytes(image.value) != first
+    batch.value = 8
+    assert "<b>1</b> techniques" in words.value
+    batch.value, x.value, y.value = 1, "size", "size"
+    assert "different" in words.value
+    y.value = "kld"
+    limits[0].value = limits[0].options[1][1]
+    limits[1].value = limits[1].options[1][1]
+    limits[2].value = limits[2].options[-1][1]
+    assert "Nothing meets" in words.value
