@@ -244,7 +244,7 @@ def test_one_sentence_and_the_kernel_lives(kernel, case):
 def test_odd_shapes_in_fp8_say_what_the_hardware_wants(kernel, shape):
     """The emulation raises what Transformer Engine raises, in its words, so that readers can look them up."""
     error = kernel.run(f"""
-from qtutor import te
+from qtutor import te_switch as te
 te.activate()
 import transformer_engine.pytorch as engine
 with engine.autocast(enabled=True):
