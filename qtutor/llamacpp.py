@@ -122,17 +122,35 @@ def tool(name: str) -> Path:
                       "CMAKE_ARGS='-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=ON -DLLAMA_TOOLS_INSTALL=ON'.")
 
 
+# A program's main function, called from Python so that its log can be written out before the process ends.
+_FLUSHED = """
+import ctypes, sys
+path, common, function, *argv = sys.argv[1:]
+common, run = ctypes.CDLL(common), ctypes.CDLL(path)[function]
+status = run(len(argv), (ctypes.c_char_p * (len(argv) + 1))(*map(str.encode, argv)))
+common._Z15common_log_mainv.restype = ctypes.c_void_p
+common._Z16common_log_flushP10common_log(ctypes.c_void_p(common._Z15common_log_mainv()))
+sys.exit(status)
+"""
+
+
 def run_tool(name: str, *arguments, until: str = "", tries: int = 20) -> tuple[str, float]:
     """Run one of llama.cpp's programs; return all that it printed, and the seconds that it took.
 
     ``until`` is a regular expression that the answer has to match.  The programs print through a thread of their own,
-    which is cut off when the program ends: on a busy machine the last lines, which hold the result, may be missing, and
-    then the program is asked again.  Raises QtutorError where it fails, and where the answer stays away.
+    which is cut off when the program ends: on a busy machine the last lines, which hold the result, are often missing.
+    So the log is waited for where the build lets us (Linux), and a program whose answer is missing is asked again.
+    Raises QtutorError where it fails, and where the answer stays away.
     """
+    program, function = tool(name), name.replace("-", "_")
+    library, common = (program.parent.parent / "lib" / f"lib{part}.so" for part in (f"{name}-impl", "llama-common"))
+    command = [program, *arguments]
+    if library.is_file() and common.is_file():
+        command = [sys.executable, "-c", _FLUSHED, library, common, f"_Z{len(function)}{function}iPPc", *command]
     for _ in range(tries):
         env = os.environ | {"LC_ALL": "C"} | ({"LLAMA_ARG_REPACK": "0"} if gguf_file.kernels["plain"] else {})
         start = time.perf_counter()
-        done = subprocess.run([tool(name), *map(str, arguments)], capture_output=True, env=env, check=False)
+        done = subprocess.run([str(part) for part in command], capture_output=True, env=env, check=False)
         seconds, said = time.perf_counter() - start, (done.stdout + b"\n" + done.stderr).decode("utf-8", "replace")
         if done.returncode == -getattr(signal, "SIGILL", 0) and not gguf_file.kernels["plain"]:
             gguf_file.kernels["plain"] = True
