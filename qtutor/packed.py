@@ -33,7 +33,7 @@ def convert(model):
         if stored is None:
             stored = made[id(module.weight)] = StoredWeight(module.weight_fake_quant, module.weight.detach())
             if not torch.equal(stored.dequantize(), module.weight_fake_quant(module.weight)):
-                raise QtutorError(f"Layer {name!r} would not store the values it was trained with: keep it unconverted.")
+                raise QtutorError(f"Layer {name!r} would not store what it was trained with: leave it unconverted.")
         if isinstance(module, FakeQuantNorm):
             return QuantizedNorm(module, stored)
         return (QuantizedEmbedding if isinstance(module, FakeQuantEmbedding) else QuantizedLinear)(module, stored)

@@ -1,0 +1,48 @@
+"""A Llama whose calls a CUDA graph can hold: its layers called one by one, with a KV cache of fixed length.
+
+What transformers does around the layers (choosing masks, growing caches) looks at values on the CPU, and a CUDA graph
+cannot contain that.  Training and inference of the same model are measured with these calls, so that the figure is
+the GPU's time and not Python's.
+"""
+
+from __future__ import annotations
+
+
+def llama_logits(model, ids, cache=None, last_only: bool = False):
+    """Return the logits (batch, tokens or 1, vocabulary) of a LlamaForCausalLM for ``ids`` (batch, tokens).
+
+    ``cache``: a :class:`FixedCache`; then ``ids`` (batch, 1) is the token at its end.  ``last_only``: of the last
+    token alone, as generation needs it.
+    """
+    import torch
+
+    body = model.model
+    x = body.embed_tokens(ids)
+    first = 0 if cache is None else cache.length - ids.shape[1]
+    positions = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
+    cos_sin = body.rotary_emb(x, positions)
+    for layer in body.layers:
+        x = layer(x, attention_mask=None, position_embeddings=cos_sin, past_key_values=cache,
+                  use_cache=cache is not None)  # fmt: skip
+        x = x[0] if isinstance(x, tuple) else x  # a tuple in older versions of transformers
+    return model.lm_head(body.norm(x[:, -1:] if last_only else x))
+
+
+class FixedCache:
+    """Keys and values of ``length`` tokens, random but for the last one: what one decoding step reads.
+
+    It has the one method of transformers' caches that an attention layer calls.
+    """
+
+    def __init__(self, config, batch: int, length: int, device, dtype):
+        import torch
+
+        size = (batch, config.num_key_value_heads, length, config.head_dim)
+        self.length = length
+        options, layers = dict(device=device, dtype=dtype), range(config.num_hidden_layers)
+        self.keys, self.values = ([torch.randn(size, **options) for _ in layers] for _ in range(2))
+
+    def update(self, keys, values, layer: int, *_, **__):
+        n = keys.shape[2]
+        self.keys[layer][:, :, -n:], self.values[layer][:, :, -n:] = keys, values
+        return self.keys[layer], self.values[layer]
