@@ -1,27 +1,23 @@
 """Record what quantization-aware training gives back: results ``qat_recovery`` and ``qat_gguf``, and the Q4_0 model.
 
-    python -m tools.record_qat recovery    # on a GPU: every arm of every scheme, three seeds
-    python -m tools.record_qat model       # on a GPU: data/qat/course_model_q4_0.safetensors, distilled
-    python -m tools.record_qat gguf        # with llama.cpp: that model beside PTQ files of every size
-
 The arms are those of qtutor.qat.  :func:`train` is the loop of the QAT notebook (a test holds one to the other); on a
 GPU it replays a CUDA graph, because a step of so small a model is otherwise the time that Python takes to launch it.
+``data/qat/course_model_q4_0.safetensors`` is what :func:`train_q4_0` writes.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from qtutor import QtutorError, corpus, course_model, evaluate, fake_quant, gguf_export, llamacpp, packed, results
+import qtutor
+from qtutor import corpus, course_model, evaluate, fake_quant, gguf_export, llamacpp, measure, packed, results
 from qtutor.files import whole
 from qtutor.qat import Q4_0_FILE, Q4_0_TENSORS, SCHEMES, load_q4_0
 from qtutor.rigs.decoding import llama_logits
@@ -62,30 +58,19 @@ def train(model, ids, steps: int, rate: float, batch_size: int = 16, context: in
         loss.backward()
         return loss.detach()
 
-    run = _graphed(passes) if device.type == "cuda" else passes
+    replay, loss = measure.captured(passes) if device.type == "cuda" else (None, None)
     losses = torch.zeros(steps, device=device)
     for step in tqdm(range(steps), desc="training", leave=False):
         warm = min(1.0, (step + 1) / max(1, steps // 20))
         optimizer.param_groups[0]["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
         batch.copy_(next(stream))
-        losses[step] = run()
+        losses[step] = passes() if replay is None else (replay(), loss)[1]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()
     model.eval()
     if not losses.isfinite().all():
-        raise QtutorError("The loss is not a number any more: take a smaller rate.")
+        raise qtutor.QtutorError("The loss is not a number any more: take a smaller rate.")
     return losses.tolist()
-
-
-def _graphed(passes):
-    """Record ``passes()`` into a CUDA graph; return a function that replays it and returns what it returned."""
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(side):  # warm-up on a side stream, as PyTorch's notes on CUDA graphs ask for
-        passes()
-    with torch.cuda.graph(graph, stream=side):
-        result = passes()
-    return lambda: (graph.replay(), result)[1]
 
 
 @torch.no_grad()
@@ -101,7 +86,7 @@ def evaluated(kept, model, tokens) -> dict:
 
 
 def experiment(base, ids, tokens, schemes=SCHEMES, steps: int = 700, seeds=(0, 1, 2), batch_size: int = 16,
-               context: int = 512) -> Iterator[dict]:  # fmt: skip
+               context: int = 512):  # fmt: skip
     """Yield the rows of ``qat_recovery``: every arm of every scheme and seed (order of batches; -1: not trained).
     The control trains at its scheme's rate; the float model that it is rounded from has scheme "float"."""
     kept = evaluate.logits_of(base, tokens, CONTEXT).to(next(base.parameters()).device)
@@ -129,10 +114,22 @@ def experiment(base, ids, tokens, schemes=SCHEMES, steps: int = 700, seeds=(0, 1
                 yield row(scheme, arm, model, seed, rate)
 
 
-def record_gguf(base, tokens, path=Q4_0_FILE, types=("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")):
-    """Save ``qat_gguf``: in llama.cpp the float model in every type ("PTQ"), in Q4_0 with the head as QAT has it ("PTQ,
-    head in Q8_0"), and the trained model of ``path`` in that layout ("QAT")."""
-    kept, rows, tokenizer = evaluate.logits_of(base, tokens, CONTEXT), [], course_model.load_tokenizer()
+def record_recovery(full: bool) -> Path:
+    """Run :func:`experiment` on a GPU and save ``qat_recovery`` after every row: what was done is there if it stops."""
+    if not torch.cuda.is_available():
+        raise qtutor.QtutorError("Training in ten schemes takes a CUDA GPU, and there is none.")
+    rows, path, size = [], None, {} if full else dict(schemes=["W3"], steps=20, seeds=(0,))
+    base, tokenizer = course_model.load(dtype=torch.float32, device="cuda"), course_model.load_tokenizer()
+    for row in experiment(base, corpus.tokens("train", tokenizer), corpus.tokens("eval", tokenizer), **size):
+        rows.append(row)
+        path = results.save("qat_recovery", rows, profile="full" if full else "quick")
+    return path
+
+
+def gguf_rows(base, tokens, path=Q4_0_FILE, types=("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")):
+    """Yield the rows of ``qat_gguf``: the float model in every llama.cpp type ("PTQ") and in Q4_0 with QAT's 8-bit head
+    ("PTQ, head in Q8_0"), and the trained model of ``path`` in that layout ("QAT")."""
+    kept, tokenizer = evaluate.logits_of(base, tokens, CONTEXT), course_model.load_tokenizer()
     models = {"PTQ": (base, types, None), "PTQ, head in Q8_0": (base, ["Q4_0"], Q4_0_TENSORS),
               "QAT": (load_q4_0(path), ["Q4_0"], Q4_0_TENSORS)}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -140,11 +137,17 @@ def record_gguf(base, tokens, path=Q4_0_FILE, types=("Q4_0", "Q4_K_M", "Q5_K_M",
             source = gguf_export.export(model, Path(folder) / "f32.gguf", tokenizer=tokenizer)
             for kind in kinds:
                 file = llamacpp.quantize(source, Path(folder) / f"{kind}.gguf", kind, tensor_types=layout)
-                about = {"file_mb": file.stat().st_size / 1e6, "bits_per_weight": llamacpp.bits_per_weight(file)}
                 with llamacpp.Model(file) as quantized:
-                    rows.append({"model": name, "type": kind, "seed": 0 if name == "QAT" else -1, **about,
-                                 **evaluated(kept, quantized, tokens)})  # fmt: skip
-    return results.save("qat_gguf", rows)
+                    yield {"model": name, "type": kind, "seed": 0 if name == "QAT" else -1,
+                           "file_mb": file.stat().st_size / 1e6, "bits_per_weight": llamacpp.bits_per_weight(file),
+                           **evaluated(kept, quantized, tokens)}  # fmt: skip
+
+
+def record_gguf(full: bool) -> Path:
+    """Save ``qat_gguf``; raises QtutorError where llama.cpp is not here."""
+    tokens = corpus.tokens("eval", course_model.load_tokenizer())
+    rows = gguf_rows(course_model.load(), tokens if full else tokens[:1026])
+    return results.save("qat_gguf", list(rows), profile="full" if full else "quick")
 
 
 def save_q4_0(model, path) -> None:
@@ -155,25 +158,12 @@ def save_q4_0(model, path) -> None:
         save_model(packed.convert(copy.deepcopy(model)), str(partial))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("recovery", "model", "gguf"))
-    what = parser.parse_args().what
-    device = "cuda" if torch.cuda.is_available() and what != "gguf" else "cpu"
-    base, tokenizer = course_model.load(dtype=torch.float32, device=device), course_model.load_tokenizer()
-    tokens = corpus.tokens("eval", tokenizer)
-    if what == "gguf":
-        print(record_gguf(base, tokens))
-    elif what == "model":
-        model = fake_quant.prepare(copy.deepcopy(base), **SCHEMES["Q4_0"])
-        train(model, corpus.tokens("train", tokenizer), 2500, 3e-4, teacher=base)
-        save_q4_0(model, Q4_0_FILE)
-    else:
-        rows = []
-        for row in experiment(base, corpus.tokens("train", tokenizer), tokens):
-            rows.append(row)
-            results.save("qat_recovery", rows)  # after every row: a machine that is taken back leaves what it did
+def train_q4_0(path=Q4_0_FILE, steps: int = 2500) -> None:
+    """On a GPU, train the course model onto the grid of Q4_0, distilled from the float model, and save it."""
+    base, tokenizer = course_model.load(dtype=torch.float32, device="cuda"), course_model.load_tokenizer()
+    model = fake_quant.prepare(copy.deepcopy(base), **SCHEMES["Q4_0"])
+    train(model, corpus.tokens("train", tokenizer), steps, 3e-4, teacher=base)
+    save_q4_0(model, path)
 
 
-if __name__ == "__main__":
-    main()
+RECORDS = {"qat_recovery": record_recovery, "qat_gguf": record_gguf}
