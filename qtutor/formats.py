@@ -228,6 +228,7 @@ def block_range(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
 
 
+@torch.no_grad()
 def choose_qparams(low, high, fmt, symmetric: bool = True, no_clipping: bool = False):
     """Return (scale, zero point or None) for values between ``low`` and ``high`` (tensors, a value for each block).
 

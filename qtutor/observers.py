@@ -30,7 +30,7 @@ class MinMaxObserver:
     def qparams(self, target, symmetric: bool = True, no_clipping: bool = False):
         """(scale, zero_point), each of shape (n_blocks, 1).  Raises QtutorError before any observation, or for NaN."""
         if self.lo is None:
-            raise QtutorError("This static quantizer has seen no data: run some inside `with calibrate(model):`.")
+            raise QtutorError("This static quantizer has seen no data: run batches inside `with calibrate(model):`.")
         lo, hi = self.range(target, symmetric, no_clipping)
         if not (torch.isfinite(lo).all() and torch.isfinite(hi).all()):
             raise QtutorError("The calibration data held NaN or infinite values: find where they come from first.")

@@ -2,7 +2,7 @@
 
 The arms are those of qtutor.qat.  :func:`train` is the loop of the QAT notebook (a test holds one to the other); on a
 GPU it replays a CUDA graph, because a step of so small a model is otherwise the time that Python takes to launch it.
-``data/qat/course_model_q4_0.safetensors`` is what :func:`train_q4_0` writes.
+``python -m tools.record_qat`` trains data/qat/course_model_q4_0.safetensors anew.
 """
 
 from __future__ import annotations
@@ -126,19 +126,19 @@ def record_recovery(full: bool) -> Path:
     return path
 
 
-def gguf_rows(base, tokens, path=Q4_0_FILE, types=("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")):
+def gguf_rows(base, tokens, trained, types=("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")):
     """Yield the rows of ``qat_gguf``: the float model in every llama.cpp type ("PTQ") and in Q4_0 with QAT's 8-bit head
-    ("PTQ, head in Q8_0"), and the trained model of ``path`` in that layout ("QAT")."""
+    ("PTQ, head in Q8_0"), and in that layout each trained model ("QAT") of ``trained``, {seed: file}."""
     kept, tokenizer = evaluate.logits_of(base, tokens, CONTEXT), course_model.load_tokenizer()
-    models = {"PTQ": (base, types, None), "PTQ, head in Q8_0": (base, ["Q4_0"], Q4_0_TENSORS),
-              "QAT": (load_q4_0(path), ["Q4_0"], Q4_0_TENSORS)}  # fmt: skip
+    models = [("PTQ", -1, base, types, None), ("PTQ, head in Q8_0", -1, base, ["Q4_0"], Q4_0_TENSORS),
+              *(("QAT", seed, load_q4_0(path), ["Q4_0"], Q4_0_TENSORS) for seed, path in trained.items())]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        for name, (model, kinds, layout) in models.items():
+        for name, seed, model, kinds, layout in models:
             source = gguf_export.export(model, Path(folder) / "f32.gguf", tokenizer=tokenizer)
             for kind in kinds:
                 file = llamacpp.quantize(source, Path(folder) / f"{kind}.gguf", kind, tensor_types=layout)
                 with llamacpp.Model(file) as quantized:
-                    yield {"model": name, "type": kind, "seed": 0 if name == "QAT" else -1,
+                    yield {"model": name, "type": kind, "seed": seed,
                            "file_mb": file.stat().st_size / 1e6, "bits_per_weight": llamacpp.bits_per_weight(file),
                            **evaluated(kept, quantized, tokens)}  # fmt: skip
 
@@ -146,7 +146,7 @@ def gguf_rows(base, tokens, path=Q4_0_FILE, types=("Q4_0", "Q4_K_M", "Q5_K_M", "
 def record_gguf(full: bool) -> Path:
     """Save ``qat_gguf``; raises QtutorError where llama.cpp is not here."""
     tokens = corpus.tokens("eval", course_model.load_tokenizer())
-    rows = gguf_rows(course_model.load(), tokens if full else tokens[:1026])
+    rows = gguf_rows(course_model.load(), tokens if full else tokens[:1026], {0: Q4_0_FILE})
     return results.save("qat_gguf", list(rows), profile="full" if full else "quick")
 
 
@@ -158,12 +158,15 @@ def save_q4_0(model, path) -> None:
         save_model(packed.convert(copy.deepcopy(model)), str(partial))
 
 
-def train_q4_0(path=Q4_0_FILE, steps: int = 2500) -> None:
+def train_q4_0(path=Q4_0_FILE, steps: int = 2500, seed: int = 0) -> None:
     """On a GPU, train the course model onto the grid of Q4_0, distilled from the float model, and save it."""
     base, tokenizer = course_model.load(dtype=torch.float32, device="cuda"), course_model.load_tokenizer()
     model = fake_quant.prepare(copy.deepcopy(base), **SCHEMES["Q4_0"])
-    train(model, corpus.tokens("train", tokenizer), steps, 3e-4, teacher=base)
+    train(model, corpus.tokens("train", tokenizer), steps, 3e-4, seed=seed, teacher=base)
     save_q4_0(model, path)
 
 
 RECORDS = {"qat_recovery": record_recovery, "qat_gguf": record_gguf}
+
+if __name__ == "__main__":
+    train_q4_0()

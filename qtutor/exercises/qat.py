@@ -117,7 +117,7 @@ def _still_float(answer):
     from torch import nn
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    from .. import fake_quant
+    from .. import fake_quant, packed
 
     assert callable(answer), "Give the function itself: still_float, without brackets."
 
@@ -131,8 +131,8 @@ def _still_float(answer):
     prepared = fake_quant.prepare(model(), "int4", group_size=32)
     assert list(answer(prepared)) == ["1", "3"], (
         "A prepared layer is fake-quantized: its weight is float. It is a *subclass* of nn.Linear.")
-    packed = fake_quant.convert(prepared, backend="packed")
-    assert list(answer(packed)) == [], "After our convert no nn.Linear is left, and so nothing is float."
+    stored = packed.convert(prepared)
+    assert list(answer(stored)) == [], "After our convert no nn.Linear is left, and so nothing is float."
     quantized = model()
     quantize_(quantized, Int8WeightOnlyConfig(), filter_fn=lambda m, name: name == "3")
     assert list(answer(quantized)) == ["1"], (

@@ -63,7 +63,8 @@ def granularity_picture(bits: int = 4, granularity: str = "channel", outlier: fl
     fig, (left, right) = plots.figure(8.5, 3.4, ncols=2, width_ratios=(1, 1.25))
     chosen, stored, error = quantized(bits, granularity)
     relative = (chosen - weight).abs() / weight.square().mean(1, keepdim=True).sqrt()
-    image = left.imshow(relative[:, :128], vmin=0, vmax=1, cmap="magma", aspect="auto", interpolation="nearest")
+    image = left.imshow(relative[:, :128].numpy(), vmin=0, vmax=1, cmap="magma", aspect="auto",
+                        interpolation="nearest")  # fmt: skip
     left.set_title(f"int{bits} per {granularity}: |error| / RMS of the row", fontsize=10)
     left.set(xlabel="input feature (first 128)", ylabel="output channel")
     left.grid(False)

@@ -57,7 +57,7 @@ def format_explorer():
 
     from .. import formats, plots
 
-    names = [name for name in formats.FORMATS if name != "E8M0"]
+    names = list(formats.FORMATS)
     chosen = ipywidgets.SelectMultiple(options=names, value=("E4M3", "E5M2", "E2M1", "INT4"), rows=len(names),
                                        description="formats")  # fmt: skip
     scale = ipywidgets.ToggleButtons(options=["linear", "log"], description="axis")

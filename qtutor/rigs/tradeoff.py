@@ -81,9 +81,8 @@ def _torchao(cpu: tuple, gpu: tuple | None = None) -> Callable:
     """``apply`` for a torchao configuration: its name and options, on a GPU perhaps another one."""
 
     def apply(model):
-        from .. import packed
-
-        packed._import_torchao()
+        for noisy in ("torchao", "torch.utils._pytree"):  # "Failed to load _C_*.so": true, and of no consequence
+            logging.getLogger(noisy).setLevel(logging.ERROR)
         import torchao.quantization as ao
 
         on_gpu = next(model.parameters()).is_cuda
