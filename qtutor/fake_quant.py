@@ -1,15 +1,14 @@
 """Fake quantization: train in high precision, see the low precision.
 
 Quantization-aware training (QAT) puts a quantizer into the forward pass and lets the gradient go straight through it
-(:mod:`qtutor.ste`).  The optimizer keeps its full-precision *latent* weights, which collect many small steps until
-one tips a weight over to the next grid point.
+(:mod:`qtutor.ste`).  The optimizer keeps its full-precision *latent* weights, which collect many small steps until one
+tips a weight over to the next grid point.
 
-    FakeQuantizer         target type + granularity + range, as a module
-    prepare               swap every nn.Linear of a model (and, where asked, embeddings, head, norms), then train
-    calibrate             let static quantizers watch some batches
+    FakeQuantizer   target type + granularity + range (static ones have an observer, see qtutor.observers), as a module
+    prepare         swap every nn.Linear of a model (and, where asked, embeddings, head, norms), then train
+    calibrate       let static quantizers watch some batches
 
-The range of a static quantizer comes from an observer (:mod:`qtutor.observers`).  After training, :mod:`qtutor.packed`
-swaps in real low-bit storage (``convert``), or floats that lie on the grid (``bake``, for a GGUF export).
+After training, :mod:`qtutor.packed` swaps in real low-bit storage, or floats that lie on the grid.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -27,8 +27,6 @@ from . import QtutorError
 from .formats import to_blocks
 from .ste import Grid, Target, fake_quantize_learned, find_grid, on_grid, on_own_grid
 
-# ------------------------------------------------------------------------------------ FakeQuantizer
-
 
 class FakeQuantizer(nn.Module):
     """Fake-quantize a tensor to ``target`` at some granularity; the gradient is straight-through.
@@ -37,9 +35,8 @@ class FakeQuantizer(nn.Module):
         target: a name of ste.TARGETS or ALIASES, such as ``"int4"``, ``"FP8"``, ``"MXFP4"``, ``"ternary"``, ``"Q4_0"``.
         granularity, group_size: see formats.to_blocks; formats with blocks of their own bring theirs.
         symmetric: zero_point 0, or (False) an affine grid (integers only).
-        observer: None = *dynamic*: the range is measured anew on every call (weights in training; activations per
-            token).  An observer = *static*: measured inside ``with calibrate(model):``, then frozen in the buffers
-            ``scale`` and ``zero_point``.
+        observer: None = *dynamic*: the range is measured anew on every call.  An observer = *static*: measured inside
+            ``with calibrate(model):``, then frozen in the buffers ``scale`` and ``zero_point``.
         no_clipping: see formats.choose_qparams and formats.mx_scale.
         learned: the scale is an nn.Parameter that is trained with the weights (LSQ); symmetric integers.  It begins at
             2 mean|x| / sqrt(quant_max) of the first tensor seen (``prepare`` shows it the weight), or where the
@@ -57,8 +54,7 @@ class FakeQuantizer(nn.Module):
         if block and (granularity not in (None, "group") or group_size not in (None, block)):
             raise QtutorError(f"{self.target} has blocks of {block} values: give no other granularity or group_size.")
         if observer is not None and (granularity == "token" or not plain):
-            raise QtutorError("A range that is measured beforehand is for integers and floats, and not per token "
-                              "(tokens come and go): leave observer=None.")  # fmt: skip
+            raise QtutorError("A static range is for integers and floats, and not per token: leave observer=None.")
         self.group_size = block or group_size
         if granularity in (None, "channel"):
             granularity = "group" if self.group_size is not None else "channel"
@@ -117,8 +113,7 @@ class FakeQuantizer(nn.Module):
         return fake_quantize_learned(blocks, grid.scale, target.quant_min, target.quant_max, factor).view(x.shape)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # A checkpoint of a calibrated quantizer fits a fresh one.  A scale that is there already is filled in place, as
-        # torch does it: the optimizer that knows it goes on training it.
+        # A calibrated checkpoint fits a fresh quantizer.  A scale that is there is filled in place: optimizers know it.
         for name in ("scale", "zero_point"):
             if prefix + name in state_dict and getattr(self, name) is None:
                 value = torch.empty_like(state_dict[prefix + name], device=self.place.device)
@@ -129,9 +124,6 @@ class FakeQuantizer(nn.Module):
         group = f" of {self.group_size}" if self.granularity == "group" else ""
         kind = "learned" if self.learned else "dynamic" if self.is_dynamic else type(self.observer).__name__
         return f"{self.target}, per {self.granularity}{group}, {'symmetric' if self.symmetric else 'affine'}, {kind}"
-
-
-# ----------------------------------------------------------------------------------------- prepare
 
 
 def _no_fast_path(module, inputs) -> None:
@@ -169,8 +161,7 @@ class FakeQuantEmbedding(nn.Embedding):
 class FakeQuantNorm(nn.Module):
     """A norm (or any module with a vector of weights) that sees its ``weight`` through a fake quantizer.
 
-    Norm weights are a thousandth of a model and sensitive: libraries leave them in float, and so does ``prepare``
-    unless ``overrides`` names them.
+    Norm weights are a thousandth of a model and sensitive: libraries leave them in float.
     """
 
     def __init__(self, norm: nn.Module, weight: FakeQuantizer):
@@ -182,8 +173,7 @@ class FakeQuantNorm(nn.Module):
         return self.norm.weight
 
     def forward(self, *args, **kwargs):
-        seen = {"weight": self.weight_fake_quant(self.norm.weight)}
-        return torch.func.functional_call(self.norm, seen, args, kwargs)
+        return torch.func.functional_call(self.norm, {"weight": self.weight_fake_quant(self.weight)}, args, kwargs)
 
 
 FAKE_QUANTIZED = (FakeQuantLinear, FakeQuantEmbedding, FakeQuantNorm)
@@ -209,19 +199,17 @@ def prepare(model, weight="int4", activation=None, group_size=None, skip=None, o
             for each layer.
         activation: None; a target's name (dynamic, per token, integers affine); or a FakeQuantizer.
         group_size: neighbours along in_features that share a scale; None = the whole row.
-        skip: names (``"lm_head"``, ``"mlp.down_proj"``, whole components) of layers that stay as they are; None: head
-            and embedding, where there are any.
-        overrides: {name: target, FakeQuantizer or None} for the layers that are to have another weight format, or
-            none; embeddings, head and norms are quantized only if they are named here:
-            ``{"embed_tokens": "Q8_0", "lm_head": "Q8_0"}``.
+        skip: names, such as ``"mlp.down_proj"``, of layers that stay as they are; None: head and embedding, if any.
+        overrides: {name: target, FakeQuantizer or None} for layers with another weight format, or none; embeddings,
+            head and norms are quantized only if named here: ``{"embed_tokens": "Q8_0", "lm_head": "Q8_0"}``.
         learned: train the scales of the weights, too (LSQ); make the optimizer after prepare then.
 
     Raises QtutorError, and leaves the model unchanged, where there is nothing to prepare, no layer has a name that is
     given, group_size does not divide a layer, weights are NaN, or two layers share a weight and not a quantizer.
     """
     skip_named = [skip] if isinstance(skip, str) else ["lm_head", "embed_tokens"] if skip is None else list(skip)
-    overrides = dict(overrides or {})
-    swaps, unused = {}, {*overrides, *(skip_named if skip is not None else ())}
+    overrides = overrides or {}
+    swaps, unused = {}, {*overrides, *skip_named}
     for name, module in model.named_modules():
         override, skipped = _named(name, overrides), _named(name, skip_named)
         unused.discard(skipped)
@@ -234,10 +222,12 @@ def prepare(model, weight="int4", activation=None, group_size=None, skip=None, o
         else:
             quantizer = _quantizer(weight, group_size=group_size, learned=learned)
         if quantizer is not None:
-            inputs = _quantizer(activation, granularity="token", symmetric=False)
-            swaps[module] = _fake(name, module, quantizer, inputs)
-    if unused:
-        raise QtutorError(f"No layer is called {', '.join(sorted(unused))}: look at `skip` and `overrides`.")
+            swaps[module] = _fake(name, module, quantizer, _quantizer(activation, granularity="token", symmetric=False))
+    missing = f"No layer is called {', '.join(sorted(unused))}: look at `skip` and `overrides`."
+    if unused & set(overrides) or skip and unused >= set(skip_named):
+        raise QtutorError(missing)
+    if skip and unused:
+        warnings.warn(missing, stacklevel=2)
     if not swaps:
         raise QtutorError("prepare() found no nn.Linear to fake-quantize: look at the model and at `skip`.")
     _check_shared(model, swaps)
@@ -245,19 +235,20 @@ def prepare(model, weight="int4", activation=None, group_size=None, skip=None, o
 
 
 def _fake(name: str, module: nn.Module, quantizer: FakeQuantizer, activation: FakeQuantizer | None) -> nn.Module:
-    size, columns = quantizer.group_size, module.weight.shape[-1]
-    if size and columns % size:
-        raise QtutorError(f"group_size {size} does not divide the {columns} inputs of layer {name!r}: choose a "
-                          "smaller group_size or add the layer to skip.")  # fmt: skip
+    columns = module.weight.shape[-1]
+    if columns % (quantizer.group_size or 1):
+        raise QtutorError(f"Groups of {quantizer.group_size} do not divide the {columns} inputs of layer {name!r}: use "
+                          "a smaller group_size or add the layer to skip.")  # fmt: skip
     refuse_nan(name, module.weight)
     if quantizer.learned and quantizer.observer is None:
         quantizer.freeze(module.weight)
-    kind = {nn.Linear: FakeQuantLinear, nn.Embedding: FakeQuantEmbedding}.get(type(module), FakeQuantNorm)
-    made = kind(module, quantizer, *([activation] if kind is FakeQuantLinear else []))
-    made.train(module.training)
+    if type(module) is nn.Linear:
+        made = FakeQuantLinear(module, quantizer, activation)
+    else:
+        made = (FakeQuantEmbedding if type(module) is nn.Embedding else FakeQuantNorm)(module, quantizer)
     for part in fake_quantizers(made):
         part.to(module.weight.device)
-    return made
+    return made.train(module.training)
 
 
 def _check_shared(model: nn.Module, swaps: dict) -> None:
@@ -288,7 +279,8 @@ def calibrate(model: nn.Module):
                 model(batch)
     """
     quantizers = list(fake_quantizers(model))
-    if all(q.observer is None for q in quantizers):
+    static = [q for q in quantizers if q.observer is not None]
+    if not static:
         raise QtutorError("Nothing to calibrate: no FakeQuantizer of this model has an observer.")
     try:
         for q in quantizers:
@@ -297,9 +289,8 @@ def calibrate(model: nn.Module):
     finally:
         for q in quantizers:
             q.observing = False
-    for q in quantizers:
-        if q.observer is not None:
-            q.freeze()
+    for q in static:
+        q.freeze()
 
 
 def refuse_nan(name: str, weight: torch.Tensor) -> None:

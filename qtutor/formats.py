@@ -26,8 +26,8 @@ Saturation.  Rounding sends values beyond the grid, infinities included, to the 
 quantization want it and as ONNX's Cast does.  (ml_dtypes gives NaN for E4M3 and infinity for E5M2; torch's cast to E5M2
 overflows, too.)  NaN has no place on most grids and is refused; so is infinity where a scale is computed from the data.
 
-Sources: FP8 Formats for Deep Learning, arXiv 2209.05433 (E4M3, E5M2); OCP Microscaling Formats (MX) specification v1.0
-(E2M3, E3M2, E2M1); NVIDIA, "Introducing NVFP4".  Tested bit for bit against ml_dtypes and torchao.
+Sources: FP8 Formats for Deep Learning, arXiv 2209.05433 (E4M3, E5M2); OCP Microscaling Formats (MX) v1.0 (E2M3, E3M2,
+E2M1); NVIDIA, "Introducing NVFP4".  Tested bit for bit against ml_dtypes and torchao.
 """
 
 from __future__ import annotations
@@ -199,9 +199,6 @@ def round_to(x: torch.Tensor, fmt) -> torch.Tensor:
     return get(fmt).round(_checked(x))
 
 
-# --- scaling ------------------------------------------------------------------------------------------
-
-
 def to_blocks(x: torch.Tensor, granularity: str, group_size: int | None = None) -> torch.Tensor:
     """View ``x`` as (n_blocks, values per block): the values in one row share one scale.
 
@@ -342,7 +339,7 @@ def quantize(x: torch.Tensor, fmt, granularity: str = "tensor", group_size: int 
 
 def quantize_dequantize(x: torch.Tensor, fmt, granularity: str = "tensor", group_size: int | None = None,
                         symmetric: bool = True, scale: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
-    """Return what is left of ``x`` after quantization: ``quantize(...).dequantize()``, float32."""
+    """Return what is left of ``x`` after quantization, float32."""
     return quantize(x, fmt, granularity, group_size, symmetric, scale).dequantize()
 
 

@@ -1,10 +1,8 @@
 """Observers: how the *static* range of a quantizer is found from calibration data.
 
 Weights are known in advance.  Activations differ from batch to batch; a static quantizer fixes their range once, from
-some batches that stand for all.  What to do with outliers has several answers: keep the largest value ever, smooth it,
-cut the tails, or take the range with the least squared error.
-
-An observer is fed blocks ``(n_blocks, values_per_block)`` and gives ``scale`` and ``zero_point`` of each block.
+some batches that stand for all.  An observer is fed blocks (n_blocks, values per block) and gives ``scale`` and
+``zero_point`` of each.  What to do with outliers has several answers: here are four.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ class MinMaxObserver:
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
 
     def qparams(self, target, symmetric: bool = True, no_clipping: bool = False):
-        """(scale, zero_point), each of shape (n_blocks, 1).  Raises QtutorError before any observation, or for NaN."""
+        """(scale, zero_point), each (n_blocks, 1).  Raises QtutorError before any observation, or for NaN."""
         if self.lo is None:
             raise QtutorError("This static quantizer has seen no data: run batches inside `with calibrate(model):`.")
         lo, hi = self.range(target, symmetric, no_clipping)
@@ -82,8 +80,7 @@ class PercentileObserver(_SampleObserver):
         values = torch.cat(self.samples, dim=1).sort(dim=1).values
         last = values.shape[1] - 1
         cut = round((1 - self.percentile / 100) * last)
-        lo, hi = values[:, cut : cut + 1], values[:, last - cut : last - cut + 1]
-        return lo.to(self.lo.dtype), hi.to(self.hi.dtype)
+        return tuple(values[:, i : i + 1].to(self.lo.dtype) for i in (cut, last - cut))
 
 
 class MSEObserver(_SampleObserver):
@@ -99,8 +96,7 @@ class MSEObserver(_SampleObserver):
     @torch.no_grad()
     def range(self, target, symmetric, no_clipping):
         values, target = torch.cat(self.samples, dim=1), Target.of(target)
-        best = torch.full_like(self.lo, torch.inf, dtype=torch.float32)
-        shrink = torch.ones_like(best)
+        best, shrink = (torch.full_like(self.lo, start, dtype=torch.float32) for start in (torch.inf, 1.0))
         for factor in torch.linspace(1.0, self.smallest, self.steps).tolist():
             grid = Grid(*choose_qparams(self.lo * factor, self.hi * factor, target.fmt, symmetric, no_clipping))
             error = (on_grid(values, grid, target) - values).square().mean(dim=1, keepdim=True)

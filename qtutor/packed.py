@@ -29,8 +29,7 @@ def convert(model):
     """
 
     def stored_layer(name, module, made):
-        stored = made.get(id(module.weight))
-        if stored is None:
+        if (stored := made.get(id(module.weight))) is None:
             stored = made[id(module.weight)] = StoredWeight(module.weight_fake_quant, module.weight.detach())
             if not torch.equal(stored.dequantize(), module.weight_fake_quant(module.weight)):
                 raise QtutorError(f"Layer {name!r} would not store what it was trained with: leave it unconverted.")
@@ -86,15 +85,11 @@ def _replaced(model: nn.Module, build, kinds) -> nn.Module:
     return swap(model, swaps)
 
 
-# ----------------------------------------------------------------------------------------- storage
-
-
 class StoredWeight(nn.Module):
     """Packed codes and scales of one weight.
 
-    Buffers: codes (rows, ceil(columns / 8) * bits) uint8; scale (n_blocks, 1) in the weight's dtype, or as the format
-    stores it (E8M0, E4M3, float16); global_scale (1, 1) float32 for NVFP4, else None; zero_point (n_blocks, 1)
-    int16 or None.
+    Buffers: codes (rows, ceil(columns / 8) * bits) uint8; scale (n_blocks, 1) in the weight's dtype or as the format
+    stores it (E8M0, E4M3, float16); global_scale (1, 1) of NVFP4; zero_point (n_blocks, 1) int16; or None.
     """
 
     def __init__(self, quantizer: FakeQuantizer, weight: torch.Tensor):

@@ -223,7 +223,9 @@ def test_skip_is_a_name_or_several_and_means_what_it_says():
         assert found == left, skip
     model = fq.prepare(two_layers(), "int4", overrides={"mlp.up_proj": "int8"})
     assert model["mlp"]["up_proj"].weight_fake_quant.target.bits == 8
-    for bad in (dict(skip=("mlp.down_proj", "lm_heads")), dict(skip="down"),
+    with pytest.warns(UserWarning, match="lm_heads"):
+        fq.prepare(two_layers(), skip=("mlp.down_proj", "lm_heads"))
+    for bad in (dict(skip=("attention", "lm_heads")), dict(skip="down"),
                 *(dict(group_size=size) for size in (-32, 32.0, "32"))):  # fmt: skip
         model = two_layers()
         with pytest.raises(qtutor.QtutorError):
