@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from qtutor import fake_quant as fq
-from qtutor import lesson, measure, results
+from qtutor import formats, lesson, measure, results, ste
 
 
 def cases(x: torch.Tensor) -> dict[str, dict]:
@@ -45,7 +45,7 @@ def cases(x: torch.Tensor) -> dict[str, dict]:
     def given(values: int) -> dict:
         """int4 with `values` values per scale, and the scale known."""
         blocks = x.view(-1, values)
-        scale = fq.choose_qparams(*fq.block_range(blocks), "int4")[0]
+        scale = formats.choose_qparams(*formats.block_range(blocks), "int4")[0]
         as_torch, zeros = scale.flatten().float(), torch.zeros(len(scale), dtype=torch.int32, device=x.device)
         static = intx(torch.int4, group_size=values, is_dynamic=False)
         static(x.detach())  # finds its scale once
@@ -55,7 +55,7 @@ def cases(x: torch.Tensor) -> dict[str, dict]:
             return y.view(x.shape)
 
         shaped = scale.view(len(x), -1)
-        return dict(ours=lambda x: fq.fake_quantize(x, shaped, None, -8, 7), torchao=static, torch=by_torch)
+        return dict(ours=lambda x: ste.fake_quantize(x, shaped, None, -8, 7), torchao=static, torch=by_torch)
 
     def by_mx(x):
         return MXTensor.to_mx(x, torch.float4_e2m1fn_x2, 32).dequantize(x.dtype)

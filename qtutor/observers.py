@@ -1,10 +1,8 @@
 """Observers: how the *static* range of a quantizer is found from calibration data.
 
-Weights are at hand and can be measured at any time.  Activations differ from batch to batch; a static quantizer
-fixes their range once, from some batches that stand for all.  Largest value ever, smoothed, without the
-outermost permille, or by least squared error: each is a different answer to the question of what to do with outliers.
-
-An observer is fed blocks ``(n_blocks, values_per_block)`` and gives ``scale`` and ``zero_point`` of each block.
+Weights are known in advance.  Activations differ from batch to batch; a static quantizer fixes their range once, from
+some batches that stand for all.  An observer is fed blocks (n_blocks, values per block) and gives ``scale`` and
+``zero_point`` of each.  What to do with outliers has several answers: here are four.
 """
 
 from __future__ import annotations
@@ -12,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from . import QtutorError
-from .ste import Grid, Target, block_range, choose_qparams, on_grid
+from .formats import block_range, choose_qparams
+from .ste import Grid, Target, on_grid
 
 
 class MinMaxObserver:
@@ -26,22 +25,17 @@ class MinMaxObserver:
         self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
 
-    @property
-    def seen(self) -> bool:
-        return self.lo is not None
-
     def qparams(self, target, symmetric: bool = True, no_clipping: bool = False):
-        """(scale, zero_point), each of shape (n_blocks, 1).  Raises QtutorError before any observation, or for NaN."""
-        if not self.seen:
-            raise QtutorError(
-                "This static quantizer has seen no data: run some batches inside `with calibrate(model):` first."
-            )
+        """(scale, zero_point), each (n_blocks, 1).  Raises QtutorError before any observation, or for NaN."""
+        if self.lo is None:
+            raise QtutorError("This static quantizer has seen no data: run batches inside `with calibrate(model):`.")
         lo, hi = self.range(target, symmetric, no_clipping)
         if not (torch.isfinite(lo).all() and torch.isfinite(hi).all()):
             raise QtutorError("The calibration data held NaN or infinite values: find where they come from first.")
-        return choose_qparams(lo, hi, target, symmetric, no_clipping)
+        return choose_qparams(lo, hi, Target.of(target).fmt, symmetric, no_clipping)
 
     def range(self, target, symmetric, no_clipping):
+        """(smallest, largest) value that the grid is to cover, each of shape (n_blocks, 1)."""
         return self.lo, self.hi
 
 
@@ -54,7 +48,7 @@ class MovingAverageObserver(MinMaxObserver):
 
     def observe(self, blocks):
         lo, hi = block_range(blocks.detach())
-        if self.seen:
+        if self.lo is not None:
             lo = self.lo + self.averaging_constant * (lo - self.lo)
             hi = self.hi + self.averaging_constant * (hi - self.hi)
         self.lo, self.hi = lo, hi
@@ -72,9 +66,6 @@ class _SampleObserver(MinMaxObserver):
         step = -(-blocks.shape[1] // self.max_samples)
         self.samples.append(blocks.detach()[:, ::step].float().clone())
 
-    def values(self) -> torch.Tensor:
-        return torch.cat(self.samples, dim=1)
-
 
 class PercentileObserver(_SampleObserver):
     """Static range that cuts the tails: [100 - p, p] percentiles of the values seen (NVIDIA, arXiv:2004.09602)."""
@@ -86,11 +77,10 @@ class PercentileObserver(_SampleObserver):
         self.percentile = percentile
 
     def range(self, target, symmetric, no_clipping):
-        values = self.values().sort(dim=1).values
+        values = torch.cat(self.samples, dim=1).sort(dim=1).values
         last = values.shape[1] - 1
         cut = round((1 - self.percentile / 100) * last)
-        lo, hi = values[:, cut : cut + 1], values[:, last - cut : last - cut + 1]
-        return lo.to(self.lo.dtype), hi.to(self.hi.dtype)
+        return tuple(values[:, i : i + 1].to(self.lo.dtype) for i in (cut, last - cut))
 
 
 class MSEObserver(_SampleObserver):
@@ -105,14 +95,11 @@ class MSEObserver(_SampleObserver):
 
     @torch.no_grad()
     def range(self, target, symmetric, no_clipping):
-        values, target = self.values(), Target.of(target)
-        best = torch.full_like(self.lo, torch.inf, dtype=torch.float32)
-        shrink = torch.ones_like(best)
+        values, target = torch.cat(self.samples, dim=1), Target.of(target)
+        best, shrink = (torch.full_like(self.lo, start, dtype=torch.float32) for start in (torch.inf, 1.0))
         for factor in torch.linspace(1.0, self.smallest, self.steps).tolist():
-            scale, zero_point = choose_qparams(
-                self.lo * factor, self.hi * factor, target, symmetric, no_clipping
-            )
-            error = (on_grid(values, Grid(scale, zero_point), target) - values).square().mean(dim=1, keepdim=True)
+            grid = Grid(*choose_qparams(self.lo * factor, self.hi * factor, target.fmt, symmetric, no_clipping))
+            error = (on_grid(values, grid, target) - values).square().mean(dim=1, keepdim=True)
             better = error < best
             best, shrink = torch.where(better, error, best), shrink.masked_fill(better, factor)
         return self.lo * shrink.to(self.lo.dtype), self.hi * shrink.to(self.hi.dtype)

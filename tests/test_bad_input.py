@@ -23,7 +23,7 @@ for noisy in ("torchao", "torch.utils._pytree"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 import numpy as np, torch
 import qtutor
-from qtutor import corpus, course_model, evaluate, fake_quant, formats, gguf_export, llamacpp, results
+from qtutor import corpus, course_model, evaluate, fake_quant, formats, gguf_export, llamacpp, packed, results
 import tiny_llama
 torch.manual_seed(0)
 tiny_llama.save("model")
@@ -96,7 +96,7 @@ CASES = {
                            "30"),
     "prepare, no such type": ("fake_quant.prepare(torch.nn.Sequential(torch.nn.Linear(32, 4)), 'int99')", "int99"),
     "prepare, nothing to do": ("fake_quant.prepare(torch.nn.Sequential(torch.nn.ReLU()))", "Linear"),
-    "convert, nothing to do": ("fake_quant.convert(torch.nn.Sequential(torch.nn.Linear(32, 4)))", "prepare"),
+    "convert, nothing to do": ("packed.convert(torch.nn.Sequential(torch.nn.Linear(32, 4)))", "prepare"),
     "compare different shapes": ("evaluate.compare(torch.randn(8, 16), torch.randn(8, 17), torch.zeros(8).long())", ""),
     "compare NaN logits": ("evaluate.compare(torch.full((8, 16), nan), torch.randn(8, 16), torch.zeros(8).long())",
                            "NaN|finite"),

@@ -7,6 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from probes import randn
+from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine
 
 from qtutor import QtutorError, formats
 
@@ -62,17 +64,6 @@ def test_beyond_the_range_is_the_largest_value(name):
     assert formats.round_to(x, name).tolist() == [top, top, top, -top, -top, top]
 
 
-def test_e8m0_is_the_power_of_two_scale_of_ml_dtypes():
-    codes = np.arange(256, dtype=np.uint8)
-    expected = codes.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
-    np.testing.assert_array_equal(formats.E8M0.decode(torch.from_numpy(codes)).numpy(), expected)
-    x = np.exp2(np.random.default_rng(0).uniform(-120, 120, 100_000)).astype(np.float32)
-    expected = x.astype(ml_dtypes.float8_e8m0fnu).view(np.uint8)
-    np.testing.assert_array_equal(formats.E8M0.encode(torch.from_numpy(x)).numpy(), expected)
-    with pytest.raises(QtutorError, match="sign"):
-        formats.E8M0.encode(torch.tensor([-1.0]))
-
-
 @pytest.mark.parametrize("name", INTS)
 def test_integers_round_to_even_and_saturate(name):
     fmt = formats.FORMATS[name]
@@ -108,6 +99,39 @@ def test_nvfp4_is_torchaos(spread):
     x = torch.randn(32, 256, generator=torch.Generator().manual_seed(1)) * spread
     expected = NVFP4Tensor.to_nvfp4(x, per_tensor_scale=per_tensor_amax_to_scale(x.abs().max()))
     assert torch.equal(formats.nvfp4(x).dequantize(), expected.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("mapping, options", [
+    (MappingType.SYMMETRIC, dict()),
+    (MappingType.SYMMETRIC_NO_CLIPPING_ERR, dict(no_clipping=True)),
+    (MappingType.ASYMMETRIC, dict(symmetric=False)),
+])  # fmt: skip
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_choose_qparams_equals_torchao(bits, mapping, options):
+    x = torch.cat([randn(20, 64), randn(5, 64).abs(), -randn(5, 64).abs(), torch.zeros(2, 64)])
+    fmt = formats.get(f"int{bits}")
+    scale, zero_point = choose_qparams_affine(x, mapping, (1, 64), torch.int8, fmt.min, fmt.max)
+    mine, my_zero = formats.choose_qparams(*formats.block_range(x), fmt, **options)
+    assert torch.equal(mine.flatten(), scale)
+    assert torch.equal((torch.zeros_like(mine) if my_zero is None else my_zero).flatten().int(), zero_point)
+    quantized = formats.quantize(x, fmt, "channel", symmetric=options.get("symmetric", True))
+    if "no_clipping" not in options:
+        assert torch.equal(quantized.scale.flatten(), scale)
+
+
+def test_a_range_wider_than_float32_has_a_finite_scale():
+    x = torch.tensor([[-3e38, 0.0, 3e38]])
+    q = formats.quantize(x, "INT8", symmetric=False)
+    assert torch.isfinite(q.scale).all() and torch.allclose(q.dequantize(), x, rtol=0.01)
+
+
+def test_granularities_are_rows_of_a_view():
+    x = torch.arange(2 * 3 * 8.0).view(2, 3, 8)
+    shapes = {("tensor", None): (1, 48), ("channel", None): (2, 24), ("token", None): (6, 8), ("group", 4): (12, 4)}
+    for (granularity, size), shape in shapes.items():
+        blocks = formats.to_blocks(x, granularity, size)
+        assert blocks.shape == shape and torch.equal(blocks.flatten(), x.flatten())
+    assert formats.to_blocks(x[0, 0], "channel").shape == formats.to_blocks(x[0, 0], "token").shape == (1, 8)
 
 
 @pytest.mark.parametrize("granularity, group_size", [("tensor", None), ("channel", None), ("group", 32)])

@@ -437,12 +437,11 @@ def test_a_head_of_its_own_in_a_model_that_says_tied(folder, tmp_path):
 
 
 def test_a_model_after_qat_is_baked_first(tmp_path):
-    from qtutor import fake_quant
+    from qtutor import fake_quant, packed
 
     model = fake_quant.prepare(tiny_llama.model(layers=1), "int4", group_size=32)
     refused(model, tmp_path / "m.gguf", "bake", tokenizer=tiny_llama.tokenizer())
-    packed = fake_quant.convert(model, backend="packed")
-    refused(packed, tmp_path / "m.gguf", "bake", tokenizer=tiny_llama.tokenizer())
+    refused(packed.convert(model), tmp_path / "m.gguf", "bake", tokenizer=tiny_llama.tokenizer())
 
 
 @pytest.mark.parametrize("damage", [

@@ -151,12 +151,12 @@ def test_stored_bytes_looks_inside_torchao():
 def test_stored_bytes_of_packed_codes():
     import torch
 
-    from qtutor import fake_quant
+    from qtutor import fake_quant, packed
 
     layers = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False), torch.nn.Linear(32, 16))
-    packed = fake_quant.convert(fake_quant.prepare(layers, "int4", group_size=32), backend="packed")
-    size, weights = measure.stored_bytes(packed)
-    assert size == sum(layer.nbytes for layer in packed) + 4 * 16  # and a bias in float32
+    stored = packed.convert(fake_quant.prepare(layers, "int4", group_size=32))
+    size, weights = measure.stored_bytes(stored)
+    assert size == sum(layer.nbytes for layer in stored) + 4 * 16  # and a bias in float32
     assert weights == 64 * 32 + 32 * 16
 
 

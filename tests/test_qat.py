@@ -1,4 +1,4 @@
-"""QAT of the course model: the arms, torchao's run beside ours, and the way into a GGUF file that loses nothing."""
+"""QAT of the course model: torchao's run beside ours, and the way into a GGUF file that loses nothing."""
 
 import copy
 import logging
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import qtutor
-from qtutor import corpus, course_model, evaluate, fake_quant, gguf_export, llamacpp, qat, results
+from qtutor import corpus, course_model, evaluate, fake_quant, gguf_export, llamacpp, packed, qat
+from tools import record_qat
 
 for _noisy in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
@@ -33,36 +34,6 @@ def test_recovered():
     assert math.isnan(qat.recovered(20.0, 20.0, 20.0))
 
 
-def test_loss_of_is_cross_entropy_or_the_divergence_from_the_teacher(base, text):
-    batch = torch.from_numpy(text[0][:130].astype(np.int64)).view(2, 65)
-    with torch.no_grad():
-        assert qat.loss_of(base, batch).item() == pytest.approx(base(batch, labels=batch).loss.item(), rel=1e-5)
-        assert abs(qat.loss_of(base, batch, teacher=base).item()) < 1e-6
-        student = fake_quant.prepare(copy.deepcopy(base), "int3")
-        p, q = (m(batch[:, :-1]).logits.double().log_softmax(-1) for m in (base, student))
-        expected = (p.exp() * (p - q)).sum(-1).mean().item()
-        assert qat.loss_of(student, batch, teacher=base).item() == pytest.approx(expected, rel=1e-4)
-
-
-def test_experiment_has_every_arm_and_training_helps(base, text):
-    ids, tokens = text
-    how = dict(steps=12, seeds=(0,), batch_size=4, context=64, base=base, progress=False)
-    rows = list(qat.experiment(["W2"], ids, tokens, **how))
-    assert [(r["scheme"], r["arm"]) for r in rows] == [
-        ("W2", "PTQ"), ("float", "fine-tuned"), ("W2", "control"), ("W2", "QAT"), ("W2", "QAT, distilled")]  # fmt: skip
-    by_arm = {r["arm"]: r["perplexity"] for r in rows}
-    float_ppl = rows[0]["base_perplexity"]
-    assert by_arm["QAT"] < by_arm["control"] and by_arm["QAT, distilled"] < by_arm["PTQ"]
-    assert qat.recovered(by_arm["PTQ"], by_arm["QAT, distilled"], float_ppl) > 0.5
-    again = list(qat.experiment(["W2"], ids, tokens, **{**how, "arms": ("QAT",)}))
-    assert again[0] == rows[3]  # the same seed, the same result
-    reference = evaluate.compare_models(base, fake_quant.prepare(copy.deepcopy(base), **qat.SCHEMES["W2"]), tokens, 512)
-    assert rows[0]["kld_mean"] == pytest.approx(reference.kld_mean, abs=1e-5)
-    for bad in (dict(schemes=["W1"]), dict(schemes=["W2"], arms=("magic",))):
-        with pytest.raises(qtutor.QtutorError, match="There is no"):
-            next(qat.experiment(bad.pop("schemes"), ids, tokens, **{**how, **bad}))
-
-
 def test_training_with_torchao_gives_the_same_losses_gradients_and_codes(base, text):
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup, quantize_
     from torchao.quantization.qat import QATConfig
@@ -83,7 +54,7 @@ def test_training_with_torchao_gives_the_same_losses_gradients_and_codes(base, t
         losses.append([])
         for model in (mine, theirs):
             model.zero_grad()
-            loss = qat.loss_of(model, batch)
+            loss = record_qat.loss_of(model, batch)
             loss.backward()
             losses[-1].append(loss.item())
         pairs = zip(mine.named_parameters(), theirs.named_parameters(), strict=True)
@@ -95,19 +66,15 @@ def test_training_with_torchao_gives_the_same_losses_gradients_and_codes(base, t
     assert losses[0] != losses[-1]
     mine.load_state_dict(theirs.state_dict(), strict=False)
     quantize_(body, QATConfig(config, step="convert"))
-    fake_quant.convert(mine, backend="torchao")
+    packed.convert(mine)
     ids = torch.from_numpy(text[1][:128].astype(np.int64))[None]
     with torch.no_grad():
         p, q = (m(ids).logits.log_softmax(-1) for m in (mine, theirs))
     assert (p.exp() * (p - q)).sum(-1).mean() < 1e-6
-    weight, other = mine.model.layers[0].mlp.up_proj.weight, body[0].mlp.up_proj.weight
-    assert type(weight) is type(other) and torch.equal(weight.qdata, other.qdata)
-
-
-def test_a_loss_that_explodes_is_one_sentence(base, text):
-    model = fake_quant.prepare(copy.deepcopy(base), "int2")
-    with pytest.raises(qtutor.QtutorError, match="smaller rate"):
-        qat.train(model, text[0], steps=4, rate=float("inf"), batch_size=2, context=32, progress=False)
+    for ours, theirs in zip(mine.model.layers, body, strict=True):
+        stored, other = ours.mlp.up_proj.stored, theirs.mlp.up_proj.weight
+        codes = packed.unpack_codes(stored.codes, 4, stored.shape[1]).to(torch.int8) - 8
+        assert torch.equal(codes, other.qdata) and torch.equal(stored.dequantize(), other.dequantize())
 
 
 # ---------------------------------------------------------------------------------------------- llama.cpp's grid
@@ -116,17 +83,17 @@ def test_a_loss_that_explodes_is_one_sentence(base, text):
 @pytest.fixture(scope="module")
 def trained(base, text):
     model = fake_quant.prepare(copy.deepcopy(base), **qat.SCHEMES["Q4_0"])
-    qat.train(model, text[0], steps=3, rate=3e-4, batch_size=4, context=64, teacher=base, progress=False)
+    record_qat.train(model, text[0], steps=3, rate=3e-4, batch_size=4, context=64, teacher=base)
     return model
 
 
-def test_q4_0_file_round_trip(trained, tmp_path, monkeypatch):
+def test_q4_0_file_round_trip(trained, tmp_path):
     path = tmp_path / "q.safetensors"
-    qat.save_q4_0(trained, path)
+    record_qat.save_q4_0(trained, path)
     weights = sum(p.numel() for p in trained.parameters())
     assert path.stat().st_size < 0.66 * weights  # 4.5 bits, 8.5 for a seventh of them
     loaded = qat.load_q4_0(path)
-    expected = fake_quant.bake(copy.deepcopy(trained))
+    expected = packed.bake(copy.deepcopy(trained))
     for (name, a), (_, b) in zip(loaded.named_parameters(), expected.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -140,7 +107,7 @@ def test_q4_0_file_round_trip(trained, tmp_path, monkeypatch):
 def test_the_gguf_file_holds_exactly_what_training_saw(base, trained, text, tmp_path):
     import gguf
 
-    baked = fake_quant.bake(copy.deepcopy(trained)).eval()
+    baked = packed.bake(copy.deepcopy(trained)).eval()
     source = gguf_export.export(baked, tmp_path / "f32.gguf", tokenizer=course_model.load_tokenizer())
     file = llamacpp.quantize(source, tmp_path / "q4_0.gguf", "Q4_0", tensor_types=qat.Q4_0_TENSORS)
     heads = {"attn_q": base.config.num_attention_heads, "attn_k": base.config.num_key_value_heads}
@@ -169,15 +136,3 @@ def test_the_gguf_file_holds_exactly_what_training_saw(base, trained, text, tmp_
             found[path] = evaluate.compare(expected, evaluate.logits_of(model, tokens, 512), targets)
     assert found[source].perplexity_ratio == pytest.approx(1, abs=1e-5) and found[source].kld_mean < 1e-8
     assert found[file].perplexity_ratio == pytest.approx(1, abs=5e-3) and found[file].kld_mean < 2e-3
-
-
-@pytest.mark.skipif(not llamacpp.available()[0], reason="llama.cpp is not here")
-def test_record_gguf_compares_files(base, trained, text, tmp_path, monkeypatch):
-    qat.save_q4_0(trained, tmp_path / "q.safetensors")
-    saved = {}
-    monkeypatch.setattr(results, "save", lambda name, rows: saved.update({name: rows}))
-    qat.record_gguf({0: tmp_path / "q.safetensors"}, types=("Q4_0", "Q8_0"), max_tokens=1026)
-    rows = {(r["model"], r["type"]): r for r in saved["qat_gguf"]}
-    assert list(rows) == [("PTQ", "Q4_0"), ("PTQ", "Q8_0"), ("PTQ, head in Q8_0", "Q4_0"), ("QAT", "Q4_0")]
-    assert rows["QAT", "Q4_0"]["file_mb"] == pytest.approx(rows["PTQ, head in Q8_0", "Q4_0"]["file_mb"], rel=1e-3)
-    assert rows["PTQ", "Q8_0"]["kld_mean"] < rows["PTQ", "Q4_0"]["kld_mean"]

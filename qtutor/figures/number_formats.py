@@ -51,7 +51,7 @@ def error_table(names, value: float) -> pd.DataFrame:
 
 def format_explorer() -> ipywidgets.VBox:
     """Widget: choose formats and axis, drag a value; below the grids stands the rounding error in each format."""
-    names = [name for name in formats.FORMATS if name != "E8M0"]
+    names = list(formats.FORMATS)
     chosen = ipywidgets.SelectMultiple(options=names, value=SHOWN, rows=len(names), description="formats")
     scale = ipywidgets.ToggleButtons(options=["linear", "log"], description="axis")
     value = ipywidgets.FloatSlider(value=2.7, min=-8, max=8, step=0.01, description="value")

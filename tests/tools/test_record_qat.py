@@ -1,0 +1,112 @@
+"""The recorder of QAT: its loop is the notebook's, its losses are the definitions, and every arm is there."""
+
+import ast
+import copy
+import math
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+import qtutor
+from qtutor import corpus, course_model, evaluate, fake_quant, llamacpp, qat, results
+from tools import notebooks, record_qat
+
+
+@pytest.fixture(scope="module")
+def base():
+    return course_model.load()
+
+
+@pytest.fixture(scope="module")
+def text():
+    """Token ids of the evaluation text: some to train on, others to evaluate on."""
+    ids = corpus.tokens("eval", course_model.load_tokenizer())
+    return ids[:20_000], ids[20_000:22_052]
+
+
+def cells_of_the_lesson(**names):
+    """The two losses, the training loop and the rates out of the notebook's cells, without running the rest of it."""
+    (path,) = notebooks.NOTEBOOKS.glob("*_qat.ipynb")
+    wanted, body = {"next_token_loss", "distillation_loss", "train"}, []
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and "recipe" not in notebooks.tags(cell):
+            body += [node for node in ast.parse(cell.source).body
+                     if isinstance(node, ast.FunctionDef) and node.name in wanted
+                     or isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "RATES"]  # fmt: skip
+    names |= {"torch": torch, "F": F, "math": math, "tqdm": tqdm, "corpus": corpus, "device": "cpu"}
+    exec(compile(ast.Module(body, []), str(path), "exec"), names)
+    return names
+
+
+def test_the_loop_is_the_notebooks(base, text):
+    lesson = cells_of_the_lesson(base=base, train_ids=text[0], BATCH=2, LENGTH=32)
+    for loss, teacher in (("next_token_loss", None), ("distillation_loss", base)):
+        mine, theirs = (fake_quant.prepare(copy.deepcopy(base), "int3") for _ in range(2))
+        shown = lesson["train"](mine, lesson[loss], 4, 1e-3, seed=1)
+        recorded = record_qat.train(theirs, text[0], 4, 1e-3, batch_size=2, context=32, seed=1, teacher=teacher)
+        assert shown == pytest.approx(recorded, rel=1e-5)
+        for (name, a), (_, b) in zip(mine.named_parameters(), theirs.named_parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4, msg=name)  # a step moves a weight by about 1e-3
+
+
+def test_the_rates_are_the_notebooks():
+    rates = cells_of_the_lesson()["RATES"]
+    assert rates == {scheme: record_qat.RATES.get(scheme, 3e-4) for scheme in rates} and set(rates) == set(qat.SCHEMES)
+
+
+def test_loss_of_is_cross_entropy_or_the_divergence_from_the_teacher(base, text):
+    batch = torch.from_numpy(text[0][:130].astype(np.int64)).view(2, 65)
+    with torch.no_grad():
+        assert record_qat.loss_of(base, batch).item() == pytest.approx(base(batch, labels=batch).loss.item(), rel=1e-5)
+        assert abs(record_qat.loss_of(base, batch, teacher=base).item()) < 1e-6
+        student = fake_quant.prepare(copy.deepcopy(base), "int3")
+        p, q = (m(batch[:, :-1]).logits.double().log_softmax(-1) for m in (base, student))
+        expected = (p.exp() * (p - q)).sum(-1).mean().item()
+        assert record_qat.loss_of(student, batch, teacher=base).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_experiment_has_every_arm_and_training_helps(base, text):
+    ids, tokens = text
+    how = dict(schemes=["W2"], steps=12, seeds=(0,), batch_size=4, context=64)
+    rows = list(record_qat.experiment(base, ids, tokens, **how))
+    assert [(r["scheme"], r["arm"]) for r in rows] == [
+        ("W2", "PTQ"), ("float", "fine-tuned"), ("W2", "control"), ("W2", "QAT"), ("W2", "QAT, distilled")]  # fmt: skip
+    assert all(set(results.vocabulary_of(row)) == set(row) for row in rows)
+    by_arm = {r["arm"]: r["perplexity"] for r in rows}
+    float_ppl = rows[0]["base_perplexity"]
+    assert by_arm["QAT"] < by_arm["control"] and by_arm["QAT, distilled"] < by_arm["PTQ"]
+    assert qat.recovered(by_arm["PTQ"], by_arm["QAT, distilled"], float_ppl) > 0.5
+    model = fake_quant.prepare(copy.deepcopy(base), **qat.SCHEMES["W2"])
+    reference = evaluate.compare_models(base, model, tokens, 512)
+    assert rows[0]["kld_mean"] == pytest.approx(reference.kld_mean, abs=1e-5)
+    record_qat.train(model, ids, 12, record_qat.RATES["W2"], batch_size=4, context=64)
+    kept = evaluate.logits_of(base, tokens, 512)
+    again = record_qat.evaluated(kept, model, tokens)
+    assert again == {key: rows[3][key] for key in again}  # the same seed, the same result
+
+
+def test_a_loss_that_explodes_is_one_sentence(base, text):
+    model = fake_quant.prepare(copy.deepcopy(base), "int2")
+    with pytest.raises(qtutor.QtutorError, match="smaller rate"):
+        record_qat.train(model, text[0], steps=4, rate=float("inf"), batch_size=2, context=32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_recovery_says_what_is_missing():
+    with pytest.raises(qtutor.QtutorError, match="GPU"):
+        record_qat.record_recovery(full=True)
+
+
+@pytest.mark.skipif(not llamacpp.available()[0], reason="llama.cpp is not here")
+def test_gguf_rows_compare_files(base, text):
+    rows = list(record_qat.gguf_rows(base, text[1][:1026], {0: qat.Q4_0_FILE}, types=("Q4_0", "Q8_0")))
+    assert all(set(results.vocabulary_of(row)) == set(row) for row in rows)
+    rows = {(r["model"], r["type"]): r for r in rows}
+    assert list(rows) == [("PTQ", "Q4_0"), ("PTQ", "Q8_0"), ("PTQ, head in Q8_0", "Q4_0"), ("QAT", "Q4_0")]
+    assert rows["QAT", "Q4_0"]["file_mb"] == pytest.approx(rows["PTQ, head in Q8_0", "Q4_0"]["file_mb"], rel=1e-3)
+    assert rows["PTQ", "Q8_0"]["kld_mean"] < rows["PTQ", "Q4_0"]["kld_mean"]
+    assert rows["QAT", "Q4_0"]["kld_mean"] < rows["PTQ, head in Q8_0", "Q4_0"]["kld_mean"]
