@@ -6,18 +6,12 @@ import pytest
 import torch
 
 from qtutor import emulation as te
-from qtutor.emulation import DType, Float8BlockScaling, Format, MXFP8BlockScaling, NVFP4BlockScaling, regions
+from qtutor.emulation import DType, Float8BlockScaling, Format, MXFP8BlockScaling, NVFP4BlockScaling
 
 REFERENCE = Path(__file__).resolve().parents[2] / "data" / "reference"
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Recipe type changed")
-
-
-@pytest.fixture(autouse=True)
-def fresh_region(monkeypatch):
-    monkeypatch.setattr(regions.Region, "members", {})
-    torch.manual_seed(0)
 
 
 def recorded():

@@ -18,12 +18,6 @@ REFERENCE = Path(__file__).resolve().parents[2] / "data" / "reference"
 HIDDEN, FFN, HEADS, GROUPS, TOKENS = 64, 96, 4, 2, 32
 
 
-@pytest.fixture(autouse=True)
-def fresh_region(monkeypatch):
-    monkeypatch.setattr(regions.Region, "members", {})
-    torch.manual_seed(0)
-
-
 def relative(got, want):
     return ((got - want).norm() / want.norm()).item()
 
