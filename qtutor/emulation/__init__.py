@@ -36,41 +36,19 @@ hardware keeps fewer bits, so outputs and gradients agree within the rounding of
     y.sum().backward()                                # outside the autocast
 
 How it stays cheap: an FP8 number is exactly representable in FP32, so the products run on the FP32 matrix units with
-the two scales folded into one factor of the result; a clamp runs only when a value overflows; and codes become numbers
-again by shifting their bits, not one by one.  ``bench/bench_te.py`` says what is left of the cost.
+the two scales folded into one factor of the result.  ``bench/bench_te.py`` says what is left of the cost.
 
 Sources: Transformer Engine's documentation, "Using FP8 and FP4 with Transformer Engine"; Micikevicius et al., FP8
 Formats for Deep Learning, arXiv:2209.05433.
 """
 
-# ruff: noqa: F401 - what is imported here is what `import transformer_engine.pytorch as te` finds
-from .blocks import Float8BlockQuantizer, Float8BlockwiseQTensor, MXFP8Quantizer, NVFP4Quantizer
-from .layers import (
-    DotProductAttention,
-    LayerNorm,
-    LayerNormLinear,
-    LayerNormMLP,
-    RMSNorm,
-    RotaryPositionEmbedding,
-    TransformerLayer,
-)
+# ruff: noqa: F401, I001 - what is imported here is what `import transformer_engine.pytorch as te` finds
+from .blocks import Float8BlockQuantizer, MXFP8Quantizer, NVFP4Quantizer
+from .layers import (DotProductAttention, LayerNorm, LayerNormLinear, LayerNormMLP, RMSNorm, RotaryPositionEmbedding,
+                     TransformerLayer)  # fmt: skip
 from .modules import Linear
 from .quantizers import DType, Float8CurrentScalingQuantizer, Float8Quantizer, Float8Tensor
-from .recipes import (
-    DelayedScaling,
-    Float8BlockScaling,
-    Float8CurrentScaling,
-    Format,
-    MMParams,
-    MXFP8BlockScaling,
-    NVFP4BlockScaling,
-    QParams,
-    Recipe,
-    get_default_recipe,
-    is_bf16_available,
-    is_fp8_available,
-    is_fp8_block_scaling_available,
-    is_mxfp8_available,
-    is_nvfp4_available,
-)
+from .recipes import (DelayedScaling, Float8BlockScaling, Float8CurrentScaling, Format, MXFP8BlockScaling,
+                      NVFP4BlockScaling, QParams, Recipe, get_default_recipe, is_bf16_available, is_fp8_available,
+                      is_fp8_block_scaling_available, is_mxfp8_available, is_nvfp4_available)  # fmt: skip
 from .regions import autocast, checkpoint, fp8_autocast, fp8_model_init, quantized_model_init

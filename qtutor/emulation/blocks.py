@@ -65,10 +65,8 @@ class BlockQuantizer(Quantizer):
     block = 1
     tensor = BlockTensor
 
-    def quantize(self, x: torch.Tensor) -> BlockTensor:
+    def __call__(self, x: torch.Tensor) -> BlockTensor:
         return self.tensor(self, x)
-
-    __call__ = quantize
 
     def columns(self, x):
         self.check(x)  # before it is transposed, so that the error shows the reader's own sizes
@@ -81,7 +79,6 @@ class BlockQuantizer(Quantizer):
                              f"divisible by {self.block}, but got tensor with dims={list(x.shape)}")  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ blocks of 128
 class Float8BlockwiseQTensor(BlockTensor):
     """Blocks of 128, laid out as Transformer Engine's products read them.
 
@@ -145,7 +142,6 @@ class Float8BlockQuantizer(BlockQuantizer):
         return blocks.reshape(-1, blocks.shape[2] * _BLOCK)[: codes.shape[0], : codes.shape[1]]
 
 
-# ---------------------------------------------------------------------------------------------------------- MXFP8
 def e8m0_round_up(x: torch.Tensor) -> torch.Tensor:
     """Biased exponent (uint8) of the least power of two that is >= x; x >= 0, float32.  inf gives 254, NaN 255."""
     bits = x.float().contiguous().view(torch.int32)
@@ -179,7 +175,6 @@ class MXFP8Quantizer(BlockQuantizer):
         return (values * torch.exp2(scales.float() - 127.0).unsqueeze(-1)).reshape(codes.shape)
 
 
-# ---------------------------------------------------------------------------------------------------------- NVFP4
 def hadamard(device=None) -> torch.Tensor:
     """The random Hadamard transform of 16 values, float32 (16, 16): orthogonal, entries +-1/4, fixed random signs."""
     h = torch.tensor(scipy.linalg.hadamard(16), dtype=torch.float32)
@@ -222,8 +217,7 @@ class NVFP4Quantizer(BlockQuantizer):
     block = 16
 
     def __init__(self, fp4_dtype=None, rowwise: bool = True, columnwise: bool = True, *, with_rht: bool = False,
-                 with_post_rht_amax: bool = False, with_2d_quantization: bool = False,
-                 stochastic_rounding: bool = False):  # fmt: skip
+                 with_2d_quantization: bool = False, stochastic_rounding: bool = False):  # fmt: skip
         self.with_rht, self.with_2d_quantization = with_rht, with_2d_quantization
         self.stochastic_rounding = stochastic_rounding
 

@@ -14,9 +14,6 @@ Fused also means that a number is rounded once where plain code rounds twice.  U
 result goes to FP8 directly; under current scaling, whose scale is known only after the last value has been seen, it
 is rounded to BF16 first.  The emulation does the same, so that its bytes are the hardware's.
 
-Arguments that need several GPUs, or kernels that are not emulated, are refused by name (NotImplementedError) unless
-they are switched off.
-
 Sources: Transformer Engine 2.20 (pytorch/module, pytorch/transformer.py, common/normalization, common/activation);
 RMSNorm, arXiv:1910.07467; GLU variants, arXiv:2002.05202; RoFormer, arXiv:2104.09864; GQA, arXiv:2305.13245.
 """
@@ -33,66 +30,52 @@ from .modules import FP8Module, Linear, check_unused
 from .regions import Region
 
 
-# -------------------------------------------------------------------------------------------------- norms
-class _Norm(torch.autograd.Function):
-    """RMSNorm or LayerNorm over the last axis, in FP32 whatever comes in; the result is FP32, its rounding comes later.
+class _Fused(torch.autograd.Function):
+    """``function(*tensors)``, of which the backward pass keeps the tensors only, as fused kernels do."""
+
+    @staticmethod
+    def forward(ctx, function, *tensors):
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            result = ctx.function(*tensors)
+        return None, *torch.autograd.grad(result, tensors, grad)
+
+
+def _norm(x, gamma, beta, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """RMSNorm or, with beta, LayerNorm over the last size, in FP32; its rounding comes later.
 
     RMSNorm:  y = x / sqrt(mean(x^2) + eps) * gamma         LayerNorm: the same of x - mean(x), plus beta
     """
 
-    @staticmethod
-    def forward(ctx, x, gamma, beta, eps, dtype):
-        # Parameters are rounded to the activations' dtype, as in any other module under torch.autocast.
-        ctx.parameters = gamma.dtype, None if beta is None else beta.dtype
-        x, gamma = x.to(dtype), gamma.to(dtype).float()
-        wide, n = x.float(), x.shape[-1]
-        ctx.is_layernorm = beta is not None
-        if ctx.is_layernorm:
-            y, mean, scale = torch.native_layer_norm(wide, [n], gamma, beta.to(dtype).float(), eps)
-        else:
-            mean = None
-            scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().mul_(1 / n).add_(eps).rsqrt_()
-            y = (wide * scale).mul_(gamma)
-        ctx.save_for_backward(x, gamma, scale, mean)
-        return y
+    def function(*tensors):  # parameters are rounded to the activations' dtype, as in any module under torch.autocast
+        x, gamma, *beta = (t.to(dtype).float() for t in tensors)
+        norm = F.layer_norm if beta else F.rms_norm
+        return norm(x, gamma.shape, gamma, *beta, eps=eps)
 
-    @staticmethod
-    def backward(ctx, dy):
-        x, gamma, scale, mean = ctx.saved_tensors
-        wide, dy, n = x.float(), dy.float(), x.shape[-1]
-        dbeta = None
-        if ctx.is_layernorm:
-            beta = torch.zeros_like(gamma)
-            dx, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(dy, wide, [n], mean, scale, gamma, beta,
-                                                                          [True, True, True])  # fmt: skip
-            dbeta = dbeta.to(x.dtype).to(ctx.parameters[1])
-        else:
-            unit = wide * scale
-            dunit = dy * gamma
-            dgamma = (dy * unit).reshape(-1, n).sum(0)
-            dx = dunit.sub_(unit * (dunit * unit).mean(-1, keepdim=True)).mul_(scale)
-        return dx.to(x.dtype), dgamma.to(x.dtype).to(ctx.parameters[0]), dbeta, None, None
+    return _Fused.apply(function, x, gamma, *([] if beta is None else [beta]))
 
 
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x**2) + eps) * weight`` over the last size, ``normalized_shape``, computed in FP32."""
 
-    def __init__(self, normalized_shape: int, eps=1e-5, sequence_parallel=None, params_dtype=None, *, device=None,
-                 dtype=None, **unused):  # fmt: skip
+    def __init__(self, normalized_shape: int, eps: float = 1e-5, *, device=None, dtype=None, **unused):
         super().__init__()
         check_unused(self, unused)
-        self.eps, options = eps, dict(device=device, dtype=dtype or params_dtype or torch.get_default_dtype())
+        self.eps, options = eps, dict(device=device, dtype=dtype or torch.get_default_dtype())
         self.weight = nn.Parameter(torch.ones(normalized_shape, **options))
         self.bias = nn.Parameter(torch.zeros(normalized_shape, **options)) if isinstance(self, LayerNorm) else None
 
     def forward(self, inp: torch.Tensor) -> torch.Tensor:
         """Normalize (..., normalized_shape); the result has the dtype of torch.autocast, or else of the weight."""
-        if inp.shape[-1:] != self.weight.shape:
-            raise ValueError(f"Input tensor (shape={tuple(inp.shape)}) and weight tensor (shape="
-                             f"{tuple(self.weight.shape)}) are not compatible")  # fmt: skip
         device = inp.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        return _Norm.apply(inp, self.weight, self.bias, self.eps, dtype).to(dtype)
+        return _norm(inp, self.weight, self.bias, self.eps, dtype).to(dtype)
 
 
 class LayerNorm(RMSNorm):
@@ -117,15 +100,14 @@ class _NormedModule(FP8Module):
 
     def normalized(self, inp: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The norm's result: FP32 where quantization is fused with it, else rounded to ``dtype``."""
-        out = _Norm.apply(inp, self.layer_norm_weight, self.layer_norm_bias, self.eps, dtype)
+        out = _norm(inp, self.layer_norm_weight, self.layer_norm_bias, self.eps, dtype)
         return out if self.rounds_once() else out.to(dtype)
 
 
-# -------------------------------------------------------------------------------------------- LayerNormLinear
 class LayerNormLinear(_NormedModule):
     """Norm ("LayerNorm" or "RMSNorm"), then linear map: ``norm(x) @ weight.T + bias``; arguments as ``Linear``.
 
-    ``parameters_split``: names, or name -> rows, of the parameters ``<name>_weight`` and ``<name>_bias`` that the
+    ``parameters_split``: name -> rows of the parameters ``<name>_weight`` and ``<name>_bias`` that the
     weight is kept in; it is one matrix, with one scale, in the product.  Not with :func:`quantized_model_init`: one
     scale cannot serve several parameters.
     """
@@ -135,55 +117,38 @@ class LayerNormLinear(_NormedModule):
                  params_dtype: torch.dtype | None = None, parameters_split=None, device=None, **unused):  # fmt: skip
         super().__init__(in_features, eps, normalization, params_dtype, device)
         check_unused(self, unused)
-        self.in_features, self.out_features = in_features, out_features
-        self.return_bias = return_bias
-        split = parameters_split or {"": out_features}
-        split = split if isinstance(split, dict) else {name: out_features // len(split) for name in split}
+        self.in_features, self.out_features, self.return_bias = in_features, out_features, return_bias
+        split = {f"{name.rstrip('_')}_": rows for name, rows in (parameters_split or {}).items()} or {"": out_features}
         if sum(split.values()) != out_features:
             raise ValueError(f"Trying to split weight buffer ({out_features=}) with split sizes {list(split.values())}")
-        self.parts = {f"{name.rstrip('_')}_" if name else "": rows for name, rows in split.items()}
-        if len(self.parts) > 1 and Region.parameter_recipe is not None:
+        if len(split) > 1 and Region.parameter_recipe is not None:
             raise RuntimeError("Splitting QuantizedTensor into multiple params is not supported")
-        weights = {part: ((rows, in_features), init_method) for part, rows in self.parts.items()}
+        self.parts = list(split)
+        weights = {part: ((rows, in_features), init_method) for part, rows in split.items()}
         self.add_weights(weights, bias=bias, params_dtype=params_dtype, device=device)
 
     def _joined(self, kind: str) -> torch.Tensor:
         tensors = [getattr(self, f"{part}{kind}") for part in self.parts]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
-    def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None, **unused):
+    def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None):
         """Apply norm and product to ``inp`` (..., in_features); the rest as for ``Linear``."""
-        check_unused(self, unused)
         dtype = self.activation_dtype(inp, self.in_features)
         self.prepare_fp8()
         return self.last_product(0, self.normalized(inp, dtype), self._joined("weight"), self._joined("bias"), dtype,
                                  is_first_microbatch)  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------- LayerNormMLP
-class _Activation(torch.autograd.Function):
-    """gelu(x), or silu(first half) * second half, in FP32 whatever comes in; the result is FP32."""
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x.float(), approximate="tanh")
 
-    @staticmethod
-    def forward(ctx, x, gated):
-        ctx.save_for_backward(x)
-        ctx.gated = gated
-        if not gated:
-            return F.gelu(x.float(), approximate="tanh")
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate.float()) * up
 
-    @staticmethod
-    def backward(ctx, dy):
-        (x,) = ctx.saved_tensors
-        dy = dy.float()
-        if not ctx.gated:
-            return torch.ops.aten.gelu_backward(dy, x.float(), approximate="tanh").to(x.dtype), None
-        gate, up = (half.float() for half in x.chunk(2, -1))
-        dx = torch.empty_like(x)
-        dgate, dup = dx.chunk(2, -1)
-        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate)), dup.copy_(F.silu(gate).mul_(dy))
-        return dx, None
+def _swiglu(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.float().chunk(2, -1)
+    return F.silu(gate) * up
+
+
+_ACTIVATIONS = {"gelu": _gelu, "swiglu": _swiglu}  # in FP32 whatever comes in; the result is FP32
 
 
 class LayerNormMLP(_NormedModule):
@@ -204,25 +169,23 @@ class LayerNormMLP(_NormedModule):
                  params_dtype: torch.dtype | None = None, device=None, **unused):  # fmt: skip
         super().__init__(hidden_size, eps, normalization, params_dtype, device)
         check_unused(self, unused)
-        if activation not in ("gelu", "swiglu"):
+        if activation not in _ACTIVATIONS:
             raise NotImplementedError(f"LayerNormMLP({activation=}) is not emulated: use 'gelu' or 'swiglu'.")
-        self.hidden_size, self.activation = hidden_size, activation
-        self.return_bias = return_bias
+        self.hidden_size, self.activation, self.return_bias = hidden_size, activation, return_bias
         rows = 2 * ffn_hidden_size if activation == "swiglu" else ffn_hidden_size
         self.add_weights({"fc1_": ((rows, hidden_size), init_method)},
                          {"fc2_": ((hidden_size, ffn_hidden_size), output_layer_init_method)},
                          bias=bias, params_dtype=params_dtype, device=device)  # fmt: skip
 
-    def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None, **unused):
+    def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None):
         """Apply the block to ``inp`` (..., hidden_size); the rest as for ``Linear``."""
-        check_unused(self, unused)
         dtype = self.activation_dtype(inp, self.hidden_size)
         self.prepare_fp8()
-        normed, fused, gated = self.normalized(inp, dtype), self.rounds_once(), self.activation == "swiglu"
+        fused, amax = self.rounds_once(), None
         # The gradient of a plain activation is rounded to FP8 in the same kernel, that of a gated one is not.
-        hidden = self.product(0, normed, self.fc1_weight, self.fc1_bias, dtype, is_first_microbatch,
-                              wide=fused and not gated)  # fmt: skip
-        act, amax = _Activation.apply(hidden, gated), None
+        hidden = self.product(0, self.normalized(inp, dtype), self.fc1_weight, self.fc1_bias, dtype,
+                              is_first_microbatch, wide=fused and self.activation == "gelu")  # fmt: skip
+        act = _Fused.apply(_ACTIVATIONS[self.activation], hidden)
         if not fused:
             if self.fp8 and dtype != torch.float32 and self.fp8_meta["recipe"].float8_current_scaling():
                 amax = act.detach().abs().amax().item()  # the kernel looks before it rounds
@@ -230,7 +193,6 @@ class LayerNormMLP(_NormedModule):
         return self.last_product(1, act, self.fc2_weight, self.fc2_bias, dtype, is_first_microbatch, amax=amax)
 
 
-# ------------------------------------------------------------------------------------------ rotary embedding
 class RotaryPositionEmbedding(nn.Module):
     """Angles of the rotary position embedding, whose pairs are the two halves of a head, as in a Llama.
 
@@ -261,53 +223,35 @@ def _rotated(t: torch.Tensor, freqs: torch.Tensor, layout: str) -> torch.Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(t.dtype)
 
 
-# -------------------------------------------------------------------------------------------------- attention
 class DotProductAttention(FP8Module):
     """softmax(q k^T / sqrt(d)) v, not in FP8.
 
     ``num_gqa_groups``: key and value heads, which query heads share in equal, consecutive groups.  ``qkv_format``:
-    "sbhd" (sequence, batch, head, size) or "bshd".  ``attn_mask_type``: "causal", "no_mask" or "arbitrary".
+    "sbhd" (sequence, batch, head, size) or "bshd".  ``attn_mask_type``: "causal" or "no_mask".
     """
 
     products = 3  # columns of state for FP8 attention, which stay unused, as in the real one without fp8_dpa
 
-    def __init__(
-        self,
-        num_attention_heads: int,
-        kv_channels: int,
-        num_gqa_groups: int | None = None,
-        attention_dropout: float = 0.0,
-        qkv_format: str = "sbhd",
-        attn_mask_type: str = "causal",
-        **unused,
-    ):
+    def __init__(self, num_attention_heads: int, kv_channels: int, num_gqa_groups: int | None = None,
+                 attention_dropout: float = 0.0, qkv_format: str = "sbhd", attn_mask_type: str = "causal",
+                 **unused):  # fmt: skip
         super().__init__()
         check_unused(self, unused)
-        if qkv_format not in ("sbhd", "bshd"):
-            raise NotImplementedError(f"DotProductAttention({qkv_format=}) is not emulated: use 'sbhd' or 'bshd'.")
+        if qkv_format not in ("sbhd", "bshd") or attn_mask_type not in ("causal", "no_mask"):
+            raise NotImplementedError(f"DotProductAttention({qkv_format=}, {attn_mask_type=}) is not emulated: use "
+                                      "'sbhd' or 'bshd', 'causal' or 'no_mask'.")  # fmt: skip
         if num_attention_heads % (num_gqa_groups or 1):
             raise AssertionError("The number of attention heads must be divisible by the number of GQA groups!")
         self.attention_dropout, self.qkv_format, self.attn_mask_type = attention_dropout, qkv_format, attn_mask_type
 
-    def forward(self, query_layer, key_layer, value_layer, attention_mask=None, *, attn_mask_type=None, **unused):
-        """Attend: (s, b, heads, d) to (s, b, heads * d), or (b, s, heads, d) to (b, s, heads * d).
-
-        ``attention_mask``: for "arbitrary", bool, broadcastable to (b, heads, s, s), True where it must not look.
-        """
-        check_unused(self, unused)
+    def forward(self, query_layer, key_layer, value_layer):
+        """Attend: (s, b, heads, d) to (s, b, heads * d), or (b, s, heads, d) to (b, s, heads * d)."""
         self.prepare_fp8()
-        kind = attn_mask_type or self.attn_mask_type
-        if kind not in ("no_mask", "causal", "arbitrary"):
-            raise NotImplementedError(f"DotProductAttention(attn_mask_type={kind!r}) is not emulated: use 'causal', "
-                                      "'no_mask' or 'arbitrary'.")  # fmt: skip
-        if kind == "arbitrary" and attention_mask is None:
-            raise ValueError("attn_mask_type='arbitrary' needs an attention_mask.")
         first = self.qkv_format == "sbhd"
         q, k, v = (t.permute((1, 2, 0, 3) if first else (0, 2, 1, 3)) for t in (query_layer, key_layer, value_layer))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=~attention_mask if kind == "arbitrary" else None, is_causal=kind == "causal",
-            dropout_p=self.attention_dropout if self.training else 0.0, enable_gqa=k.shape[1] != q.shape[1],
-        )  # fmt: skip
+        dropout, causal = self.attention_dropout if self.training else 0.0, self.attn_mask_type == "causal"
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal,
+                                             enable_gqa=k.shape[1] != q.shape[1])  # fmt: skip
         return out.permute((2, 0, 1, 3) if first else (0, 2, 1, 3)).flatten(2)
 
 
@@ -324,24 +268,18 @@ class TransformerLayer(nn.Module):
         layernorm_mlp.fc1_weight                          cat([mlp.gate_proj.weight, mlp.up_proj.weight])
         layernorm_mlp.fc2_weight                          mlp.down_proj.weight
 
-    Args:
-        hidden_size, ffn_hidden_size: multiples of 16.
-        num_attention_heads: query heads; num_gqa_groups: key and value heads, as many if None.
-        hidden_dropout: before each residual, in training, and attention_dropout: 0.1 by default, as in the real one.
-            Set 0 for a Llama.
-        init_method: fills the query, key, value and fc1 weights; output_layer_init_method: proj and fc2.
-        kv_channels: head size, hidden_size / num_attention_heads if None.
-        fuse_qkv_params: one parameter ``layernorm_qkv.weight`` instead of ``query_weight``, ``key_weight`` and
-            ``value_weight``; required by :func:`quantized_model_init`.  Its rows go group by group: query heads of a
-            group, its key head, its value head.
-        attn_input_format: "sbhd" (sequence first) or "bshd" (batch first, as in Hugging Face models).
+    ``num_gqa_groups``: key and value heads, as many as query heads if None.  ``init_method`` fills the query, key,
+    value and fc1 weights, ``output_layer_init_method`` those of proj and fc2.  ``fuse_qkv_params``: one parameter
+    ``layernorm_qkv.weight`` instead of three, which :func:`quantized_model_init` requires; its rows go group by group:
+    query heads of a group, its key head, its value head.  ``attn_input_format``: "sbhd" (sequence first) or "bshd"
+    (batch first, as in Hugging Face models).
     """
 
     def __init__(self, hidden_size: int, ffn_hidden_size: int, num_attention_heads: int,
                  num_gqa_groups: int | None = None, layernorm_epsilon: float = 1e-5, hidden_dropout: float = 0.1,
                  attention_dropout: float = 0.1, init_method: Callable | None = None,
-                 output_layer_init_method: Callable | None = None, layer_number: int | None = None,
-                 kv_channels: int | None = None, self_attn_mask_type: str = "causal", *,
+                 output_layer_init_method: Callable | None = None, *, kv_channels: int | None = None,
+                 self_attn_mask_type: str = "causal",
                  params_dtype: torch.dtype | None = None, fuse_qkv_params: bool = False, bias: bool = True,
                  activation: str = "gelu", normalization: str = "LayerNorm", device=None,
                  attn_input_format: str = "sbhd", **unused):  # fmt: skip
@@ -350,11 +288,12 @@ class TransformerLayer(nn.Module):
         heads, groups = num_attention_heads, num_gqa_groups or num_attention_heads
         head = kv_channels or hidden_size // heads
         self.heads, self.groups, self.head, self.fused = heads, groups, head, fuse_qkv_params
-        self.hidden_dropout, self.mask, self.layout = hidden_dropout, self_attn_mask_type, attn_input_format
+        self.hidden_dropout, self.layout = hidden_dropout, attn_input_format
         common = dict(bias=bias, params_dtype=params_dtype, device=device)
         norm = dict(eps=layernorm_epsilon, normalization=normalization)
         rows = dict(query=head * heads, key=head * groups, value=head * groups)
-        core = DotProductAttention(heads, head, groups, attention_dropout, attn_input_format)
+        core = DotProductAttention(heads, head, groups, attention_dropout, attn_input_format,
+                                   self_attn_mask_type)  # fmt: skip
         qkv = LayerNormLinear(hidden_size, sum(rows.values()), init_method=init_method,
                               parameters_split=None if fuse_qkv_params else rows, **norm, **common)  # fmt: skip
         proj = Linear(rows["query"], hidden_size, init_method=output_layer_init_method, return_bias=True, **common)
@@ -364,22 +303,20 @@ class TransformerLayer(nn.Module):
             output_layer_init_method=output_layer_init_method, **norm, **common,
         )  # fmt: skip
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask=None, self_attn_mask_type: str | None = None, *,
-                is_first_microbatch: bool | None = None, rotary_pos_emb=None, **unused) -> torch.Tensor:  # fmt: skip
+    def forward(self, hidden_states: torch.Tensor, attention_mask=None, *, is_first_microbatch: bool | None = None,
+                rotary_pos_emb: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
         """Apply the layer to ``hidden_states`` (s, b, hidden_size), or (b, s, hidden_size) for "bshd".
 
-        ``rotary_pos_emb``: what :class:`RotaryPositionEmbedding` returned, or a pair (of queries, of keys).
+        ``rotary_pos_emb``: from :class:`RotaryPositionEmbedding`.  A causal layer ignores ``attention_mask``, as there.
         """
-        check_unused(self, unused)
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         part = self.self_attention
         q, k, v = self._heads(part.layernorm_qkv(hidden_states, is_first_microbatch))
         if rotary_pos_emb is not None:
-            angles = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
-            q, k = (_rotated(t, a, self.layout) for t, a in zip((q, k), angles, strict=True))
-        out = part.core_attention(q, k, v, attention_mask, attn_mask_type=self_attn_mask_type or self.mask)
+            q, k = (_rotated(t, rotary_pos_emb, self.layout) for t in (q, k))
+        out = part.core_attention(q, k, v)
         hidden_states = self._add(*part.proj(out, is_first_microbatch), hidden_states)
         return self._add(*self.layernorm_mlp(hidden_states, is_first_microbatch), hidden_states)
 

@@ -5,61 +5,44 @@ See :mod:`qtutor.emulation` for the idea and :mod:`qtutor.emulation.quantizers` 
 
 from __future__ import annotations
 
-import copy
 import io
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
 
 import torch
 from torch import nn
 
 from .quantizers import Float8Quantizer, Float8Tensor, largest
-from .recipes import DelayedScaling, Float8CurrentScaling, Format, Recipe
+from .recipes import DelayedScaling, Format, Recipe
 from .regions import DelayedState, Region, State
 
 UNSAFE_STATE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
-# ------------------------------------------------------------------------------------- what is not emulated
-# Arguments of the real modules that only matter with several GPUs, or with kernels and features that are not emulated,
-# by the values that switch each off.
-_OFF = {name: values for values, names in (
-    ((None,), "tp_group get_rng_state_tracker symmetric_ar_type activation_params cp_group cp_global_ranks cp_stream "
-              "enc_dec_window_size enc_dec_bottom_right_diagonal qk_norm_type core_attention_bias alibi_slopes "
-              "inference_params encoder_output enc_dec_attn_mask cu_seqlens cu_seqlens_q cu_seqlens_kv start_positions "
-              "cu_seqlens_q_padded cu_seqlens_kv_padded seq_len_interpolation_factor softmax_scale "
-              "pretrained_max_position_embeddings"),
-    ((False,), "fuse_wgrad_accumulation return_layernorm_output return_layernorm_output_gathered delay_wgrad_compute "
-               "checkpoint return_max_logit output_layernorm parallel_attention_mlp fp8_output fp8_grad interleaved "
-               "apply_residual_connection_post_layernorm zero_centered_gamma rotary_pos_interleaved"),
-    ((True,), "qkv_weight_interleaved"), ((None, False), "bottom_right_diagonal pad_between_seqs"),
-    ((True, False), "sequence_parallel set_parallel_mode"), ((1,), "tp_size cp_size"), ((0,), "cp_rank"),
-    ((0.0,), "softcap drop_path_rate"), ((1.0,), "rotary_percent"), ((None, (-1, -1), (-1, 0)), "window_size"),
-    ((None, "column"), "parallel_mode"), (("vanilla",), "softmax_type"), (("self",), "attention_type"),
-    (("p2p",), "cp_comm_type"), (("no_mask",), "enc_dec_attn_mask_type"), (("encoder",), "layer_type"),
-    (("no_bias",), "core_attention_bias_type"),
-) for name in names.split()}  # fmt: skip
-# Arguments that change speed or memory, not numbers.
-_IGNORED = set("name layer_number seq_length micro_batch_size ub_tp_comm_overlap ub_overlap_ag ub_overlap_rs "
-               "ub_overlap_rs_dgrad ub_bulk_dgrad ub_bulk_wgrad ub_name sm_margin fast_zero_fill max_seqlen_q "
-               "max_seqlen_kv qk_norm_eps qk_norm_before_rope checkpoint_core_attention".split())  # fmt: skip
+# Arguments of the real modules that need several GPUs, or kernels that are not emulated, at the value that switches
+# each of them off; then those that change no number.
+_OFF = dict(
+    tp_group=None, tp_size=1, parallel_mode=None, sequence_parallel=False, get_rng_state_tracker=None,
+    fuse_wgrad_accumulation=False, delay_wgrad_compute=False, return_layernorm_output=False, window_size=None,
+    zero_centered_gamma=False, layer_type="encoder", attention_type="self", qk_norm_type=None, rotary_percent=1.0,
+    interleaved=False, qkv_weight_interleaved=True, drop_path_rate=0.0, checkpoint=False, output_layernorm=False,
+    parallel_attention_mlp=False, apply_residual_connection_post_layernorm=False, softmax_scale=None,
+)  # fmt: skip
+_IGNORED = ("name", "layer_number", "seq_length", "micro_batch_size")
 
 
 def check_unused(module, arguments: dict) -> None:
     """Accept arguments of the real module that are switched off; refuse what would change the result."""
     name = type(module).__name__
     for argument, value in arguments.items():
-        if argument in _OFF:
-            if not any(value is off or (type(value) is type(off) and value == off) for off in _OFF[argument]):
-                raise NotImplementedError(f"{name}({argument}={value!r}) is not emulated: it needs Transformer Engine "
-                                          "on a GPU.")  # fmt: skip
-        elif argument not in _IGNORED:
+        if argument not in (*_OFF, *_IGNORED):
             raise TypeError(f"{name} got an unexpected keyword argument {argument!r}")
+        if argument in _OFF and value != _OFF[argument]:
+            raise NotImplementedError(f"{name}({argument}={value!r}) is not emulated: it needs Transformer Engine on "
+                                      "a GPU.")  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------- the FP8 product
 def _check_dims(*tensors: torch.Tensor) -> None:
     for t in tensors:
         rows = t.numel() // t.shape[-1] if t.shape[-1] else 0
@@ -139,7 +122,6 @@ class _Fp8Linear(torch.autograd.Function):
         return dw, dx, db, None, None, None, None, None, None
 
 
-# ------------------------------------------------------------------------------------------------ base module
 class FP8Module(nn.Module):
     """What every module with FP8 products has: quantizers, their state, its way into checkpoints and copies.
 
@@ -151,10 +133,15 @@ class FP8Module(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fp8_meta, self.quantizers = {}, {}
+        self.fp8_meta = {}  # "recipe" and the states "scaling_fwd", "scaling_bwd"
         self.fp8 = self.fp8_calibration = False
         self.last_weights = {}  # product -> quantized weight of this step's first microbatch
         self._fp8_weights = []  # names of FP8 parameters, by product
+
+    @property
+    def quantizers(self) -> dict[str, list]:
+        """The quantizers of each direction, made anew: all that lasts is in the states."""
+        return {key: state.make_quantizers() for key, state in self.fp8_meta.items() if key != "recipe"}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.named_parameters(recurse=False))
@@ -207,7 +194,6 @@ class FP8Module(nn.Module):
         out = self.product(number, inp, weight, added, dtype, is_first_microbatch, **options)
         return (out, bias.to(dtype)) if self.return_bias else out
 
-    # -- FP8 parameters
     def _quantize_parameters(self, names: list[str]) -> None:
         """Inside quantized_model_init: replace the weight of each product by an FP8 parameter."""
         recipe = Region.parameter_recipe
@@ -218,27 +204,15 @@ class FP8Module(nn.Module):
                                       "or Float8CurrentScaling.")  # fmt: skip
         self._set_recipe(recipe)
         for number, name in enumerate(names):
-            plain = getattr(self, name).detach()
-            weight = nn.Parameter(self.quantizers["scaling_fwd"][3 * number + 1](plain))
-            if Region.keep_initial:
-                weight.keep_initial(plain.cpu())
-            setattr(self, name, weight)
-        self._fp8_weights = list(names)
+            quantizer = self.quantizers["scaling_fwd"][3 * number + 1]
+            setattr(self, name, nn.Parameter(quantizer(getattr(self, name).detach())))
+        self._fp8_weights = names
 
     def _link_parameters(self) -> None:
-        """FP8 weights round with the module's quantizers, which are made anew now and then."""
+        """FP8 weights round with the module's states, which are new after a copy or a move."""
         for number, name in enumerate(self._fp8_weights):
             if isinstance(getattr(self, name), Float8Tensor):  # Module.to(dtype) makes a plain one of it
                 getattr(self, name)._quantizer = self.quantizers["scaling_fwd"][3 * number + 1]
-
-    def _check_parameters(self) -> None:
-        for name in self._fp8_weights:
-            quantizer = getattr(getattr(self, name), "_quantizer", None)
-            kind = DelayedScaling if isinstance(quantizer, Float8Quantizer) else Float8CurrentScaling
-            if quantizer is not None and not isinstance(Region.recipe, kind):
-                raise RuntimeError(f"Recipe mismatch for {name!r}: tensor supports recipe {kind.__name__}, but got "
-                                   f"{type(Region.recipe).__name__}: use one kind of recipe in quantized_model_init() "
-                                   "and autocast().")  # fmt: skip
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         key = prefix + "_extra_state"
@@ -246,17 +220,17 @@ class FP8Module(nn.Module):
             self.set_extra_state(state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    # -- FP8 state
     def prepare_fp8(self) -> None:
         """Take over what the region says; make quantizers where the recipe is new."""
         self.fp8, self.fp8_calibration = Region.enabled, Region.calibrating
         if not (self.fp8 or self.fp8_calibration):
             return
-        self._check_parameters()
-        old = self.fp8_meta.get("recipe")
-        if old is not None and type(old) is not type(Region.recipe):
-            warnings.warn(f"Recipe type changed from {type(old).__name__} to {type(Region.recipe).__name__}. "
-                          "This may affect model behavior.", stacklevel=3)  # fmt: skip
+        old, new = (type(recipe).__name__ for recipe in (self.fp8_meta.get("recipe", Region.recipe), Region.recipe))
+        if old != new and self._fp8_weights:
+            raise RuntimeError(f"Recipe mismatch for {self._fp8_weights[0]!r}: tensor supports recipe {old}, but got "
+                               f"{new}: use one kind in quantized_model_init() and autocast().")  # fmt: skip
+        if old != new:
+            warnings.warn(f"Recipe type changed from {old} to {new}. This may affect model behavior.", stacklevel=3)
         self._set_recipe(Region.recipe)
         if self.fp8 and Region.recipe.delayed():
             Region.members[repr(Region.recipe)][1].add(self)
@@ -270,17 +244,13 @@ class FP8Module(nn.Module):
             state = self.fp8_meta.get(key)
             if state is None or type(state.recipe) is not type(recipe):
                 kind = DelayedState if recipe.delayed() else State
-                state = self.fp8_meta[key] = kind(recipe, forward, self._device(), self.products)
+                self.fp8_meta[key] = kind(recipe, forward, self._device(), self.products)
             elif recipe.delayed() and len(state.amax_history) != recipe.amax_history_len:
                 state.resize(recipe.amax_history_len)
-            else:
-                continue
-            self.quantizers[key] = state.make_quantizers()
         self._link_parameters()
 
     def _delayed_states(self) -> dict[str, DelayedState]:
-        states = {key: self.fp8_meta.get(key) for key in ("scaling_fwd", "scaling_bwd")}
-        return {key: state for key, state in states.items() if isinstance(state, DelayedState)}
+        return {key: state for key, state in self.fp8_meta.items() if isinstance(state, DelayedState)}
 
     def get_extra_state(self) -> torch.Tensor:
         """Scales and amax histories as bytes, uint8 (n,); empty where there is nothing to remember."""
@@ -288,9 +258,7 @@ class FP8Module(nn.Module):
         if not (self.fp8 or self.fp8_calibration) or not states:
             return torch.empty(0, dtype=torch.uint8)
         recipe = self.fp8_meta["recipe"]
-        settings = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-        settings["fp8_format"] = recipe.fp8_format.name
-        settings = {k: v for k, v in settings.items() if isinstance(v, (bool, int, str))}  # no functions
+        settings = vars(recipe) | {"fp8_format": recipe.fp8_format.name}
         saved = {key: (state.scale.cpu(), state.amax_history.cpu()) for key, state in states.items()}
         file = io.BytesIO()
         torch.save({"recipe": settings, **saved}, file)
@@ -302,10 +270,8 @@ class FP8Module(nn.Module):
         if state is None or state.numel() == 0:
             return
         if os.environ.get(UNSAFE_STATE) != "1":
-            raise RuntimeError(
-                "Refusing to load pickled Transformer Engine extra state: it can execute arbitrary "
-                f"code, so set {UNSAFE_STATE}=1 if you trust where the checkpoint comes from."
-            )
+            raise RuntimeError("Refusing to load pickled Transformer Engine extra state: it can execute arbitrary "
+                               f"code, so set {UNSAFE_STATE}=1 if you trust where it comes from.")  # fmt: skip
         try:
             saved = torch.load(io.BytesIO(state.cpu().numpy().tobytes()), weights_only=True)
             settings = saved.pop("recipe")
@@ -317,22 +283,15 @@ class FP8Module(nn.Module):
         for key, numbers in saved.items():
             self.fp8_meta[key].restore(*numbers)
 
-    def __deepcopy__(self, memo):
-        # Quantizers are views of the state's tensors: rebuild them, or they would look at copies.
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        for key, value in self.__dict__.items():
-            new.__dict__[key] = {} if key == "last_weights" else copy.deepcopy(value, memo)
-        new.quantizers = {k: s.make_quantizers() for k, s in new.fp8_meta.items() if k.startswith("scaling_")}
-        new._link_parameters()
-        return new
+    def __setstate__(self, state):  # of a copy
+        super().__setstate__(state)
+        self._link_parameters()
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        for key, state in self._delayed_states().items():  # the state follows the module to its device, and stays FP32
+        for state in self._delayed_states().values():  # it follows the module to its device, and stays FP32
             state.scale = state.scale.to(self._device())
             state.amax_history = state.amax_history.to(self._device())
-            self.quantizers[key] = state.make_quantizers()
         self._link_parameters()
         return self
 
@@ -348,7 +307,6 @@ class FP8Module(nn.Module):
         return inp.dtype
 
 
-# ----------------------------------------------------------------------------------------------------- Linear
 class Linear(FP8Module):
     """``nn.Linear`` whose three matrix products run in FP8 inside :class:`autocast`.
 
@@ -361,32 +319,21 @@ class Linear(FP8Module):
     and ``["scaling_bwd"]`` (grad_output, grad_input); ``quantizers`` has the same columns.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool = True,
-        init_method: Callable | None = None,
-        return_bias: bool = False,
-        params_dtype: torch.dtype | None = None,
-        device=None,
-        **unused,
-    ):
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, init_method: Callable | None = None,
+                 return_bias: bool = False, params_dtype: torch.dtype | None = None, device=None,
+                 **unused):  # fmt: skip
         super().__init__()
         check_unused(self, unused)
-        self.in_features, self.out_features = in_features, out_features
-        self.use_bias, self.return_bias = bias, return_bias
+        self.in_features, self.out_features, self.return_bias = in_features, out_features, return_bias
         self.add_weights({"": ((out_features, in_features), init_method)}, bias=bias, params_dtype=params_dtype,
                          device=device)  # fmt: skip
 
-    def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None, **unused):
+    def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None):
         """Apply the layer to (..., in_features); for training in FP8 16 must divide the product of the other sizes.
 
         ``is_first_microbatch``: with gradient accumulation, True for the first batch of a step and False for the
         others, which then reuse its FP8 weight.
         """
-        check_unused(self, unused)
         dtype = self.activation_dtype(inp, self.in_features)
         self.prepare_fp8()
         return self.last_product(0, inp, self.weight, self.bias, dtype, is_first_microbatch)

@@ -101,20 +101,12 @@ class Float8Tensor(torch.Tensor):
 
     def quantize_(self, tensor: torch.Tensor) -> Float8Tensor:
         """Round ``tensor`` (its shape, any float dtype) into this one, with its quantizer."""
-        if self._quantizer is None:
-            raise RuntimeError("This Float8Tensor has no quantizer to round new values with.")
         if isinstance(tensor, Float8Tensor):
             tensor = tensor._values(tensor.dtype)
         codes, scale_inv, _ = self._quantizer.rows(tensor.detach().to(self.device).expand(self.shape))
         self._data.copy_(codes), self._scale_inv.fill_(scale_inv)
         self._fp8_dtype = self._quantizer.dtype
         return self
-
-    def keep_initial(self, value: torch.Tensor | None) -> None:
-        """Remember the value from before rounding, for master weights."""
-        self._initial = value
-        self.get_high_precision_init_val = lambda: self._initial
-        self.clear_high_precision_init_val = lambda: setattr(self, "_initial", None)
 
     def __tensor_flatten__(self):  # how nn.Module.to(device) takes it apart and moves it
         return ["_data", "_scale_inv"], (self._fp8_dtype, self.dtype, self._quantizer)
@@ -159,26 +151,20 @@ class Float8Tensor(torch.Tensor):
             new = self._like(self._data.clone(), self._scale_inv.clone()).requires_grad_(self.requires_grad)
             if hasattr(self, "_is_param"):
                 new._is_param = self._is_param
-            if hasattr(self, "_initial"):
-                new.keep_initial(self._initial)
             if self.grad is not None:
                 new.grad = self.grad.clone()
             memo[id(self)] = new
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol):
-        return _make_float8_tensor, (self._data, self._scale_inv, int(self._fp8_dtype), self.dtype)
+        return Float8Tensor, (self._data, self._scale_inv, int(self._fp8_dtype), self.dtype)
 
     def __repr__(self, *, tensor_contents=None) -> str:
         return (f"Float8Tensor(fp8_dtype={self._fp8_dtype.name}, scale_inv={self._scale_inv.item()}, "
                 f"data={self._values(self.dtype)})")  # fmt: skip
 
 
-def _make_float8_tensor(data, scale_inv, fp8_dtype, dtype) -> Float8Tensor:
-    return Float8Tensor(data, scale_inv, fp8_dtype, dtype)
-
-
-torch.serialization.add_safe_globals([_make_float8_tensor])  # torch.load(weights_only=True) may rebuild one
+torch.serialization.add_safe_globals([Float8Tensor])  # torch.load(weights_only=True) may rebuild one
 
 
 class Quantizer:
@@ -186,9 +172,6 @@ class Quantizer:
 
     per_tensor = False
     dtype: DType | None = None
-
-    def rows(self, x: torch.Tensor, amax: float | None = None):
-        raise NotImplementedError
 
     def columns(self, x: torch.Tensor):
         return self.rows(x.t())
@@ -198,13 +181,12 @@ class Quantizer:
 
 
 class _TensorQuantizer(Quantizer):
-    """One scale for the tensor: ``quantizer(x)`` returns a :class:`Float8Tensor`."""
+    """One scale for the tensor: ``quantizer(x)`` returns a :class:`Float8Tensor`.
+
+    ``_scale(x, amax)`` returns the scale to quantize ``x`` with and its amax; ``amax``: found before ``x`` was rounded.
+    """
 
     per_tensor = True
-
-    def _scale(self, x: torch.Tensor, amax: float | None) -> tuple[float, float]:
-        """The scale to quantize ``x`` with and the amax of ``x``; ``amax``: what a kernel found before rounding."""
-        raise NotImplementedError
 
     def rows(self, x, amax=None):
         scale, amax = self._scale(x, amax)
@@ -220,11 +202,9 @@ class _TensorQuantizer(Quantizer):
     def decode(self, codes, scale_inv=None, amax=None) -> torch.Tensor:
         return decode(codes.view(self.dtype.torch))
 
-    def quantize(self, tensor: torch.Tensor) -> Float8Tensor:
+    def __call__(self, tensor: torch.Tensor) -> Float8Tensor:
         codes, scale_inv, _ = self.rows(tensor.detach())
         return Float8Tensor(codes, torch.tensor([scale_inv], device=tensor.device), self.dtype, tensor.dtype, self)
-
-    __call__ = quantize
 
 
 class Float8Quantizer(_TensorQuantizer):

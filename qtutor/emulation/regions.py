@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from .blocks import Float8BlockQuantizer, MXFP8Quantizer, NVFP4Quantizer
-from .quantizers import FP32_MAX, DType, Float8CurrentScalingQuantizer, Float8Quantizer
+from .quantizers import FP32_MAX, DType, Float8CurrentScalingQuantizer, Float8Quantizer, scale_of
 from .recipes import DelayedScaling, Format, Recipe, get_default_recipe
 
 
@@ -35,7 +35,6 @@ class Region:
     first = False
     members: dict[str, tuple[Recipe, weakref.WeakSet]] = {}
     parameter_recipe: Recipe | None = None  # inside quantized_model_init
-    keep_initial = False
     checkpoints: list[dict] = []  # inside checkpoint: module -> scales and history from before it was called
 
     @classmethod
@@ -55,15 +54,11 @@ class autocast:  # noqa: N801 - the name of the real one
     note the amax of inputs and weights in row 0 of the histories (delayed scaling).  Scales are updated where they
     always are: at the exit of an enabled region.  ``recipe``: an instance, :class:`DelayedScaling` by default.
 
-    Only forward passes belong inside; each module should be called once in a region.  Regions nest; an exception
-    leaves the region like any other way out.  A region that is entered by hand and left open keeps FP8 on for whatever
-    follows, and no forward scale is updated again, since no exit is the outermost one.
+    Only forward passes belong inside; each module should be called once in a region.  Regions nest.
     """
 
-    def __init__(self, enabled: bool = True, calibrating: bool = False, recipe: Recipe | None = None,
-                 amax_reduction_group=None):  # fmt: skip
-        self._new = (enabled, calibrating, recipe)
-        self._saved = None
+    def __init__(self, enabled=True, calibrating=False, recipe: Recipe | None = None, amax_reduction_group=None):
+        self._new, self._saved = (enabled, calibrating, recipe), None
 
     def __enter__(self):
         enabled, calibrating, recipe = self._new
@@ -81,8 +76,6 @@ class autocast:  # noqa: N801 - the name of the real one
         return self
 
     def __exit__(self, *exception):
-        if self._saved is None:
-            raise TypeError("this autocast region is not open: __exit__ needs an __enter__ before it")
         Region.enabled, Region.calibrating, Region.recipe, Region.first = self._saved
         self._saved = None
         Region.depth -= 1
@@ -97,8 +90,7 @@ def fp8_autocast(enabled: bool = True, calibrating: bool = False, fp8_recipe: Re
 
 
 @contextmanager
-def quantized_model_init(enabled: bool = True, recipe: Recipe | None = None,
-                         preserve_high_precision_init_val: bool = False):  # fmt: skip
+def quantized_model_init(enabled: bool = True, recipe: Recipe | None = None):
     """Modules made inside keep their weights in FP8 only.
 
     The weights are ``Float8Tensor`` parameters: one byte a value and a scale.  They go into the FP8 products as they
@@ -108,16 +100,13 @@ def quantized_model_init(enabled: bool = True, recipe: Recipe | None = None,
 
     ``recipe``: delayed or current scaling, and the same kind in ``autocast``.  Under delayed scaling a new weight is
     rounded with scale 1, because nothing is known of it yet; the first update repairs that.
-    ``preserve_high_precision_init_val``: keep each weight's value from before rounding on the CPU, for the optimizer's
-    master weights: ``weight.get_high_precision_init_val()``, then ``weight.clear_high_precision_init_val()``.
     """
-    saved = Region.parameter_recipe, Region.keep_initial
+    saved = Region.parameter_recipe
     Region.parameter_recipe = (recipe or get_default_recipe()) if enabled else None
-    Region.keep_initial = preserve_high_precision_init_val
     try:
         yield
     finally:
-        Region.parameter_recipe, Region.keep_initial = saved
+        Region.parameter_recipe = saved
 
 
 def fp8_model_init(*args, **options):
@@ -126,18 +115,13 @@ def fp8_model_init(*args, **options):
     return quantized_model_init(*args, **options)
 
 
-# --------------------------------------------------------------------------------------- activation checkpointing
-def checkpoint(function, *args, use_reentrant: bool = True, distribute_saved_activations: bool = False,
-               get_rng_state_tracker=None, tp_group=None, **kwargs):  # fmt: skip
+def checkpoint(function, *args, use_reentrant: bool = True, **kwargs):
     """Return ``function(*args, **kwargs)`` without keeping activations: the backward pass computes them again.
 
     ``torch.utils.checkpoint`` does not know FP8: it would compute again outside of the region.  Here the second
     forward pass runs in the region of the first one, with the scales that the first one used, and notes no amax, so
     that the gradients are those of a run without checkpointing, whatever ``use_reentrant`` is.
     """
-    if distribute_saved_activations or get_rng_state_tracker is not None or tp_group is not None:
-        raise NotImplementedError("checkpoint(distribute_saved_activations, get_rng_state_tracker, tp_group) is not "
-                                  "emulated: it needs several GPUs.")  # fmt: skip
     before: dict = {}
     region = Region.enabled, Region.calibrating, Region.recipe
 
@@ -168,11 +152,6 @@ def checkpoint(function, *args, use_reentrant: bool = True, distribute_saved_act
     return torch_checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (first(), again()), **kwargs)
 
 
-# --------------------------------------------------------------------------------- quantizers of a module, and state
-def fp8_dtype(recipe: Recipe, forward: bool) -> DType:
-    return DType.kFloat8E4M3 if forward or recipe.fp8_format is Format.E4M3 else DType.kFloat8E5M2
-
-
 class State:
     """What a recipe keeps for one module and one direction: the recipe and the tensors' kinds, and nothing else.
 
@@ -180,29 +159,29 @@ class State:
     stay in high precision: they have a place, and nothing uses it.
     """
 
-    def __init__(self, recipe: Recipe, forward: bool, device, products: int = 1):
+    def __init__(self, recipe: Recipe, forward: bool, device, products: int):
         self.recipe, self.forward, self.products = recipe, forward, products
+        e4m3 = forward or recipe.fp8_format is Format.E4M3
+        self.dtype = DType.kFloat8E4M3 if e4m3 else DType.kFloat8E5M2
 
     def make_quantizers(self) -> list:
         kinds = ("inp", "weight", "inp") if self.forward else ("grad", "grad")
         return [self._quantizer(kind) for kind in kinds] * self.products
 
     def _quantizer(self, kind: str):
-        recipe, dtype = self.recipe, fp8_dtype(self.recipe, self.forward)
+        recipe, dtype = self.recipe, self.dtype
         if recipe.mxfp8():
             return MXFP8Quantizer(dtype)
-        name = f"{'fwd' if self.forward else 'bwd'}_{kind}"
+        bits, direction = "fp4" if recipe.nvfp4() else "fp8", "fwd" if self.forward else "bwd"
+        params = getattr(recipe, f"{bits}_quant_{direction}_{kind}")
         if recipe.nvfp4():
-            params = getattr(recipe, f"fp4_quant_{name}")
             return NVFP4Quantizer(with_rht=params.random_hadamard_transform,
                                   with_2d_quantization=params.fp4_2d_quantization,
                                   stochastic_rounding=params.stochastic_rounding)  # fmt: skip
-        params = getattr(recipe, f"fp8_quant_{name}")
         options = dict(amax_epsilon=params.amax_epsilon, force_pow_2_scales=params.power_2_scale)
         if recipe.float8_current_scaling():
             return Float8CurrentScalingQuantizer(dtype, **options)
-        dim = getattr(recipe, f"{dict(inp='x', weight='w', grad='grad')[kind]}_block_scaling_dim")
-        return Float8BlockQuantizer(dtype, block_scaling_dim=dim, **options)
+        return Float8BlockQuantizer(dtype, block_scaling_dim=2 if kind == "weight" else 1, **options)
 
 
 class DelayedState(State):
@@ -212,15 +191,15 @@ class DelayedState(State):
     rows from the last upward are the previous step, the one before, and so on.
     """
 
-    def __init__(self, recipe: DelayedScaling, forward: bool, device, products: int = 1):
+    def __init__(self, recipe: DelayedScaling, forward: bool, device, products: int):
         super().__init__(recipe, forward, device, products)
         n = products * (3 if forward else 2)
         self.scale = torch.ones(n, dtype=torch.float32, device=device)
         self.amax_history = torch.zeros(recipe.amax_history_len, n, dtype=torch.float32, device=device)
 
     def make_quantizers(self) -> list[Float8Quantizer]:
-        dtype = fp8_dtype(self.recipe, self.forward)
-        return [Float8Quantizer(self.scale[i], self.amax_history[0, i : i + 1], dtype) for i in range(len(self.scale))]
+        amaxes = self.amax_history[0]
+        return [Float8Quantizer(self.scale[i], amaxes[i : i + 1], self.dtype) for i in range(len(self.scale))]
 
     def resize(self, length: int) -> None:
         history = self.amax_history
@@ -233,24 +212,16 @@ class DelayedState(State):
     def update(self, recipe: DelayedScaling) -> None:
         """Choose amax, roll the history, set the next step's scales (in place: quantizers look at them)."""
         history = self.amax_history
-        if callable(recipe.amax_compute_algo):
-            amax = recipe.amax_compute_algo(history)
-        else:
-            amax = history.amax(0) if recipe.amax_compute_algo == "max" else history[0].clone()
-        if len(history) > 1:
-            # The fused kernel leaves the history of a tensor with amax 0 alone (recorded on an H200); the path for
-            # functions of the user's, written in Python, rolls it all the same.
-            unfused = callable(recipe.amax_compute_algo) or callable(recipe.scaling_factor_compute_algo)
-            history.copy_(torch.where((history[0] != 0) | unfused, history.roll(-1, 0), history))
+        amax = history.amax(0) if recipe.amax_compute_algo == "max" else history[0].clone()
+        if len(history) > 1:  # a tensor with amax 0 keeps its history as it is (recorded on an H200)
+            history.copy_(torch.where(history[0] != 0, history.roll(-1, 0), history))
         history[0].zero_()
         formats = recipe.fp8_format.value
-        compute = recipe.scaling_factor_compute_algo or next_scale
-        self.scale.copy_(compute(amax, self.scale, formats.max_fwd if self.forward else formats.max_bwd, recipe))
+        fp8_max = formats.max_fwd if self.forward else formats.max_bwd
+        self.scale.copy_(next_scale(amax, self.scale, fp8_max, recipe.margin))
 
 
-def next_scale(amax, scale, fp8_max: float, recipe: DelayedScaling) -> torch.Tensor:
+def next_scale(amax, scale, fp8_max: float, margin: int) -> torch.Tensor:
     """fp8_max / amax / 2**margin; the old scale where amax is 0, inf or NaN; FP32's maximum where it overflows."""
-    # Not ``fp8_max / amax``: torch turns that into reciprocal-and-multiply, which is off by one bit now and then.
-    new = torch.div(torch.full_like(amax, fp8_max * 2.0**-recipe.margin), amax)
-    usable = (amax > 0) & torch.isfinite(amax)
-    return torch.where(usable, new.clamp(max=FP32_MAX), scale)
+    new = scale_of(amax, fp8_max * 2.0**-margin, FP32_MAX, power_of_two=False)
+    return torch.where((amax > 0) & torch.isfinite(amax), new, scale)

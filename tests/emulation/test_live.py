@@ -34,11 +34,6 @@ def real():
     return te, recipe
 
 
-@pytest.fixture(autouse=True)
-def fresh_region(monkeypatch):
-    monkeypatch.setattr(emulation.regions.Region, "members", {})
-
-
 def recipes_of(real, name):
     """The recipe of the real library and of the emulation, or (None, None) for BF16."""
     if RECIPES[name] is None:
