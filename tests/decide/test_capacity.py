@@ -177,14 +177,7 @@ def test_ceiling_is_bandwidth_over_bytes():
     assert case.ceiling_tokens_per_s == pytest.approx(capacity.ceiling("Llama-2-7B", "Q4_0", 1024, 300))
 
 
-def test_largest():
-    types = [t for t in llamacpp.TYPES if t[0] in "QI" and t[1] != "1"]
-    kind = capacity.largest_type("Llama-2-70B", 8192, "RTX 4090", types)
-    assert capacity.fits("Llama-2-70B", kind, 8192, "RTX 4090").fits
-    bigger = [t for t in ("Q4_0", "Q3_K_S", "Q2_K", "IQ2_M") if
-              capacity.size("Llama-2-70B", t).tensor_bytes > capacity.size("Llama-2-70B", kind).tensor_bytes]
-    assert bigger and not any(capacity.fits("Llama-2-70B", t, 8192, "RTX 4090").fits for t in bigger)
-    assert capacity.largest_type("Llama-3-70B", 8192, "L4", types=["Q8_0", "Q4_K_M"]) is None
+def test_largest_context():
     longest = capacity.largest_context("Llama-3.1-70B", "Q6_K", "H100 SXM")
     assert capacity.fits("Llama-3.1-70B", "Q6_K", longest, "H100 SXM").fits
     assert not capacity.fits("Llama-3.1-70B", "Q6_K", longest + 256, "H100 SXM").fits
