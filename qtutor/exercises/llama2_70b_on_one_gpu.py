@@ -1,7 +1,5 @@
 """Checks of the exercises: Llama-2-70B on one GPU."""
 
-from __future__ import annotations
-
 from ..decide import capacity
 from ..lesson import exercise, expect
 from .answers import function, number, several
