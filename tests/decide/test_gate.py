@@ -184,8 +184,6 @@ def test_bad_input(built, base, tokenizer):
         lambda: gate.Gate.build(base, [7], tokens=tokens),
         lambda: gate.Gate.build(base, ["a"], tokens=tokens[:10]),
         lambda: gate.Gate.build(broken, ["a"], tokens=tokens),
-        lambda: gate.Limits(logprob=-1),
-        lambda: gate.Limits(same_top="most"),
         lambda: built.check(lambda ids: torch.zeros(len(ids), 9)),  # another tokenizer's vocabulary
         lambda: built.check("model.gguf"),
         lambda: gate.Gate.build(base, "a prompt", tokens=tokens),
@@ -196,6 +194,12 @@ def test_bad_input(built, base, tokenizer):
         with pytest.raises(QtutorError) as error:
             call()
         assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_limits_are_not_negative_numbers():
+    for limits in ({"logprob": -1}, {"same_top": "most"}):
+        with pytest.raises(ValueError):
+            gate.Limits(**limits)
 
 
 # ---------------------------------------------------------------------------------------------------------- report
