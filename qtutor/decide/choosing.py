@@ -107,9 +107,8 @@ def weight_bytes(technique: Technique, model: str, recording: Recording) -> tupl
     if technique.gguf:
         size = capacity.size(model, technique.gguf)
         return size.tensor_bytes, size.read_bytes
-    name = SAME_FORM.get(technique.name, technique.name)
-    rows = [row for row in _rows(recording.tradeoff, shape="llama2_7b", technique=name) if row.get("weights_mb")]
-    if not rows:
+    rows = _rows(recording.tradeoff, shape="llama2_7b", technique=SAME_FORM.get(technique.name, technique.name))
+    if not (rows := [row for row in rows if row.get("weights_mb")]):
         return None
     (weights7, tables7, _), (weights, tables, embedding) = _counts("Llama-2-7B"), _counts(model)
     per_weight = (rows[0]["weights_mb"] * 1e6 - 2 * tables7) / (weights7 - tables7)
@@ -143,8 +142,8 @@ def speed(technique: Technique, need: Need, read: float, recording: Recording) -
     cached = np.interp(need.users, batches, [  # tokens of a sequence, on average over the measurement
         row.get("decode_context") or row["prefill_tokens"] + row["decode_tokens"] / 2 for row in rows])
     read_there = weight_bytes(technique, known, recording)[1]
-    bandwidth = hardware.device(on).gb_per_s * 1e9
-    floor_there_s = (read_there + need.users * cached * capacity.kv_bytes_per_token(known)) / bandwidth
+    bytes_there = read_there + need.users * cached * capacity.kv_bytes_per_token(known)
+    floor_there_s = bytes_there / (hardware.device(on).gb_per_s * 1e9)
     in_proportion, rest_stays = step_s / floor_there_s * floor_s, step_s - floor_there_s + floor_s
     used = [row for row in rows if row["batch"] == need.users] or rows
     return 1 / max(in_proportion, rest_stays), 1 / min(in_proportion, rest_stays), used

@@ -8,6 +8,7 @@ import pytest
 from qtutor import QtutorError, course_model, files, gguf_export, llamacpp
 from qtutor.decide import capacity
 from qtutor.decide.capacity import GIB
+from tools.train_course_model import train_tokenizer
 
 MODEL_DIR = files.DATA / "model"
 pytestmark = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
@@ -201,7 +202,7 @@ def test_a_folder_whose_tokenizer_cannot_be_exported_is_planned_all_the_same(tmp
 def test_biases_are_counted(tmp_path):
     biased = course_model.new_model(num_hidden_layers=1, vocab_size=300, attention_bias=True, mlp_bias=True)
     biased.save_pretrained(tmp_path)
-    course_model.train_tokenizer(["some words to train on"] * 9, tmp_path, vocab_size=300)
+    train_tokenizer(["some words to train on"] * 9, tmp_path, vocab_size=300)
     made = llamacpp.check_gguf(gguf_export.export(tmp_path, tmp_path / "b.gguf", "f16"))
     planned = {t.name: t.nbytes for t in capacity.plan(tmp_path, "F16")}
     assert planned == {t.name: t.nbytes for t in made.tensors} and any("bias" in name for name in planned)
