@@ -16,9 +16,8 @@ nothing away.  Guessing scores 25 %.
     result = score_items(model, items)
     print(result)                                   # acc 0.435 ± 0.035, acc_norm 0.450 ± 0.035 (n = 200, chance 0.25)
 
-For work in earnest there is `lm-evaluation-harness <https://github.com/EleutherAI/lm-evaluation-harness>`_, with
-hundreds of published tasks; :func:`run_harness` makes this one a task of it and runs it.  Both ways give the same
-answers, item by item.
+`lm-evaluation-harness <https://github.com/EleutherAI/lm-evaluation-harness>`_ has hundreds of published tasks;
+:func:`run_harness` makes this one a task of it and runs it.  Both ways give the same answers, item by item.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ import numpy as np
 
 from .. import QtutorError, corpus, course_model, evaluate, files
 
+CHOICES = 4
 TASK = "pydoc_continuation"
 CONTEXT_WORDS = 40  # the end of a longer passage is kept
 ENDING_WORDS = range(12, 36)
@@ -85,17 +85,12 @@ def _alike(a: str, b: str) -> bool:
     return len(first & second) > 0.5 * min(len(first), len(second))
 
 
-def build_items(n: int = 200, seed: int = 0, text: str | None = None, choices: int = 4) -> list[Item]:
-    """Multiple choice from a text: ``n`` items, the same for the same text and ``seed`` on every machine.
+def build_items(n: int = 200, seed: int = 0, text: str | None = None) -> list[Item]:
+    """Multiple choice from a text, by default the evaluation text: the same ``n`` items on every machine.
 
     The real ending is the sentence that follows the passage.  The others are drawn from the sentences nearest to it in
-    length among those at least ``FAR`` paragraphs away; none repeats half of the words of another choice, and none
-    occurs in the passage.  ``text`` defaults to the evaluation text, which yields more than 700 items.
-
-    Raises QtutorError for fewer than two items or choices, and for a text that does not yield ``n``.
+    length among those far away; none repeats half of the words of another choice, and none occurs in the passage.
     """
-    if n < 2 or choices < 2:
-        raise QtutorError(f"Multiple choice needs at least two items and two choices, not {n} and {choices}.")
     found = _candidates(corpus.eval_text() if text is None else text)
     lengths = np.array([len(ending) for *_, ending in found])
     places = np.array([number for number, *_ in found])
@@ -109,11 +104,11 @@ def build_items(n: int = 200, seed: int = 0, text: str | None = None, choices: i
         options = [ending]
         for other in rng.permutation(order):
             wrong = found[other][2]
-            if len(options) < choices and wrong not in passage and not any(_alike(wrong, o) for o in options):
+            if len(options) < CHOICES and wrong not in passage and not any(_alike(wrong, o) for o in options):
                 options.append(wrong)
-        if len(options) < choices:
+        if len(options) < CHOICES:
             continue
-        answer = len(items) % choices  # each place as often as any other: "always the first" scores what chance does
+        answer = len(items) % CHOICES  # each place as often as any other: "always the first" scores what chance does
         items.append(Item(passage, (*options[1 : answer + 1], ending, *options[answer + 1 :]), answer))
     if len(items) < n:
         raise QtutorError(f"This text yields {len(items)} items, not {n}: ask for fewer, or use more text.")
@@ -122,10 +117,7 @@ def build_items(n: int = 200, seed: int = 0, text: str | None = None, choices: i
 
 @dataclass(frozen=True)
 class Accuracy:
-    """``acc`` and ``acc_norm`` with their binomial standard errors; per item (n,) whether the answer was right.
-
-    ``loglik`` (n, choices): sums of the endings' log-probabilities, in nats.
-    """
+    """``acc`` and ``acc_norm`` with their binomial standard errors, and what they are made of."""
 
     acc: float
     acc_se: float
@@ -133,9 +125,9 @@ class Accuracy:
     acc_norm_se: float
     n: int
     chance: float
-    hits: np.ndarray = field(repr=False, compare=False)
+    hits: np.ndarray = field(repr=False, compare=False)  # (n,): was the answer right?
     hits_norm: np.ndarray = field(repr=False, compare=False)
-    loglik: np.ndarray = field(repr=False, compare=False)
+    loglik: np.ndarray = field(repr=False, compare=False)  # (n, choices): of the endings, in nats
 
     def row(self) -> dict:
         """The columns of results.COLUMNS; the accuracy is ``acc_norm``."""
@@ -212,68 +204,40 @@ def loglikelihoods(source, requests, batch_size: int = 32) -> np.ndarray:
 
 
 def score_items(source, items: Sequence[Item], tokenizer=None, batch_size: int = 32) -> Accuracy:
-    """Let a model answer.
-
-    Args:
-        source: a Hugging Face model, a llamacpp.Model or a function from token ids to logits, as everywhere in
-            :mod:`qtutor.evaluate`.
-        items: of :func:`build_items`.
-        tokenizer: the model's, a Hugging Face tokenizer; the course model's by default.
-        batch_size: sequences a Hugging Face model reads at once.
-
-    Raises QtutorError for items that do not fit together, tokens outside the vocabulary and logits that are not finite.
-    """
+    """Let a model answer: any source of :mod:`qtutor.evaluate`, with its tokenizer (by default the course model's)."""
     check_items(items)
     tokenizer = tokenizer or course_model.load_tokenizer()
     requests = [encode(tokenizer, item.context, choice) for item in items for choice in item.choices]
     return summarize(items, loglikelihoods(source, requests, batch_size).reshape(len(items), -1))
 
 
-@contextlib.contextmanager
-def _quietly():
-    """No log lines and no bars from the harness and the libraries beneath it."""
-    import datasets
-
-    shown, level = datasets.is_progress_bar_enabled(), logging.root.manager.disable
-    datasets.disable_progress_bars()
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        if shown:
-            datasets.enable_progress_bars()
-
-
 def run_harness(model, items: Sequence[Item], tokenizer=None, batch_size: int = 32) -> Accuracy:
-    """Ask a Hugging Face model the same questions through lm-evaluation-harness, from a local file.
-
-    ``acc`` and ``acc_norm``, their errors, and which items were right, are the harness's own.  Raises QtutorError
-    where it is not installed.
-    """
+    """Ask a Hugging Face model the same through lm-evaluation-harness; accuracies and errors are the harness's own."""
     try:
+        import datasets
         import lm_eval
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except Exception as error:  # not installed, or a package of it does not load
         raise QtutorError(f"lm-evaluation-harness is not usable here ({type(error).__name__}): install it with "
                           "pip install lm_eval.") from None  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder, _quietly():
-        lines = [json.dumps(dataclasses.asdict(item)) + "\n" for item in items]
-        data = files.write_text(Path(folder, "items.jsonl"), "".join(lines))
+    datasets.disable_progress_bars()
+    with (tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"),
+          contextlib.redirect_stderr(io.StringIO()), contextlib.ExitStack() as after):  # fmt: skip
+        after.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
+        lines = "\n".join(json.dumps(dataclasses.asdict(item)) for item in items)
+        data = files.write_text(Path(folder, "items.jsonl"), lines)
         task = {"task": TASK, "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
                 "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": folder},
                 "doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}",
                 "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}  # fmt: skip
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer or course_model.load_tokenizer(), batch_size=batch_size,
-                       add_bos_token=False)  # fmt: skip
+        tokenizer = tokenizer or course_model.load_tokenizer()
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
         # the errors of means have a formula: the one bootstrap iteration only says that errors are wanted
         found = lm_eval.simple_evaluate(wrapped, tasks=[task], batch_size=batch_size, bootstrap_iters=1,
                                         task_manager=TaskManager(include_defaults=False))  # fmt: skip
-    samples = sorted(found["samples"][TASK], key=lambda sample: sample["doc_id"])
-    scores = found["results"][TASK]
+    samples, scores = sorted(found["samples"][TASK], key=lambda one: one["doc_id"]), found["results"][TASK]
     ours = summarize(items, [[response[0] for response in sample["filtered_resps"]] for sample in samples])
     hits, norm = (np.array([sample[key] for sample in samples], dtype=bool) for key in ("acc", "acc_norm"))
     return dataclasses.replace(

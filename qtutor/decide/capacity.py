@@ -19,6 +19,7 @@ Sources: llama.cpp's src/llama-quant.cpp (the mixtures) and src/llama-kv-cache.c
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import json
@@ -34,9 +35,6 @@ from .hardware import Device
 from .hardware import device as device_of
 
 GB, GIB, MIB = 10**9, 2**30, 2**20
-
-# ---------------------------------------------------------------------------------------------------------- models
-
 
 def llama(hidden, intermediate, layers, heads, kv_heads, vocab, context, theta=10000.0, tied=False, rope_factor=None):
     """Return the configuration of a Llama with Hugging Face's keys; ``rope_factor``: Llama 3.1's scaling of RoPE."""
@@ -66,10 +64,7 @@ MODELS: dict[str, dict] = {
 
 
 def config_of(model) -> dict:
-    """The configuration of ``model``, a dict with Hugging Face's keys.
-
-    ``model``: a name in :data:`MODELS`, a folder with a config.json, or such a dict.
-    """
+    """The configuration of a name in :data:`MODELS`, of a folder with a config.json, or such a dict itself."""
     if isinstance(model, dict):
         return model
     if model in MODELS:
@@ -78,6 +73,10 @@ def config_of(model) -> dict:
         return files.read_json(Path(model) / "config.json")
     raise QtutorError(f"There is no model {str(model)!r}: give a folder with a config.json, or one of "
                       f"{', '.join(MODELS)}.")  # fmt: skip
+
+
+def _folder(model) -> Path | None:
+    return Path(model).resolve() if not isinstance(model, dict) and model not in MODELS else None
 
 
 def _hyper(model) -> dict:
@@ -103,15 +102,20 @@ def parameters(model) -> int:
     return sum(prod(shape) for name, shape in _shapes(config_of(model)).items() if name != "rope_freqs.weight")
 
 
-# ------------------------------------------------------------------------------------------- the size of a file
+def _up(n: int, step: int = 32) -> int:
+    """``n`` rounded up to a multiple of ``step``; 32 is how GGUF aligns."""
+    return -(-n // step) * step
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // 32) * 32
-
-
-def _add_placeholder_vocabulary(writer, n: int) -> None:
-    """A SentencePiece vocabulary of Llama 2's form: three specials, 256 bytes, then made-up words."""
+def _add_vocabulary(writer, folder: Path | None, config: dict) -> None:
+    """The folder's tokenizer, so that the header is as long as the real one; else words of Llama 2's form."""
+    n = config["vocab_size"]
+    if folder and (folder / "tokenizer.json").is_file():
+        try:
+            return gguf_export.add_tokenizer(writer, files.read_json(folder / "tokenizer.json"), config, n)
+        except QtutorError:  # one that cannot be exported, such as SentencePiece: a plan needs the numbers only
+            for key in [key for key in writer.kv_data[0] if key.startswith("tokenizer.")]:
+                del writer.kv_data[0][key]
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *(f"w{i}" for i in range(n - 259))]
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
@@ -123,35 +127,20 @@ def _add_placeholder_vocabulary(writer, n: int) -> None:
     writer.add_add_bos_token(True)
 
 
-def _add_vocabulary(writer, folder: Path | None, config: dict) -> None:
-    """The folder's tokenizer, so that the header is as long as the real one; else placeholder words."""
-    if folder and (folder / "tokenizer.json").is_file():
-        try:
-            tokenizer = files.read_json(folder / "tokenizer.json")
-            return gguf_export.add_tokenizer(writer, tokenizer, config, config["vocab_size"])
-        except QtutorError:  # one that cannot be exported, such as SentencePiece: a plan needs the numbers only
-            for key in [key for key in writer.kv_data[0] if key.startswith("tokenizer.")]:
-                del writer.kv_data[0][key]
-    _add_placeholder_vocabulary(writer, config["vocab_size"])
-
-
 def write_stub(path, model, types: dict[str, str] | None = None, name: str = "stub",
                vocabulary: bool = True, ftype: int | None = None) -> llamacpp.Gguf:
     """Write a GGUF file with a complete header and a hole where the tensors would be; return what it declares.
 
-    ``types`` maps tensor names to GGML types, by default what a converter writes (F16 matrices, F32 norms).
-    ``vocabulary``: with the model folder's tokenizer, or placeholder words; ``ftype``: llama.cpp's number of the
-    mixture.  The hole takes no disk on file systems that know sparse files (ext4, tmpfs, APFS; NTFS stores the zeros).
+    ``types``: tensor name -> GGML type, by default what a converter writes (F16 matrices, F32 norms); ``ftype``:
+    llama.cpp's number of the mixture.  The hole takes no disk on ext4, tmpfs and APFS (NTFS stores the zeros).
     """
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter, size_label
 
-    path, config = Path(path), config_of(model)
+    path, config, folder = Path(path), config_of(model), _folder(model)
     hyper, weights, nbytes = _hyper(config), parameters(config), 0
-    folder = Path(model).resolve() if not isinstance(model, dict) and model not in MODELS else None
     try:
-        writer = GGUFWriter(path, "llama")
-        try:
+        with contextlib.closing(GGUFWriter(path, "llama")) as writer:
             gguf_export.add_metadata(writer, hyper, "f16", folder.name if folder else name, folder)
             writer.add_size_label(size_label(weights, weights, 0, 0))
             if ftype is not None:
@@ -160,17 +149,14 @@ def write_stub(path, model, types: dict[str, str] | None = None, name: str = "st
             for key, shape in _shapes(config).items():
                 kind = (types or {}).get(key, "F16" if len(shape) == 2 else "F32")
                 number, block, width = llamacpp.GGML[kind]
-                stored = {"F32": np.float32, "F16": np.float16}.get(kind, np.uint8)
-                row, size = shape[-1] // block * width // np.dtype(stored).itemsize, prod(shape) // block * width
-                writer.add_tensor_info(key, (*shape[:-1], row), np.dtype(stored), size,
-                                       raw_dtype=GGMLQuantizationType(number))  # fmt: skip
-                nbytes += _aligned(size)
+                stored = np.dtype({"F32": np.float32, "F16": np.float16}.get(kind, np.uint8))
+                row, size = shape[-1] // block * width // stored.itemsize, prod(shape) // block * width
+                writer.add_tensor_info(key, (*shape[:-1], row), stored, size, raw_dtype=GGMLQuantizationType(number))
+                nbytes += _up(size)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-        finally:
-            writer.close()
-        os.truncate(path, _aligned(path.stat().st_size) + nbytes)
+        os.truncate(path, _up(path.stat().st_size) + nbytes)
     except OSError as err:
         raise QtutorError(f"'{path}' cannot be written ({err.strerror or err}): choose another folder.") from None
     return llamacpp.check_gguf(llamacpp.trust(path))
@@ -178,12 +164,11 @@ def write_stub(path, model, types: dict[str, str] | None = None, name: str = "st
 
 @dataclass(frozen=True)
 class Size:
-    """What a file of one type holds, in bytes.
+    """What a file of one type holds, in bytes; ``gib``: the weights, ``gb``: the file in 10^9 bytes, as model cards do.
 
-    ``tensor_bytes``: the weights as stored, to the byte.  ``header_bytes``: metadata and vocabulary, exact for a model
-    folder, of a placeholder vocabulary for a name (a real one is a few hundred kB to a few MB long).
-    ``read_bytes``: what one generated token reads, i.e. everything but the input embedding, of which it reads one row.
-    ``gib``, ``gb``: the weights in 2^30 bytes, the file in 10^9 bytes, as model cards give it.
+    ``header_bytes``: metadata and vocabulary, exact for a model folder, of a placeholder vocabulary for a name (a real
+    one is a few hundred kB to a few MB long).  ``read_bytes``: what one generated token reads, i.e. everything but the
+    input embedding, of which it reads one row.
     """
 
     type: str
@@ -210,11 +195,8 @@ def size(model, type: str) -> Size:
     kinds = {kind: sum(t.nbytes for t in tensors if t.type == kind) for kind in sorted({t.type for t in tensors})}
     tied = not any(t.name == "output.weight" for t in tensors)
     read = sum(t.nbytes for t in tensors if tied or t.name != "token_embd.weight")
-    tokenizer = None if isinstance(model, dict) or model in MODELS else Path(model) / "tokenizer.json"
-    stamp = tokenizer.stat().st_mtime_ns if tokenizer and tokenizer.is_file() else None
-    header = _header(_key(model), stamp and str(tokenizer.parent), stamp)
     return Size(llamacpp.file_type(type).name, sum(prod(t.shape) for t in tensors),
-                sum(_aligned(t.nbytes) for t in tensors), header, read, kinds)  # fmt: skip
+                sum(_up(t.nbytes) for t in tensors), _header(_key(model), _folder(model)), read, kinds)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -235,30 +217,23 @@ def _plan(config: str, type: str) -> tuple[llamacpp.Tensor, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _header(config: str, model_folder: str | None, stamp) -> int:
+def _header(config: str, model_folder: Path | None) -> int:
     with _stub(model_folder or json.loads(config), vocabulary=True) as stub:
         return stub.data_offset
 
 
-# ------------------------------------------------------------------------------------- cache, buffers, bandwidth
-
 KV_STEP = 256  # llama.cpp rounds the cache of each sequence up to a multiple of this
 
 
-def kv_width(kv_type: str) -> float:
-    """Bytes of one value in a cache of this type: 2 in F16, 34 for a block of 32 in Q8_0."""
-    if str(kv_type).upper() not in llamacpp.KV_TYPES:
-        raise QtutorError(f"There is no cache type {kv_type!r}: choose one of {', '.join(llamacpp.KV_TYPES)}.")
-    block = llamacpp.GGML[str(kv_type).upper()]
-    return block.nbytes / block.weights
-
-
 def kv_bytes_per_token(model, kv_type: str = "F16") -> float:
-    """Bytes of keys and values of one token: 2 x layers x kv_heads x head_dim x bytes a value."""
-    hyper, width = _hyper(config_of(model)), kv_width(kv_type)
-    if hyper["head_dim"] % 32 and str(kv_type).upper() not in ("F32", "F16", "BF16"):
+    """Bytes of keys and values of one token: 2 x layers x kv_heads x head_dim x bytes a value (34 / 32 in Q8_0)."""
+    hyper, kind = _hyper(config_of(model)), str(kv_type).upper()
+    if kind not in llamacpp.KV_TYPES:
+        raise QtutorError(f"There is no cache type {kv_type!r}: choose one of {', '.join(llamacpp.KV_TYPES)}.")
+    block = llamacpp.GGML[kind]
+    if hyper["head_dim"] % block.weights:
         raise QtutorError(f"Heads of {hyper['head_dim']} values cannot be cached in blocks of 32: use F16.")
-    return 2 * hyper["layers"] * hyper["kv_heads"] * hyper["head_dim"] * width
+    return 2 * hyper["layers"] * hyper["kv_heads"] * hyper["head_dim"] * block.nbytes / block.weights
 
 
 def _cells(context: int, users: int) -> int:
@@ -266,7 +241,7 @@ def _cells(context: int, users: int) -> int:
     for name, value in (("context", context), ("users", users)):
         if not value >= 1 or value != int(value):
             raise QtutorError(f"{name}={value!r} must be a whole number of at least 1.")
-    return -(-int(context) // KV_STEP) * KV_STEP
+    return _up(int(context), KV_STEP)
 
 
 def kv_bytes(model, context: int, kv_type: str = "F16", users: int = 1) -> int:
@@ -280,36 +255,28 @@ def buffer_bytes(model, type: str, context: int, kv_type: str = "F16", users: in
     llama.cpp plans it for the stub without allocating (``no_alloc``), for this machine's processor; a GPU's plan
     differs by some percent.
     """
-    kv_width(kv_type)  # one clear sentence where there is no such cache
     return _buffer(_key(model), llamacpp.file_type(type).name, _cells(context, users), str(kv_type).upper(), users)
 
 
 @functools.lru_cache(maxsize=512)
 def _buffer(config: str, type: str, context: int, kv_type: str, users: int) -> int:
-    types = {t.name: t.type for t in _plan(config, type)}
-    lib, loaded, made = llamacpp.native(), None, None
-    with _stub(json.loads(config), types) as stub:
-        try:
-            params = lib.llama_model_default_params()
-            params.no_alloc, params.load_mode, params.n_gpu_layers = True, lib.LLAMA_LOAD_MODE_NONE, 0
-            llamacpp.log.clear()
-            loaded = lib.llama_model_load_from_file(os.fsencode(stub.path), params)
-            options = lib.llama_context_default_params()
-            options.n_ctx, options.n_seq_max = context * users, users
-            options.n_batch, options.n_ubatch = 2048, 512
-            options.op_offload = False
-            options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            options.type_k = options.type_v = llamacpp.GGML[kv_type].number
-            made = lib.llama_init_from_model(loaded, options) if loaded else None
-            sizes = re.findall(r"compute buffer size *= *([\d.]+) MiB", "".join(llamacpp.log))
-            if not made or not sizes:
-                raise QtutorError(f"llama.cpp cannot plan this context: {llamacpp.reason('no reason given')}.")
-            return int(sum(map(float, sizes)) * MIB)
-        finally:
-            if made:
-                lib.llama_free(made)
-            if loaded:
-                lib.llama_model_free(loaded)
+    lib, types = llamacpp.native(), {t.name: t.type for t in _plan(config, type)}
+    with _stub(json.loads(config), types) as stub, contextlib.ExitStack() as after:
+        params = lib.llama_model_default_params()
+        params.no_alloc, params.load_mode, params.n_gpu_layers = True, lib.LLAMA_LOAD_MODE_NONE, 0
+        llamacpp.log.clear()
+        if loaded := lib.llama_model_load_from_file(os.fsencode(stub.path), params):
+            after.callback(lib.llama_model_free, loaded)
+        options = lib.llama_context_default_params()
+        options.n_ctx, options.n_seq_max, options.n_batch, options.n_ubatch = context * users, users, 2048, 512
+        options.flash_attn_type, options.op_offload = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED, False
+        options.type_k = options.type_v = llamacpp.GGML[kv_type].number
+        if made := loaded and lib.llama_init_from_model(loaded, options):
+            after.callback(lib.llama_free, made)
+        sizes = re.findall(r"compute buffer size *= *([\d.]+) MiB", "".join(llamacpp.log))
+        if not made or not sizes:
+            raise QtutorError(f"llama.cpp cannot plan this context: {llamacpp.reason('no reason given')}.")
+        return int(sum(map(float, sizes)) * MIB)
 
 
 def step_bytes(model, type: str, cached: float, kv_type: str = "F16", users: int = 1) -> float:
@@ -320,12 +287,6 @@ def step_bytes(model, type: str, cached: float, kv_type: str = "F16", users: int
 def ceiling(model, type: str, cached: float, gb_per_s: float, kv_type: str = "F16", users: int = 1) -> float:
     """Tokens/s of all users together that memory of ``gb_per_s`` (10^9 bytes) cannot exceed; arithmetic not counted."""
     return users * gb_per_s * GB / step_bytes(model, type, cached, kv_type, users)
-
-
-# ----------------------------------------------------------------------------------------------------- does it fit
-
-OVERHEAD_GIB = 1.0  # what driver, CUDA context and libraries take, beside what llama.cpp accounts for
-
 
 @dataclass(frozen=True)
 class Fit:
@@ -344,9 +305,9 @@ class Fit:
     weights_gib: float
     kv_gib: float
     buffers_gib: float
-    overhead_gib: float
     ceiling_tokens_per_s: float
 
+    overhead_gib = 1.0  # what driver, CUDA context and libraries take, beside what llama.cpp accounts for
     total_gib = property(lambda self: self.weights_gib + self.kv_gib + self.buffers_gib + self.overhead_gib)
     free_gib = property(lambda self: self.device.memory_gib - self.total_gib)  # negative where it does not fit
     fits = property(lambda self: self.free_gib >= 0)
@@ -358,21 +319,12 @@ def fits(model, type: str, context: int | None = None, device="H100 SXM", kv_typ
     return Fit(
         model if isinstance(model, str) else "model", llamacpp.file_type(type).name, context, str(kv_type).upper(),
         users, device, size(model, type).read_bytes / GIB, kv_bytes(model, context, kv_type, users) / GIB,
-        buffer_bytes(model, type, context, kv_type, users) / GIB, OVERHEAD_GIB,
+        buffer_bytes(model, type, context, kv_type, users) / GIB,
         ceiling(model, type, context, device.gb_per_s, kv_type, users))  # fmt: skip
-
-
-def largest_type(model, context: int, device, types, **options) -> str | None:
-    """The largest of ``types`` that fits, or None; ``options`` as for :func:`fits`."""
-    by_size = sorted(types, key=lambda t: -size(model, t).tensor_bytes)
-    return next((t for t in by_size if fits(model, t, context, device, **options).fits), None)
 
 
 def largest_context(model, type: str, device, users: int = 1, kv_type: str = "F16") -> int:
     """The longest context for each user that fits, a multiple of 256 up to the model's own; 0 where none does."""
-    low, high = 0, -(-config_of(model)["max_position_embeddings"] // KV_STEP)
-    while low < high:  # the need grows with the context: halve the interval
-        middle = (low + high + 1) // 2
-        enough = fits(model, type, middle * KV_STEP, device, kv_type, users).fits
-        low, high = (middle, high) if enough else (low, middle - 1)
-    return low * KV_STEP
+    steps = range(KV_STEP, config_of(model)["max_position_embeddings"] + KV_STEP, KV_STEP)
+    too_long = bisect.bisect_left(steps, True, key=lambda n: not fits(model, type, n, device, kv_type, users).fits)
+    return too_long * KV_STEP

@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy import stats
 
 from .. import QtutorError, results
 from . import capacity, cost, hardware
@@ -37,64 +38,38 @@ SAME_FORM |= {name: name.removesuffix(", compiled") for name, one in TECHNIQUES.
 
 @dataclass(frozen=True)
 class Need:
-    """What is wanted, and what there is.
+    """What is wanted, and what there is."""
 
-    model:          a name in capacity.MODELS, or a folder with a config.json
-    device:         a hardware.Device, its name in hardware.DEVICES, or the name that its driver gives it
-    users, context: sequences at the same time, and the tokens that the cache of each holds
-    tokens_per_s:   wanted speed for each user
-    max_loss:       perplexity that may be lost: 0.01 is 1 %;  max_kld: mean KL divergence allowed, in nats
-    max_usd_per_million: what a million tokens may cost, on a device of usd_per_hour (by default the device's example)
-    can_train:      whether there is a budget for quantization-aware training
-    runtime:        "any", "pytorch" (Transformer Engine too) or "llama.cpp"
-    keep_free_gib:  memory to leave free: for one more user, or a longer prompt
-    prefer:         what decides among those that will do: "quality", "speed" or "memory"
-    """
-
-    model: str = "Llama-2-7B"
-    device: str | hardware.Device = "H100 SXM"
-    users: int = 1
-    context: int = 4096
-    tokens_per_s: float = 0.0
-    max_loss: float = math.inf
-    max_kld: float = math.inf
-    usd_per_hour: float | None = None
-    max_usd_per_million: float = math.inf
-    can_train: bool = False
-    runtime: str = "any"
-    keep_free_gib: float = 0.0
-    prefer: str = "quality"
+    model: str = "Llama-2-7B"  # a name in capacity.MODELS, or a folder with a config.json
+    device: str | hardware.Device = "H100 SXM"  # itself, its name in hardware.DEVICES, or its driver's name for it
+    users: int = 1  # sequences at the same time
+    context: int = 4096  # tokens that the cache of each user holds
+    tokens_per_s: float = 0.0  # wanted speed for each user
+    max_loss: float = math.inf  # perplexity that may be lost: 0.01 is 1 %
+    usd_per_hour: float | None = None  # by default the device's example price
+    max_usd_per_million: float = math.inf  # what a million tokens may cost
+    can_train: bool = False  # whether there is a budget for quantization-aware training
+    runtime: str = "any"  # or "pytorch" (Transformer Engine too), or "llama.cpp"
+    keep_free_gib: float = 0.0  # memory to leave free: for one more user, or a longer prompt
+    prefer: str = "quality"  # or "speed", or "memory": what decides among those that will do
 
     def __post_init__(self):
         for name, allowed in (("runtime", RUNTIMES), ("prefer", PREFER)):
             if getattr(self, name) not in allowed:
                 raise QtutorError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
-        for name in ("users", "context"):
-            if getattr(self, name) < 1 or getattr(self, name) != int(getattr(self, name)):
-                raise QtutorError(f"{name} must be a whole number from 1 on, and is {getattr(self, name)!r}.")
-        for name in ("tokens_per_s", "max_loss", "max_kld", "max_usd_per_million", "keep_free_gib"):
+        for name in ("tokens_per_s", "max_loss", "max_usd_per_million", "keep_free_gib"):
             if not getattr(self, name) >= 0:
                 raise QtutorError(f"{name} must be a number that is not negative, and is {getattr(self, name)!r}.")
 
 
-# ------------------------------------------------------------------------------------------------------- recordings
-
-
-@dataclass(frozen=True)
 class Recording:
     """The results a decision rests on: ``tradeoff`` (of a GPU, else of a CPU), ``llama70b`` and ``qat_recovery``."""
 
-    tradeoff: results.Results | None
-    llama70b: results.Results | None
-    qat: results.Results | None
-
-    @classmethod
-    def load(cls, directory=None) -> Recording:
-        """``directory``: where results are, by default the course's."""
-        tradeoff = results.on_gpu("tradeoff", directory)
-        if tradeoff is None and results.exists("tradeoff", "cpu", directory):
-            tradeoff = results.load("tradeoff", "cpu", directory)
-        return cls(tradeoff, results.on_gpu("llama70b", directory), results.on_gpu("qat_recovery", directory))
+    def __init__(self, directory=None):
+        self.tradeoff, self.llama70b, self.qat = (
+            results.on_gpu(name, directory) for name in ("tradeoff", "llama70b", "qat_recovery"))  # fmt: skip
+        if self.tradeoff is None and results.exists("tradeoff", "cpu", directory):
+            self.tradeoff = results.load("tradeoff", "cpu", directory)
 
     def quality(self, technique: Technique) -> list[dict]:
         """The rows of the course model with this technique, one for each seed."""
@@ -123,9 +98,6 @@ def _rows(run: results.Results | None, **where) -> list[dict]:
     return [row for row in (run.rows if run else ()) if all(row.get(key) == value for key, value in where.items())]
 
 
-# ------------------------------------------------------------------------------------------------ sizes and speeds
-
-
 def weight_bytes(technique: Technique, model: str, recording: Recording) -> tuple[float, float] | None:
     """(bytes of the weights, bytes of them that a token reads); None where no size is known.
 
@@ -135,9 +107,8 @@ def weight_bytes(technique: Technique, model: str, recording: Recording) -> tupl
     if technique.gguf:
         size = capacity.size(model, technique.gguf)
         return size.tensor_bytes, size.read_bytes
-    name = SAME_FORM.get(technique.name, technique.name)
-    rows = [row for row in _rows(recording.tradeoff, shape="llama2_7b", technique=name) if row.get("weights_mb")]
-    if not rows:
+    rows = _rows(recording.tradeoff, shape="llama2_7b", technique=SAME_FORM.get(technique.name, technique.name))
+    if not (rows := [row for row in rows if row.get("weights_mb")]):
         return None
     (weights7, tables7, _), (weights, tables, embedding) = _counts("Llama-2-7B"), _counts(model)
     per_weight = (rows[0]["weights_mb"] * 1e6 - 2 * tables7) / (weights7 - tables7)
@@ -160,8 +131,7 @@ def speed(technique: Technique, need: Need, read: float, recording: Recording) -
     arithmetic) takes as long as it did.  The truth lies between.  At the measured shape, on the measured device, both
     give back the measurement.
     """
-    device = hardware.device(need.device)
-    per_token = capacity.kv_bytes_per_token(need.model)
+    device, per_token = hardware.device(need.device), capacity.kv_bytes_per_token(need.model)
     floor_s = (read + need.users * need.context * per_token) / (device.gb_per_s * 1e9)
     measured = recording.speeds(technique, need.model) if device.cuda else None
     if measured is None or not measured[2][0]["batch"] <= need.users <= measured[2][-1]["batch"]:
@@ -169,60 +139,63 @@ def speed(technique: Technique, need: Need, read: float, recording: Recording) -
     known, on, rows = measured
     batches = [row["batch"] for row in rows]
     step_s = np.interp(need.users, batches, [row["batch"] / row["decode_tokens_per_s"] for row in rows])
-    cached = np.interp(need.users, batches, [_cached(row) for row in rows])
+    cached = np.interp(need.users, batches, [  # tokens of a sequence, on average over the measurement
+        row.get("decode_context") or row["prefill_tokens"] + row["decode_tokens"] / 2 for row in rows])
     read_there = weight_bytes(technique, known, recording)[1]
-    bandwidth = hardware.device(on).gb_per_s * 1e9
-    floor_there_s = (read_there + need.users * cached * capacity.kv_bytes_per_token(known)) / bandwidth
+    bytes_there = read_there + need.users * cached * capacity.kv_bytes_per_token(known)
+    floor_there_s = bytes_there / (hardware.device(on).gb_per_s * 1e9)
     in_proportion, rest_stays = step_s / floor_there_s * floor_s, step_s - floor_there_s + floor_s
     used = [row for row in rows if row["batch"] == need.users] or rows
     return 1 / max(in_proportion, rest_stays), 1 / min(in_proportion, rest_stays), used
 
 
-def _cached(row: dict) -> float:
-    """Tokens of each sequence in the cache, on average over a measurement."""
-    return row["decode_context"] if "decode_context" in row else row["prefill_tokens"] + row["decode_tokens"] / 2
-
-
-# ------------------------------------------------------------------------------------------------------ constraints
-
-
 @dataclass
 class Option:
-    """A technique under given requirements.
-
-    ``missed``: requirement -> what is wrong; ``unknown``: requirement -> what nobody has measured.  ``loss`` (share of
-    perplexity) and ``kld`` (nats) of the course model, None where not measured.  ``speed``: tokens/s for each user, at
-    least and at most.  ``rows``: the measurements behind all of it.
-    """
+    """A technique under given requirements; what was not measured is None."""
 
     technique: Technique
-    missed: dict = field(default_factory=dict)
-    unknown: dict = field(default_factory=dict)
+    missed: dict = field(default_factory=dict)  # requirement -> what is wrong
+    relax: dict = field(default_factory=dict)  # requirement -> what to give way on, and by how much
+    unknown: dict = field(default_factory=dict)  # requirement -> what nobody has measured
     memory_gib: float | None = None
-    loss: float | None = None
+    loss: float | None = None  # share of perplexity, of the course model
     loss_se: float | None = None
-    kld: float | None = None
-    speed: tuple[float, float] | None = None
+    kld: float | None = None  # nats, of the course model
+    speed: tuple[float, float] | None = None  # tokens/s for each user, at least and at most
     usd_per_million: tuple[float, float] | None = None
-    rows: list = field(default_factory=list)
+    rows: list = field(default_factory=list)  # the measurements behind all of it
+    faults: int = 0
+    factor: float = 1.0
 
     @property
     def verdict(self) -> str:
         """ "yes", "no", or "unknown": nothing speaks against it, but not all of it was measured."""
         return "no" if self.missed else "unknown" if self.unknown else "yes"
 
+    def miss(self, name: str, wrong: str, relax: str, factor: float | None = None) -> None:
+        """Note a requirement that is missed by a ``factor``; None is harder to give way on than any number."""
+        self.missed[name], self.relax[name] = wrong, relax
+        self.faults += 3 if factor is None else 1
+        self.factor *= factor or 1.0
+
+    def distance(self) -> tuple:
+        """How far it is from what is needed: verdict, requirements missed, by which factor; then its quality."""
+        quality = math.inf if self.kld is None else self.kld
+        verdict = ("yes", "unknown", "no").index(self.verdict)
+        return verdict, self.faults + 0.5 * len(self.unknown), self.factor, quality
+
 
 def assess(technique: Technique, need: Need, recording: Recording) -> Option:
     """Hold one technique against every requirement."""
     option, device = Option(technique), hardware.device(need.device)
     if need.runtime not in ("any", "pytorch" if technique.runtime == "te" else technique.runtime):
-        option.missed["runtime"] = f"it runs in {technique.runtime}"
+        option.miss("runtime", f"it runs in {technique.runtime}", f"use {technique.runtime}")
     if technique.needs == "fp8" and not device.fp8:
-        option.missed["hardware"] = f"it needs FP8 units, which {device.name} does not have"
+        option.miss("hardware", f"it needs FP8 units, which {device.name} does not have", "use a GPU that has them")
     elif technique.runtime != "llama.cpp" and not device.cuda:
-        option.missed["hardware"] = "its size and speed were measured on a CUDA GPU, and there is none here"
+        option.miss("hardware", "its size and speed were measured on a CUDA GPU, and there is none here", "use a GPU")
     if technique.trained and not need.can_train:
-        option.missed["training"] = "it must be trained, and there is no budget for that"
+        option.miss("training", "it must be trained, and there is no budget for that", "plan a training run")
     _quality(option, need, recording)
     found = weight_bytes(technique, need.model, recording)
     if found is None:
@@ -235,17 +208,16 @@ def assess(technique: Technique, need: Need, recording: Recording) -> Option:
 
 def _quality(option: Option, need: Need, recording: Recording) -> None:
     rows = recording.quality(option.technique)
-    if rows:
-        option.loss = float(np.mean([row["perplexity_ratio"] for row in rows])) - 1
-        option.loss_se = float(np.mean([row["perplexity_ratio_se"] for row in rows]))
-        option.kld = float(np.mean([row["kld_mean"] for row in rows]))
-        option.rows += rows
-    for name, value, limit, text in (("loss", option.loss, need.max_loss, "{:.2%} of perplexity"),
-                                     ("KLD", option.kld, need.max_kld, "a KL divergence of {:.3g} nats")):  # fmt: skip
-        if value is None:
-            option.unknown["quality"] = "its loss has not been measured"
-        elif value > limit:
-            option.missed[name] = f"it costs {text.format(value)}, and {text.format(limit)} is allowed"
+    if not rows:
+        option.unknown["quality"] = "its loss has not been measured"
+        return
+    option.rows += rows
+    ratio, option.loss_se, option.kld = (
+        float(np.mean([row[key] for row in rows])) for key in ("perplexity_ratio", "perplexity_ratio_se", "kld_mean"))
+    option.loss = ratio - 1
+    if option.loss > need.max_loss:
+        wrong = f"it costs {option.loss:.2%} of perplexity, and {need.max_loss:.2%} of perplexity is allowed"
+        option.miss("loss", wrong, f"allow {option.loss:.2%} more perplexity", option.loss / max(need.max_loss, 1e-3))
 
 
 def _memory(option: Option, need: Need, device: hardware.Device, weights: float) -> None:
@@ -255,9 +227,13 @@ def _memory(option: Option, need: Need, device: hardware.Device, weights: float)
     else:
         cache = capacity.kv_bytes(need.model, need.context, users=need.users)
         option.memory_gib = (weights + cache) / GIB + device.reserve_gib
-    if option.memory_gib > device.memory_gib - need.keep_free_gib:
+    there = device.memory_gib - need.keep_free_gib
+    if (over := option.memory_gib - there) > 0:
         free = f", of which {need.keep_free_gib:g} are to stay free" if need.keep_free_gib else ""
-        option.missed["memory"] = f"it needs {option.memory_gib:.1f} GiB and there are {device.memory_gib:.1f}{free}"
+        tokens = need.users * need.context - int(over * GIB / capacity.kv_bytes_per_token(need.model)) - 1
+        cut = f", or keep all users' contexts within {tokens:,} tokens together" if tokens >= 256 else ""
+        option.miss("memory", f"it needs {option.memory_gib:.1f} GiB and there are {device.memory_gib:.1f}{free}",
+                    f"find {over:.1f} GiB more{cut}", option.memory_gib / max(there, 1e-9))  # fmt: skip
 
 
 def _speed(option: Option, need: Need, device: hardware.Device, read: float, recording: Recording) -> None:
@@ -266,7 +242,8 @@ def _speed(option: Option, need: Need, device: hardware.Device, read: float, rec
     option.rows += rows
     said = f"for each user, and {need.tokens_per_s:g} are wanted" if need.tokens_per_s else "for each user"
     if high < need.tokens_per_s * 0.999:  # floating-point noise decides nothing
-        option.missed["speed"] = f"it writes at most {high:.3g} tokens/s {said}"
+        wrong = f"it writes at most {high:.3g} tokens/s {said}"
+        option.miss("speed", wrong, f"accept {high:.3g} tokens/s", need.tokens_per_s / high)
     elif not rows:
         option.unknown["speed"] = f"its speed has not been measured ({_between(low, high)} tokens/s {said})"
     elif low < need.tokens_per_s * 0.999:
@@ -277,19 +254,17 @@ def _speed(option: Option, need: Need, device: hardware.Device, read: float, rec
         option.usd_per_million = cost.cost_per_million_tokens(need.users * high, usd_per_hour), dearest
     cheapest, most = option.usd_per_million or (0.0, math.inf)
     if cheapest > need.max_usd_per_million:
-        option.missed["price"] = (f"a million tokens cost at least {cheapest:.2f} USD, and "
-                                  f"{need.max_usd_per_million:.2f} are allowed")  # fmt: skip
+        wrong = f"a million tokens cost at least {cheapest:.2f} USD, and {need.max_usd_per_million:.2f} are allowed"
+        option.miss("price", wrong, f"allow {cheapest:.2f} USD", cheapest / max(need.max_usd_per_million, 1e-9))
     elif most > need.max_usd_per_million:
         option.unknown["price"] = f"a million tokens cost {cheapest:.2f} USD or more"
 
 
 def _between(low: float, high: float, number: str = ".3g") -> str:
-    if high < 1.1 * low:
-        return f"about {(low * high) ** 0.5:{number}}"
-    return f"at most {high:{number}}" if low == 0 else f"{low:{number}} to {high:{number}}"
+    if low == 0 or high == math.inf:
+        return f"at most {high:{number}}" if low == 0 else f"{low:{number}} or more"
+    return f"about {(low * high) ** 0.5:{number}}" if high < 1.1 * low else f"{low:{number}} to {high:{number}}"
 
-
-# --------------------------------------------------------------------------------------------------------- deciding
 
 # preference -> what is compared, in this order; the smaller wins
 ORDER = {
@@ -306,116 +281,59 @@ def dominates(a: Option, b: Option) -> bool:
 
 
 def decide(need: Need, directory=None) -> Decision:
-    """Constraints, then the front of what is left, then one recommendation by ``need.prefer``.
-
-    ``directory``: where results are, by default the course's.  Raises QtutorError for a model or device that is not
-    known.
-    """
-    recording = Recording.load(directory)
+    """Constraints, then the front of what is left, then one recommendation by ``need.prefer``."""
+    recording = Recording(directory)
     options = [assess(technique, need, recording) for technique in (*TECHNIQUES.values(), AFTER_QAT)
                if not technique.emulated and technique.name != "FP32"]  # fmt: skip
     will_do = [option for option in options if option.verdict == "yes"]
     front = [option for option in will_do if not any(dominates(other, option) for other in will_do)]
     front.sort(key=ORDER[need.prefer])
-    rest = sorted((option for option in options if option not in front), key=lambda o: _distance(o, need))
+    rest = sorted((option for option in options if option not in front), key=Option.distance)
     return Decision(need, front, [*front, *rest])
-
-
-def _distance(option: Option, need: Need) -> tuple:
-    """How far an option is from what is needed: verdict, number of requirements missed, and by which factor."""
-    device, factor = hardware.device(need.device), 1.0
-    if "memory" in option.missed:
-        factor *= option.memory_gib / max(device.memory_gib - need.keep_free_gib, 1e-9)
-    if "speed" in option.missed:
-        factor *= need.tokens_per_s / option.speed[1]
-    if "price" in option.missed:
-        factor *= option.usd_per_million[0] / max(need.max_usd_per_million, 1e-9)
-    for name, value, limit in (("loss", option.loss, need.max_loss), ("KLD", option.kld, need.max_kld)):
-        if name in option.missed:
-            factor *= value / max(limit, 1e-3)
-    hard = len({"hardware", "runtime", "training"} & set(option.missed))  # harder to give way on than a number
-    faults = len(option.missed) + 2 * hard + 0.5 * len(option.unknown)
-    quality = math.inf if option.kld is None else option.kld
-    return ("yes", "unknown", "no").index(option.verdict), faults, factor, quality
 
 
 @dataclass
 class Decision:
-    """What :func:`decide` found: the ``front`` (best first) and all ``options``: yes, then unknown, then no."""
+    """What :func:`decide` found: the ``front`` (best first) and all ``options``: yes, then unknown, then no.
+
+    ``best`` is the recommended option, None where nothing is known to do.
+    """
 
     need: Need
     front: list
     options: list
 
-    @property
-    def best(self) -> Option | None:
-        """The recommended option; None where nothing is known to do."""
-        return self.front[0] if self.front else None
+    best = property(lambda self: self.front[0] if self.front else None)
 
     @property
     def sentence(self) -> str:
         """The recommendation with its numbers; where nothing is known to do, what to measure or to relax."""
-        if self.best is None:
-            return self._nothing()
-        best, device = self.best, hardware.device(self.need.device)
-        then = "Nothing else is known to do."
-        if len(self.front) > 1:
-            then = f"Next on the front: {self.front[1].technique.name}."
-        return (f"{best.technique.name}: {best.memory_gib:.1f} of {device.memory_gib:.1f} GiB, {_between(*best.speed)} "
-                f"tokens/s a user, perplexity {best.loss:+.2%} (course model). {then}")  # fmt: skip
-
-    def _nothing(self) -> str:
-        closest = self.options[0]
-        if closest.verdict == "unknown":
-            return (f"Nothing is known to do. {closest.technique.name} may: {' and '.join(closest.unknown.values())}. "
-                    "Measure it first.")  # fmt: skip
-        relax = " and ".join(self._relax(name, closest) for name in closest.missed)
-        wrong = " and ".join(closest.missed.values())
-        return f"Nothing will do. {closest.technique.name} comes closest, but {wrong}: {relax}."
-
-    def _relax(self, name: str, option: Option) -> str:
-        """What to give way on, and by how much, so that ``option`` no longer misses this requirement."""
-        if name != "memory":
-            return {
-                "speed": lambda: f"accept {option.speed[1]:.3g} tokens/s",
-                "price": lambda: f"allow {option.usd_per_million[0]:.2f} USD",
-                "loss": lambda: f"allow {option.loss:.2%} more perplexity",
-                "KLD": lambda: f"allow {option.kld:.3g} nats",
-                "training": lambda: "plan a training run",
-                "runtime": lambda: f"use {option.technique.runtime}",
-                "hardware": lambda: "use a GPU that has them" if option.technique.needs == "fp8" else "use a GPU",
-            }[name]()
-        need = self.need
-        over = option.memory_gib - (hardware.device(need.device).memory_gib - need.keep_free_gib)
-        tokens = need.users * need.context - int(over * GIB / capacity.kv_bytes_per_token(need.model)) - 1
-        cut = f", or keep all users' contexts within {tokens:,} tokens together" if tokens >= 256 else ""
-        return f"find {over:.1f} GiB more{cut}"
+        first = self.options[0]
+        name, wrong, unknown = first.technique.name, first.missed.values(), first.unknown.values()
+        if first.verdict == "no":
+            relax = " and ".join(first.relax.values())
+            return f"Nothing will do. {name} comes closest, but {' and '.join(wrong)}: {relax}."
+        if first.verdict == "unknown":
+            return f"Nothing is known to do. {name} may: {' and '.join(unknown)}. Measure it first."
+        there = hardware.device(self.need.device).memory_gib
+        then = [f"Next on the front: {other.technique.name}." for other in self.front[1:2]]
+        return (f"{name}: {first.memory_gib:.1f} of {there:.1f} GiB, {_between(*first.speed)} tokens/s a user, "
+                f"perplexity {first.loss:+.2%} (course model). {then[0] if then else 'Nothing else is known to do.'}")
 
     def frame(self):
         """Every technique as a row of a pandas DataFrame, best first: will it do, and why or why not."""
         import pandas
 
-        def row(o: Option) -> dict:
-            on_front = "on the front" if o in self.front else "another is no worse in anything"
-            return {
-                "technique": o.technique.name, "will do": o.verdict,
-                "memory, GiB": "" if o.memory_gib is None else f"{o.memory_gib:.1f}",
-                "tokens/s a user": "" if o.speed is None else _between(*o.speed),
-                "USD / 1M tokens": "" if o.usd_per_million is None else _price(*o.usd_per_million),
-                "perplexity": "not measured" if o.loss is None else f"{o.loss:+.2%} ± {o.loss_se:.2%}",
-                "why": "; ".join([*o.missed.values(), *o.unknown.values()]) or on_front,
-            }  # fmt: skip
+        return pandas.DataFrame([{
+            "technique": o.technique.name, "will do": o.verdict,
+            "memory, GiB": "" if o.memory_gib is None else f"{o.memory_gib:.1f}",
+            "tokens/s a user": "" if o.speed is None else _between(*o.speed),
+            "USD / 1M tokens": "" if o.usd_per_million is None else _between(*o.usd_per_million, ".2f"),
+            "perplexity": "not measured" if o.loss is None else f"{o.loss:+.2%} ± {o.loss_se:.2%}",
+            "why": "; ".join([*o.missed.values(), *o.unknown.values()])
+                   or ("on the front" if o in self.front else "another is no worse in anything"),
+        } for o in self.options]).set_index("technique")  # fmt: skip
 
-        return pandas.DataFrame([row(option) for option in self.options]).set_index("technique")
-
-
-def _price(low: float, high: float) -> str:
-    if high == math.inf:
-        return f"{low:.2f} or more"
-    return f"{low:.2f}" if high < 1.1 * low else f"{low:.2f} to {high:.2f}"
-
-
-# --------------------------------------------------------------------------------------------------------- training
 
 RECIPES = {"BF16": 0.0, "FP8 delayed": 8.9, "FP8 current": 8.9, "FP8 block": 9.0}  # -> compute capability that it needs
 SAME_LOSS_NATS = 0.02  # a recipe may end this much above BF16's held-out loss: 2 % of perplexity
@@ -433,30 +351,30 @@ def training(model: str, device="H100 SXM", tokens_per_step: int = 16384, direct
     device, width = hardware.device(device), capacity.config_of(model)["hidden_size"]
     rows = []
     for recipe, capability in RECIPES.items():
-        found, (loss, loss_se) = _step_against_bf16(recipe, width, tokens_per_step, directory), _loss(recipe, directory)
+        speed, memory = _step_against_bf16(recipe, width, tokens_per_step, directory)
+        loss, loss_se = _loss(recipe, directory)
         why = (f"it needs compute capability {capability}" if (device.compute_capability or 0) < capability else
-               "its speed was not measured at this size" if found["speed"] is None else
+               "its speed was not measured at this size" if speed is None else
                "its loss was not measured" if loss is None else
                "its loss ends too far from BF16's" if loss > SAME_LOSS_NATS else
-               "slower than BF16" if found["speed"] < 1 else "")  # fmt: skip
-        rows.append({"recipe": recipe, "speed": found["speed"], "memory": found["memory"], "loss, nats": loss,
-                     "± se": loss_se, "will do": not why, "why not": why})  # fmt: skip
+               "slower than BF16" if speed < 1 else "")  # fmt: skip
+        rows.append({"recipe": recipe, "speed": speed, "memory": memory, "loss, nats": loss, "± se": loss_se,
+                     "will do": not why, "why not": why})  # fmt: skip
     return pandas.DataFrame(rows).sort_values(["will do", "speed"], ascending=False).set_index("recipe")
 
 
-def _step_against_bf16(recipe: str, width: int, tokens: int, directory) -> dict:
+def _step_against_bf16(recipe: str, width: int, tokens: int, directory) -> tuple[float | None, float | None]:
     """Speed and peak memory of a training step as multiples of BF16's, measured at this width and no more tokens."""
     if recipe == "BF16":
-        return {"speed": 1.0, "memory": 1.0}
-    layers = [row for row in _rows(results.on_gpu("fp8_layers", directory), hidden=width) if row["tokens"] <= tokens]
-    steps = {row["rung"]: row for row in layers}
-    if {"TE BF16", f"TE {recipe}"} <= set(steps):
-        base, this = steps["TE BF16"], steps[f"TE {recipe}"]
-        return {"speed": base["ms_per_step"] / this["ms_per_step"], "memory": this["peak_gib"] / base["peak_gib"]}
-    near = [row for row in _rows(results.on_gpu("fp8_breakeven", directory), graph=True)
-            if row["hidden"] <= width and row["tokens"] <= tokens and recipe == "FP8 delayed"]  # fmt: skip
-    best = max(near, key=lambda row: (row["hidden"], row["tokens"]), default={})
-    return {"speed": best.get("speedup"), "memory": None}
+        return 1.0, 1.0
+    layers, steps = (results.on_gpu(name, directory) for name in ("fp8_layers", "fp8_breakeven"))
+    rungs = {row["rung"]: row for row in _rows(layers, hidden=width) if row["tokens"] <= tokens}
+    if {"TE BF16", f"TE {recipe}"} <= set(rungs):
+        base, this = rungs["TE BF16"], rungs[f"TE {recipe}"]
+        return base["ms_per_step"] / this["ms_per_step"], this["peak_gib"] / base["peak_gib"]
+    near = [row for row in _rows(steps, graph=True) if row["hidden"] <= width and row["tokens"] <= tokens]
+    best = max(near, key=lambda row: (row["hidden"], row["tokens"]), default={}) if recipe == "FP8 delayed" else {}
+    return best.get("speedup"), None
 
 
 def _loss(recipe: str, directory) -> tuple[float | None, float | None]:
@@ -464,6 +382,5 @@ def _loss(recipe: str, directory) -> tuple[float | None, float | None]:
     rows = [row for row in _rows(results.on_gpu("fp8_loss", directory)) if row["step"] == row["steps"]]
     base, this = ({row["seed"]: row["held_out_nats"] for row in rows if row["recipe"] == r} for r in ("BF16", recipe))
     apart = [nats - base[seed] for seed, nats in this.items() if seed in base]
-    if not apart:
-        return None, None
-    return float(np.mean(apart)), float(np.std(apart, ddof=1) / len(apart) ** 0.5) if len(apart) > 1 else None
+    se = float(stats.sem(apart)) if len(apart) > 1 else None
+    return (float(np.mean(apart)), se) if apart else (None, None)

@@ -44,11 +44,6 @@ class Device:
         return (self.compute_capability or 0) >= 8.9
 
     @property
-    def fp8_blocks(self) -> bool:
-        """Transformer Engine's block scaling, which wants Hopper or Blackwell."""
-        return (self.compute_capability or 0) >= 9.0
-
-    @property
     def reserve_gib(self) -> float:
         """Memory to leave for activations and, on a GPU, the CUDA context and its libraries."""
         return 1.5 if self.cuda else 0.5
@@ -66,7 +61,7 @@ _MAC = "https://www.apple.com/mac-studio/specs/"
 # the GPU use by default.  The watts of a Mac are the most that the whole machine takes from the wall
 # (https://support.apple.com/en-us/102027).  Compute capabilities: https://developer.nvidia.com/cuda-gpus
 # name, memory (MiB), GB/s, W, compute capability, link, source, key of cost.PRICES
-_TABLE = (
+DEVICES = {name: Device(name, mib / 1024, *rest) for name, mib, *rest in (
     ("H100 SXM", 81559, 3350, 700, 9.0, "NVLink", _NV + "h100/", "H100"),
     ("H100 PCIe", 81559, 2000, 350, 9.0, "PCIe", _NV + "h100/", "H100 PCIe"),
     ("H100 NVL", 95830, 3900, 400, 9.0, "NVLink bridge", _NV + "h100/", "H100 NVL"),
@@ -84,19 +79,13 @@ _TABLE = (
     ("RTX 3090", 24576, 936, 350, 8.6, "PCIe", _GEFORCE + "30-series/rtx-3090-3090ti/", "RTX 3090"),
     ("Mac Studio M4 Max 128 GB", 98304, 546, 145, None, "", _MAC, ""),
     ("Mac Studio M3 Ultra 256 GB", 196608, 819, 270, None, "", _MAC, ""),
-)
-DEVICES: dict[str, Device] = {name: Device(name, mib / 1024, *rest) for name, mib, *rest in _TABLE}
+)}  # fmt: skip
 
 
 def device(name) -> Device:
-    """A :class:`Device`, from itself, its name in :data:`DEVICES`, or the name that its driver gives it.
-
-    Raises QtutorError for one that is not in the table.
-    """
-    if isinstance(name, Device):
-        return name
-    if name in DEVICES:
-        return DEVICES[name]
+    """A :class:`Device`, from itself, its name in :data:`DEVICES`, or the name that its driver gives it."""
+    if isinstance(name, Device) or name in DEVICES:
+        return DEVICES.get(name, name)
     words = set(str(name).replace("-", " ").split())  # "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3"
     near = [known for known in DEVICES if set(known.split()[: 2 if known.startswith("RTX") else 1]) <= words]
     if not near:

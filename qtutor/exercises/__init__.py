@@ -7,17 +7,8 @@ wrong answers are registered with it: the tests try them all.
 One module a topic; the name of an exercise begins with it: "number_formats.largest".
 """
 
-from . import (  # noqa: F401 - each registers its exercises
-    choosing,
-    fake_quantization,
-    fp8_scaling,
-    fp8_speed_and_memory,
-    fp8_training,
-    llama2_70b_on_one_gpu,
-    measuring_the_tradeoff,
-    number_formats,
-    ptq_fundamentals,
-    ptq_llamacpp,
-    qat,
-    start_here,
-)
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")  # registers its exercises

@@ -1,7 +1,5 @@
 """What the checks share: how an answer is read, and what it is compared with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

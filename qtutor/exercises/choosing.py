@@ -1,7 +1,5 @@
 """Checks of the exercises: choosing."""
 
-from __future__ import annotations
-
 import math
 
 from ..lesson import exercise, expect
@@ -18,8 +16,7 @@ def _best_type_solution(weights_gib, cache_gib, memory_gib, reserve_gib=1.5):
     lambda sizes, cache, memory, reserve=1.5: _best_type_solution(sizes, cache, memory, 0),    # no reserve
     lambda sizes, cache, memory, reserve=1.5: min(sizes, key=sizes.get),                       # the smallest
     lambda sizes, cache, memory, reserve=1.5: (                                                # never None
-        _best_type_solution(sizes, cache, memory, reserve) or min(sizes, key=sizes.get)), "Q4_K_M",
-])  # fmt: skip
+        _best_type_solution(sizes, cache, memory, reserve) or min(sizes, key=sizes.get)), "Q4_K_M"])  # fmt: skip
 def _best_type(answer):
     sizes = {"Q4_K_M": 38.4, "Q8_0": 68.3, "Q6_K": 52.7, "Q5_K_M": 45.4}
     cases = [(2.5, 48 * 1e9 / 2**30), (1.25, 79.6), (10.0, 79.6), (20.0, 79.6), (1.0, 48.0), (1.25, 24.0), (45.0, 40.0)]
@@ -41,8 +38,7 @@ def _break_even_solution(training_usd, usd_before, usd_after):
     lambda training, before, after: training / after,                                          # without before
     lambda training, before, after: training / (before - after),                               # divides by zero
     lambda training, before, after: training / (before - after) if after < before else 0.0,    # zero for never
-    400.0,
-])  # fmt: skip
+    400.0])  # fmt: skip
 def _break_even(answer):
     answer = function(answer, "break_even")
     for training, before, after in ((1200.0, 7.0, 4.0), (50.0, 0.9, 0.6), (0.0, 2.0, 1.0)):
@@ -66,8 +62,6 @@ def _evidence(answer):
         "B": "Q5_K_M is smaller than Q6_K: what did it lack, and does B give it that?",
         "C": "Was Q4_K_M left out because it was slow?",
         "D": "Does the price of the GPU separate the types that are left?",
-        "E": "Is Q6_K still allowed after E?",
-        "F": "Add up weights and four times the cache.",
-    })  # fmt: skip
+        "E": "Is Q6_K still allowed after E?", "F": "Add up weights and four times the cache."})  # fmt: skip
     return ("Evidence changes a decision where it moves something across a limit: B lets a smaller type in, E and F "
             "put the chosen one out. The rest is true, and changes nothing.")  # fmt: skip

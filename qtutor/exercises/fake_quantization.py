@@ -1,7 +1,5 @@
 """Checks of the exercises: fake quantization."""
 
-from __future__ import annotations
-
 import torch
 
 from ..lesson import exercise, expect
@@ -27,8 +25,7 @@ def _smallest_scale_solution(x, bits):
     lambda x, bits: x.abs().max().item() / (2 ** (bits - 1) - 1),      # ignores the extra negative code
     lambda x, bits: x.abs().max().item() / (2 ** (bits - 1) - 0.5),    # clips the largest positive value
     lambda x, bits: x.abs().max().item() / 2 ** (bits - 1),
-    lambda x, bits: {}.get(bits),                                      # forgets to return
-])  # fmt: skip
+    lambda x, bits: {}.get(bits)])  # fmt: skip - forgets to return
 def _smallest_scale(answer):
     answer = function(answer, "smallest_scale")
     for bits in (2, 4, 8):
@@ -50,8 +47,7 @@ def _ternary_solution(w):
 @exercise("fake_quantization.ternary", solution=_ternary_solution, wrong=[
     lambda w: (w / w.abs().mean()).round().clamp(-1, 1) * w.abs().mean(),      # no straight-through estimator
     lambda w: w, lambda w: w.sign(),
-    lambda w: w + (w.sign() * w.abs().max() - w).detach(),                     # the scale of the largest weight
-])  # fmt: skip
+    lambda w: w + (w.sign() * w.abs().max() - w).detach()])  # fmt: skip - the scale of the largest weight
 def _ternary(answer):
     w = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     y = tensor(function(answer, "ternary")(w), w.shape)
@@ -86,8 +82,7 @@ def _straight_around_clamp(w, scale, low, high):
     lambda w, scale, low, high: w + ((w / scale).round().clamp(low, high) * scale - w).detach(),  # around everything
     lambda w, scale, low, high: (w / scale).round().clamp(low, high).detach() * scale,
     lambda w, scale, low, high: (w / scale).round().clamp(low, high) * scale,      # no gradient for w
-    lambda w, scale, low, high: w * scale,
-])  # fmt: skip
+    lambda w, scale, low, high: w * scale])  # fmt: skip
 def _learned_scale(answer):
     w = torch.tensor([-1.9, -0.66, -0.2, 0.1, 0.38, 0.9, 1.7]).requires_grad_()  # none just beyond an end
     scale = torch.tensor(0.5, requires_grad=True)

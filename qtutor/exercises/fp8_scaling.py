@@ -1,7 +1,5 @@
 """Checks of the exercises: FP8 scaling."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -23,8 +21,7 @@ def _next_scale_solution(history, scale, margin=0):
     lambda history, scale, margin=0: _next_scale_solution(history, scale, 0),                # no margin
     lambda history, scale, margin=0: _next_scale_solution(history, scale, -margin),          # the wrong way round
     lambda history, scale, margin=0: max(history) / 448 * 2**margin if max(history) else scale,  # the reciprocal
-    lambda history, scale, margin=0: 448 / max(max(history), 1e-12) / 2**margin,             # a huge scale for zeros
-])  # fmt: skip
+    lambda history, scale, margin=0: 448 / max(max(history), 1e-12) / 2**margin])  # fmt: skip - a huge scale for zeros
 def _next_scale(answer):
     answer = function(answer, "next_scale")
     number(answer([2.0, 8.0, 4.0], 7.0), 56, "For the history [2, 8, 4] the scale is 448 / 8 = 56.", {
@@ -62,8 +59,7 @@ def _mx_scale(answer):
     lambda x: torch.floor(x) + (torch.rand_like(x) < 0.5),                   # a fair coin
     lambda x: torch.floor(x) + (torch.rand_like(x) > x - torch.floor(x)),    # up and down exchanged
     lambda x: torch.trunc(x + torch.rand_like(x)),                           # negative numbers towards zero
-    lambda x: x + torch.rand_like(x) - 0.5,                                  # not rounded
-])  # fmt: skip
+    lambda x: x + torch.rand_like(x) - 0.5])  # fmt: skip - not rounded
 def _stochastic_round(answer):
     answer = function(answer, "stochastic_round")
     with torch.random.fork_rng(devices=[]):

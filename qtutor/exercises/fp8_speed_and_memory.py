@@ -1,7 +1,5 @@
 """Checks of the exercises: FP8 speed and memory."""
 
-from __future__ import annotations
-
 from ..lesson import exercise, expect
 from .answers import function, number, several
 
@@ -66,9 +64,7 @@ def _slower(answer):
     hints = {
         "a": "Block scaling adds passes: it is the slowest recipe, and this layer waits for launches.",
         "b": "Memory is half empty; and the time goes into launches, not into quantizing weights.",
-        "c": "",
-        "d": "INT4 weights are unpacked to BF16 for the product: they train and compute nothing faster.",
-    }
+        "c": "", "d": "INT4 weights are unpacked to BF16 for the product: they train and compute nothing faster."}
     answer = str(answer).strip().lower()
     expect(answer in hints, 'Answer "a", "b", "c" or "d".')
     expect(answer == "c", hints[answer])

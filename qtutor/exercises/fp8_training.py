@@ -1,7 +1,5 @@
 """Checks of the exercises: FP8 training."""
 
-from __future__ import annotations
-
 import statistics
 
 import torch
@@ -26,8 +24,7 @@ _WHERE = {"input of a layer": "E4M3", "weight in the product": "E4M3", "gradient
 
 @exercise("fp8_training.which_format", solution=dict(_WHERE), wrong=[
     {**_WHERE, "gradient of the output": "E4M3"}, {**_WHERE, "weight that the optimizer updates": "E4M3"},
-    {**_WHERE, "RMSNorm": "E4M3"}, {**_WHERE, "input of a layer": "E5M2"}, "E4M3", {},
-])  # fmt: skip
+    {**_WHERE, "RMSNorm": "E4M3"}, {**_WHERE, "input of a layer": "E5M2"}, "E4M3", {}])  # fmt: skip
 def _which_format(answer):
     complete = isinstance(answer, dict) and set(answer) == set(_WHERE)
     expect(complete, f"Give a dict with the keys {', '.join(_WHERE)}.")
@@ -37,8 +34,7 @@ def _which_format(answer):
         "gradient of the output": "Gradients spread over many orders of magnitude: they need range more than digits.",
         "weight that the optimizer updates": "An update is often smaller than the step between two 8-bit numbers, and "
                                              "would be rounded away.",
-        "RMSNorm": "Only matrix products run in FP8; the rest keeps the dtype of the activations.",
-    }  # fmt: skip
+        "RMSNorm": "Only matrix products run in FP8; the rest keeps the dtype of the activations."}  # fmt: skip
     for key, right in _WHERE.items():
         expect(str(answer[key]).upper() == right, f"{key}: {hints[key]}")
     return "Three operands in 8 bits, everything that accumulates in more."
@@ -48,8 +44,7 @@ def _which_format(answer):
     lambda x: x,
     lambda x: pad(x, (0, -x.shape[0] % 16)),                     # columns
     lambda x: pad(x, (0, 0, 0, 16 - x.shape[0] % 16)),           # 16 more where nothing is missing
-    lambda x: x[: x.shape[0] // 16 * 16],
-])  # fmt: skip
+    lambda x: x[: x.shape[0] // 16 * 16]])  # fmt: skip
 def _pad_rows(answer):
     answer = function(answer, "pad_rows")
     for rows in (37, 16, 5, 48, 1):

@@ -1,7 +1,5 @@
 """Checks of the exercises: Llama-2-70B on one GPU."""
 
-from __future__ import annotations
-
 from ..decide import capacity
 from ..lesson import exercise, expect
 from .answers import function, number, several
@@ -39,7 +37,7 @@ def _largest(answer):
     expect(set(given) <= set(choices), f"Choose from {', '.join(choices)}.")
     expect(given != ["Q8_0", "Q8_0"], "The first does not fit: have you asked for 16 users with 8192 tokens each?")
     for mine, cache in zip(given, ("F16", "Q8_0"), strict=True):
-        best = capacity.largest_type("Llama-3-8B", 8192, "RTX 4090", types=choices, kv_type=cache, users=16)
+        best = next(t for t in choices if capacity.fits("Llama-3-8B", t, 8192, "RTX 4090", cache, users=16).fits)
         off = choices.index(mine) - choices.index(best)
         expect(off >= 0, f"With a cache in {cache}, {mine} does not fit.")
         expect(off <= 0, f"With a cache in {cache}, there is room for a larger type than {mine}.")

@@ -1,7 +1,5 @@
 """Checks of the exercises: measuring the trade-off."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from ..lesson import exercise, expect
@@ -25,8 +23,7 @@ def _pareto_front(answer):
         "a plain case": [(8.0, 0.001), (5.0, 0.05), (6.0, 0.06), (3.0, 0.7)],
         "two techniques of the same size": [(5.0, 0.05), (5.0, 0.04), (3.0, 0.7)],
         "two techniques that are equal": [(5.0, 0.05), (5.0, 0.05), (6.0, 0.05)],
-        "a single technique": [(5.0, 0.05)],
-    }
+        "a single technique": [(5.0, 0.05)]}
     for what, points in cases.items():
         given = list(answer(list(points)))
         booleans = len(given) == len(points) and all(str(g) in ("True", "False") for g in given)
@@ -46,8 +43,7 @@ def _cost_solution(tokens_per_s, usd_per_hour, busy):
     lambda tokens_per_s, usd_per_hour, busy: 1e6 / tokens_per_s / 3600 * usd_per_hour * busy,   # idle time pays back
     lambda tokens_per_s, usd_per_hour, busy: 1e6 / (tokens_per_s * busy) * usd_per_hour,        # seconds as hours
     lambda tokens_per_s, usd_per_hour, busy: 1e3 / (tokens_per_s * busy) / 3600 * usd_per_hour,  # a thousand tokens
-    0.5,
-])  # fmt: skip
+    0.5])  # fmt: skip
 def _cost(answer):
     answer = function(answer, "usd_per_million")
     for speed, price, busy in ((1000.0, 3.6, 1.0), (1000.0, 3.6, 0.25), (37.5, 2.0, 0.5)):
@@ -70,8 +66,7 @@ def _unpaired(a, b):
     lambda a, b: (_unpaired(a, b), _paired(a, b)),
     lambda a, b: (_paired(a, b), (a.std(ddof=1) + b.std(ddof=1)) / np.sqrt(len(a))),            # errors added
     lambda a, b: (_paired(a, b) * np.sqrt(len(a)), _unpaired(a, b) * np.sqrt(len(a))),          # of single values
-    lambda a, b: (_paired(a, b), _paired(a, b)),
-])  # fmt: skip
+    lambda a, b: (_paired(a, b), _paired(a, b))])  # fmt: skip
 def _two_errors(answer):
     answer = function(answer, "two_errors")
     rng = np.random.default_rng(0)
@@ -96,8 +91,7 @@ def _wrong_report(answer):
         "C": "C is sound: files are compared with files, embedding and scales included.",
         "D": "D multiplies a design limit with time: what was drawn is on the counter, and may be a third of it.",
         "E": "E is sound: the same tokens, against the original model, with an error.",
-        "F": "F compares the intervals of two scores on the same questions: a paired test decides that.",
-    }
+        "F": "F compares the intervals of two scores on the same questions: a paired test decides that."}
     hints = why | dict.fromkeys("ABDF", "What was held equal there?")
     letters(answer, "ABDF", {letter: f"Look at {letter} again. {hint}" for letter, hint in hints.items()})
     return " ".join(why[letter] for letter in "ABDF")

@@ -1,7 +1,5 @@
 """Checks of the exercises: number formats."""
 
-from __future__ import annotations
-
 import torch
 
 from ..lesson import exercise, expect
@@ -29,8 +27,7 @@ def _int_round_solution(x, bits):
 
 @exercise("number_formats.int_round", solution=_int_round_solution, wrong=[
     lambda x, bits: x, lambda x, bits: x.round(), lambda x, bits: (x / x.abs().max()).round() * x.abs().max(),
-    lambda x, bits: (x / (x.abs().max() / (2 ** (bits - 1) - 1))).round(),
-])  # fmt: skip
+    lambda x, bits: (x / (x.abs().max() / (2 ** (bits - 1) - 1))).round()])  # fmt: skip
 def _int_round(answer):
     answer = function(answer, "int_round")
     for bits in (3, 4, 8):

@@ -1,7 +1,5 @@
 """Checks of the exercises: quantization after training, the ideas."""
 
-from __future__ import annotations
-
 import torch
 
 from ..lesson import exercise, expect
@@ -28,8 +26,7 @@ def _best_ratio_solution(w, bits, ratios, clamp=True):
     lambda w, bits, ratios: _best_ratio_solution(w, bits, ratios, clamp=False),   # nothing clips: the smallest wins
     lambda w, bits, ratios: max(ratios),
     lambda w, bits, ratios: -_best_ratio_solution(w, bits, ratios),     # the loss, or its sign
-    lambda w, bits, ratios: ratios.index(_best_ratio_solution(w, bits, ratios)),
-])  # fmt: skip
+    lambda w, bits, ratios: ratios.index(_best_ratio_solution(w, bits, ratios))])  # fmt: skip
 def _best_ratio(answer):
     answer, ratios = function(answer, "best_ratio"), [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
     for bits, w in zip((2, 3, 4, 8), _random(4, 256).float(), strict=True):
@@ -55,8 +52,7 @@ def _smoothed_by(s_of):
     _smoothed_by(lambda x, w, a: 1 / _factors(x, w, a)),                                   # times and over exchanged
     _smoothed_by(lambda x, w, a: _factors(x, w, 1 - a)),                                   # alpha the wrong way round
     _smoothed_by(lambda x, w, a: x.abs().amax() ** a / w.abs().amax() ** (1 - a)),         # one factor for all
-    lambda x, w, a: (x / _factors(x, w, a), w),                                            # forgets the weight
-])  # fmt: skip
+    lambda x, w, a: (x / _factors(x, w, a), w)])  # fmt: skip - forgets the weight
 def _smoothed(answer):
     answer = function(answer, "smoothed")
     x, w = _random(64, 16) * torch.logspace(-1, 1, 16).double(), _random(8, 16)
@@ -79,8 +75,7 @@ def _gptq_step_solution(w, q0, H_inv):
     lambda w, q0, H_inv: w[:, 1:],                                                         # round to nearest
     lambda w, q0, H_inv: _gptq_step_solution(w, 2 * w[:, 0] - q0, H_inv),                  # the wrong sign
     lambda w, q0, H_inv: w[:, 1:] - (w[:, 0] - q0)[:, None] * H_inv[0, 1:],                # forgets the diagonal
-    lambda w, q0, H_inv: w - ((w[:, 0] - q0) / H_inv[0, 0])[:, None] * H_inv[0],           # returns column 0, too
-])  # fmt: skip
+    lambda w, q0, H_inv: w - ((w[:, 0] - q0) / H_inv[0, 0])[:, None] * H_inv[0]])  # fmt: skip - returns column 0, too
 def _gptq_step(answer):
     answer = function(answer, "step")
     x = _random(200, 6) @ (torch.eye(6).double() + 0.3 * _random(6, 6))

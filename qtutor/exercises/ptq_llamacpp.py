@@ -1,7 +1,5 @@
 """Checks of the exercises: quantization after training, llama.cpp."""
 
-from __future__ import annotations
-
 import gguf
 import numpy as np
 
@@ -28,8 +26,7 @@ def _dequantize_q8_0_solution(blocks, codes="int8"):
     lambda blocks: blocks[:, 2:].view("int8").astype("float32"),                           # no scale
     lambda blocks: _dequantize_q8_0_solution(blocks).ravel(),                              # no blocks
     lambda blocks: blocks[:, 32:].copy().view("float16").astype("float32") * blocks[:, :32].view("int8"),
-    lambda blocks: blocks,
-])  # fmt: skip
+    lambda blocks: blocks])  # fmt: skip
 def _dequantize_q8_0(answer):
     answer = function(answer, "dequantize_q8_0")
     weights = np.random.default_rng(8).standard_normal((6, 32), dtype=np.float32)
@@ -59,8 +56,7 @@ def _unpaired_ratio(nll, base_nll):
     lambda nll, base_nll: (nll.mean() / base_nll.mean(), 0.01),                                   # not perplexities
     lambda nll, base_nll: (_paired_ratio_solution(nll, base_nll)[0], (nll - base_nll).std()),     # no sqrt(n)
     lambda nll, base_nll: _paired_ratio_solution(base_nll, nll),                                  # upside down
-    lambda nll, base_nll: _paired_ratio_solution(nll, base_nll)[0],
-])  # fmt: skip
+    lambda nll, base_nll: _paired_ratio_solution(nll, base_nll)[0]])  # fmt: skip
 def _paired_ratio(answer):
     rng = np.random.default_rng(8)
     base_nll = rng.gamma(1.0, 2.0, 500)

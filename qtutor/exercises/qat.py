@@ -1,7 +1,5 @@
 """Checks of the exercises: QAT of a language model."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

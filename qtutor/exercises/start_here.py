@@ -1,7 +1,5 @@
 """Checks of the exercises: start here."""
 
-from __future__ import annotations
-
 import math
 
 from ..lesson import exercise
@@ -19,8 +17,7 @@ def _right_bits_per_byte(perplexity, bytes_per_token):
 
 @exercise("start_here.bits_per_byte", solution=_right_bits_per_byte, wrong=[
     lambda p, b: math.log(p) / b,                                           # nats
-    lambda p, b: p / b, lambda p, b: _right_bits_per_byte(p, 1) * b, lambda p: p, 1.3,
-])  # fmt: skip
+    lambda p, b: p / b, lambda p, b: _right_bits_per_byte(p, 1) * b, lambda p: p, 1.3])  # fmt: skip
 def _bits_per_byte(answer):
     answer = function(answer, "bits_per_byte")
     number(answer(256.0, 1.0), 8, "A perplexity of 256 over single bytes is 8 bits per byte: which logarithm?")

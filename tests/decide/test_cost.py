@@ -19,8 +19,8 @@ def test_cost_by_hand():
 
 def test_kwh_and_co2e_by_hand():
     # 3.6 J a token are 3.6 MJ a million tokens, which is one kWh
-    assert cost.kwh_per_million_tokens(3.6) == pytest.approx(1.0)
-    assert cost.kwh_per_million_tokens(3.6, pue=1.5) == pytest.approx(1.5)
+    assert cost.monthly(1, 3.6, 1e6, 1, 400)["kwh"] == pytest.approx(1.0)
+    assert cost.monthly(1, 3.6, 1e6, 1, 400, pue=1.5)["kwh"] == pytest.approx(1.5)
     assert cost.co2e_grams_per_million_tokens(3.6, 400) == pytest.approx(400)
     assert cost.co2e_grams_per_million_tokens(0.36, 500, pue=1.2) == pytest.approx(60)
 
@@ -36,7 +36,7 @@ def test_monthly_is_the_same_arithmetic():
 @pytest.mark.parametrize("call", [
     lambda: cost.cost_per_million_tokens(0, 1),
     lambda: cost.cost_per_million_tokens(10, -1),
-    lambda: cost.kwh_per_million_tokens(math.nan),
+    lambda: cost.co2e_grams_per_million_tokens(math.nan, 400),
     lambda: cost.co2e_grams_per_million_tokens(1, 400, pue=0.5),
     lambda: cost.price("H9000"),
     lambda: cost.grid("Atlantis"),
@@ -56,7 +56,6 @@ def test_every_price_has_a_source_and_a_date():
 
 
 def test_grids_are_codecarbons():
-    pytest.importorskip("codecarbon")
     from codecarbon.core.emissions import Emissions
     from codecarbon.core.units import Energy
     from codecarbon.external.geography import GeoMetadata
@@ -69,14 +68,3 @@ def test_grids_are_codecarbons():
     world = DataSource().get_carbon_intensity_per_source_data()["world_average"]
     assert cost.grid().grams_per_kwh == world and len(cost.grids()) > 150
     assert cost.grid("france") == cost.grid("FRA") and cost.grid("FRA").year >= 2023
-
-
-def test_without_codecarbon_a_few_grids_remain(monkeypatch):
-    everything = {g.code: g for g in cost.grids()}
-    cost.grids.cache_clear()
-    monkeypatch.setattr("importlib.resources.files", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name)))
-    try:
-        few = cost.grids()
-    finally:
-        cost.grids.cache_clear()
-    assert 5 < len(few) < 20 and all(everything[g.code] == g for g in few)  # in step with the table
