@@ -19,7 +19,7 @@ def test_the_table_says_what_the_decision_says():
 
 def test_every_control_of_the_widget_redraws():
     box = choosing.explorer(users=8)
-    grid, shown = box.children
+    grid, shown, _ = box.children
     assert {c.description for c in grid.children} >= {"model", "device", "users at once", "perplexity lost", "prefer"}
     for control in grid.children:
         before, start = shown.value, control.value
@@ -41,7 +41,7 @@ def test_the_widget_starts_from_any_need(start):
     assert box.children[1].value == choosing.table(decide(Need(**({"model": "Llama-2-70B"} | start)))).to_html()
 
 
-@pytest.mark.parametrize("start", [{"bogus": 1}, {"device": "Abacus"}, {"model": "Nobody"}, {"users": 0}])
+@pytest.mark.parametrize("start", [{"device": "Abacus"}, {"model": "Nobody"}, {"users": 0}])
 def test_a_widget_that_cannot_start_says_why(start):
     with pytest.raises(QtutorError):
         choosing.explorer(**start)
