@@ -140,11 +140,9 @@ def breakeven_speedup(rows, hidden: float, tokens: float, graph: bool, column: s
     ``rows``: DataFrame of ``fp8_breakeven`` on a full grid of hidden and tokens; ``graph``: replayed from a CUDA graph,
     or launched from Python; ``column``: which figure, all of them positive.
     """
-    grid = rows[rows["graph"] == graph].pivot(index="hidden", columns="tokens", values=column).sort_index()
-    across, down = np.log2(grid.columns.to_numpy(float)), np.log2(grid.index.to_numpy(float))
-    values = np.log(grid.sort_index(axis=1).to_numpy(float))
-    line = [np.interp(np.log2(tokens), across, row) for row in values]
-    return float(np.exp(np.interp(np.log2(hidden), down, line)))
+    grid = np.log(rows[rows["graph"] == graph].pivot(index="hidden", columns="tokens", values=column))
+    line = [np.interp(np.log2(tokens), np.log2(grid.columns), row) for row in grid.to_numpy()]
+    return float(np.exp(np.interp(np.log2(hidden), np.log2(grid.index), line)))
 
 
 def breakeven_picture(rows, hidden: int = 4096, tokens: int = 4096, graph: bool = False):
@@ -176,14 +174,13 @@ def breakeven_picture(rows, hidden: int = 4096, tokens: int = 4096, graph: bool 
     return fig
 
 
-def breakeven_explorer(machine: str = "h200"):
+def breakeven_explorer():
     """Choose hidden size, tokens and CUDA graph; see where that lies on the recorded break-even map."""
-    recorded = results.load("fp8_breakeven", machine)
+    recorded = results.load("fp8_breakeven", "h200")
     rows = recorded.frame()
 
-    def slider(label, sizes, value, column):
-        options = [size for size in sizes if rows[column].min() <= size <= rows[column].max()]
-        return ipywidgets.SelectionSlider(options=options, value=value, description=label,
+    def slider(label, sizes, value):
+        return ipywidgets.SelectionSlider(options=sizes, value=value, description=label,
                                           style={"description_width": "90px"})  # fmt: skip
 
     def draw(**at):
@@ -193,7 +190,7 @@ def breakeven_explorer(machine: str = "h200"):
                 f"(delayed scaling). Recorded on an {recorded.device}, {recorded.created[:10]}; interpolated.",
                 breakeven_picture(rows, **at))  # fmt: skip
 
-    sizes = 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192
-    return live_picture(draw, hidden=slider("hidden size", sizes, 4096, "hidden"),
-                        tokens=slider("tokens", [2**i for i in range(4, 20)], 2048, "tokens"),
-                        graph=ipywidgets.Checkbox(description="CUDA graph", indent=False))  # fmt: skip
+    hidden = slider("hidden size", (512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192), 4096)
+    tokens = slider("tokens", [2**i for i in range(8, 15)], 2048)
+    graph = ipywidgets.Checkbox(description="CUDA graph", indent=False)
+    return live_picture(draw, hidden=hidden, tokens=tokens, graph=graph)

@@ -56,10 +56,7 @@ def bits_picture():
 
 
 def mixture_picture(mixtures: dict):
-    """Figure: a map of layer and tensor for each type, coloured by bits per weight and named by format.
-
-    ``mixtures``: type -> what :func:`qtutor.gguf_blocks.mixture` returns.
-    """
+    """Figure: a map of layer and tensor for each type (-> its gguf_blocks.mixture), coloured by bits per weight."""
     rows, kinds = -(-len(mixtures) // 2), gguf_blocks.KINDS
     fig, axes = plots.figure(8.5, 2.5 * rows + 0.3, ncols=2, nrows=rows, sharex=True, sharey=True)
     axes = axes.ravel()
@@ -114,11 +111,8 @@ def quality_table(rows):
 
 
 def quality_picture(data, title: str):
-    """Figure: mean KLD (logarithmic) against bits per weight; the colour is the family, filled means with imatrix.
-
-    ``data``: rows of ``gguf_quality``.  Types of eight bits and less; 16-bit ones would only push the others together.
-    """
-    data = data[data["bits_per_weight"] < 9]
+    """Figure of ``gguf_quality``: mean KLD against bits per weight; colour: the family, filled: with imatrix."""
+    data = data[data["bits_per_weight"] < 9]  # 16-bit types would push the others together
     fig, ax = plots.figure(8.5, 6)
     for (kind, flag), d in data.groupby([data["type"].map(family), "imatrix"]):
         color, marker = plots.PALETTE[FAMILIES.index(kind)], plots.MARKERS[FAMILIES.index(kind)]

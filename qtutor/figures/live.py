@@ -11,7 +11,8 @@ from .. import QtutorError, plots
 
 def image_widget() -> ipywidgets.Image:
     """Return an empty picture that is shown in its own size: stretched to the page's width it would blur."""
-    return ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%"))
+    image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%"))
+    return image.add_class("qtutor-explorer-picture")
 
 
 def redraw_on_change(controls, redraw) -> None:
@@ -33,7 +34,8 @@ def live_picture(draw, arranged=None, **controls) -> ipywidgets.VBox:
     None for the figure leaves the picture as it is; a QtutorError is shown as its sentence.  ``arranged`` is a box with
     the controls in it, by default a row of them.
     """
-    words, image = ipywidgets.HTML(), image_widget()
+    words, image, box = ipywidgets.HTML(), image_widget(), ipywidgets.VBox()
+    arranged = arranged or ipywidgets.HBox(list(controls.values()))
 
     def redraw():
         try:
@@ -44,8 +46,7 @@ def live_picture(draw, arranged=None, **controls) -> ipywidgets.VBox:
         words.value = text
         if figure is not None:
             image.value = plots.png(figure)
-        for part in (words, image):
-            part.layout.display = None if part.value else "none"
+        box.children = [arranged, *(part for part in (words, image) if part.value)]
 
     redraw_on_change(controls.values(), redraw)
-    return ipywidgets.VBox([arranged or ipywidgets.HBox(list(controls.values())), words, image])
+    return box

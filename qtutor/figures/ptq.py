@@ -35,11 +35,11 @@ def clip_picture(weight, bits: int = 3, group: int | None = None, ratio: float =
     best = ratios[both.argmin()]
     fig, (left, right) = plots.figure(8.5, 3.5, ncols=2)
     row = weight.detach().float().cpu()[0][: group or weight.shape[1]]
-    low, high, amax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, row.abs().max().item()
-    scale, end = ratio * amax / (high + 0.5), 1.05 * amax
+    amax, grid = row.abs().max().item(), np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    scale, end = ratio * amax / (grid[-1] + 0.5), 1.05 * amax
     plots.histogram(left, row, bins=40 if len(row) > 100 else 16, density=False, color=BLUE)
-    left.vlines(scale * np.arange(low, high + 1), 0, 1, color=ORANGE, lw=1, transform=left.get_xaxis_transform())
-    for clipped in ((-end, (low - 0.5) * scale), ((high + 0.5) * scale, end)):
+    left.vlines(scale * grid, 0, 1, color=ORANGE, lw=1, transform=left.get_xaxis_transform())
+    for clipped in ((-end, (grid[0] - 0.5) * scale), ((grid[-1] + 0.5) * scale, end)):
         left.axvspan(*clipped, color="0.5", alpha=0.2)
     left.set(title=f"{len(row)} weights and their int{bits} grid", xlabel="weight (grey: clipped)", xlim=(-end, end))
     right.plot(ratios, both, color="black", label="both")
@@ -87,8 +87,7 @@ def outlier_picture(amax: dict, name: str, other: str):
 def smooth_picture(alphas, errors: dict, before, after):
     """Figure: SmoothQuant's output error against alpha, and the channels' amax before and after the best alpha.
 
-    ``errors`` maps a label to one error for each alpha; ``before`` and ``after`` are pairs of (channels,) tensors: the
-    amax of the activations and of the weight's columns.
+    ``errors``: label -> one for each alpha; ``before``, ``after``: (channels,) amax of activations and of weights.
     """
     fig, (left, right) = plots.figure(8.5, 3.5, ncols=2)
     for (label, values), color, marker in zip(errors.items(), plots.PALETTE, "os^", strict=False):
@@ -139,13 +138,13 @@ def methods_picture(table):
 def backends_picture(table):
     """Figure: KLD against the bits per weight that are really stored; the index of the table names the back ends."""
     fig, ax = plots.figure(8.5, 4)
+    bits, kld, errors = table["bits_per_weight"], table["kld_mean"], 2 * table["kld_mean_se"]
     looks = {"bfloat16": (plots.PALETTE[7], "D"), "torchao": (BLUE, "o"), "bitsandbytes": (ORANGE, "s")}
-    for name, row in table.iterrows():
+    for name in table.index:
         color, marker = looks.get(name.split()[0], (GREEN, "^"))
-        point = [row["bits_per_weight"]], [row["kld_mean"]], [2 * row["kld_mean_se"]]
-        plots.quality_vs_bits(ax, *point, color=color, marker=marker)
+        plots.quality_vs_bits(ax, [bits[name]], [kld[name]], [errors[name]], color=color, marker=marker)
     ax.set(title="What is stored, and what it costs", xlabel="bits per weight of the linear layers, counted in memory",
-           ylabel="mean KL divergence (nats)", yscale="log", xlim=(3, table["bits_per_weight"].max() + 1.5),
-           ylim=(table["kld_mean"].min() / 3, table["kld_mean"].max() * 4))  # fmt: skip
-    plots.annotate(ax, table["bits_per_weight"].tolist(), table["kld_mean"].tolist(), table.index.tolist())
+           ylabel="mean KL divergence (nats)", yscale="log", xlim=(3, bits.max() + 1.5),
+           ylim=(kld.min() / 3, kld.max() * 4))  # fmt: skip
+    plots.annotate(ax, bits, kld, table.index)
     return fig

@@ -19,7 +19,7 @@ def test_the_table_says_what_the_decision_says():
 
 def test_every_control_of_the_widget_redraws():
     box = choosing.explorer(users=8)
-    grid, shown, _ = box.children
+    grid, shown = box.children
     assert {c.description for c in grid.children} >= {"model", "device", "users at once", "perplexity lost", "prefer"}
     for control in grid.children:
         before, start = shown.value, control.value

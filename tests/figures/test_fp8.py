@@ -42,7 +42,7 @@ def test_the_first_step_has_no_history():
 @pytest.mark.parametrize("history_len", [1, 4, 8, 16])
 def test_the_shadow_of_a_spike_is_as_long_as_the_history(history_len):
     run = widgets.delayed_scaling(history_len, scenario="one spike", octaves=10)
-    assert [row["step"] for row in run if row["top"] > 1000] == [0, *range(7, 7 + history_len)][1:]
+    assert [step for step, row in enumerate(run) if row["top"] > 1000] == [0, *range(7, 7 + history_len)][1:]
     assert run[6]["saturated"] > 0 and run[6]["error"] > 0.9
     assert run[6]["error_current"] < 0.05
     in_shadow, later = run[7], run[7 + history_len]

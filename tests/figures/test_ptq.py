@@ -51,7 +51,7 @@ def test_every_picture_has_titles_and_units(w):
 
 def test_clip_explorer_redraws(w):
     box = ptq.clip_explorer(w)
-    controls, image = box.children[0].children, box.children[2]
+    controls, image = box.children[0].children, box.children[1]
     seen = {bytes(image.value)}
     for control, value in zip(controls, (8, 32, 1.1), strict=True):
         control.value = value
