@@ -32,7 +32,6 @@ def clip_picture(weight, bits: int = 3, group: int | None = None, ratio: float =
     ratios = np.linspace(0.3, 1.1, 41)
     rounding, clipping = clip_curve(weight, bits, group, ratios)
     both = rounding + clipping
-    best = ratios[both.argmin()]
     fig, (left, right) = plots.figure(8.5, 3.5, ncols=2)
     row = weight.detach().float().cpu()[0][: group or weight.shape[1]]
     amax, grid = row.abs().max().item(), np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
@@ -45,7 +44,7 @@ def clip_picture(weight, bits: int = 3, group: int | None = None, ratio: float =
     right.plot(ratios, both, color="black", label="both")
     right.plot(ratios, rounding, color=BLUE, ls="--", label="rounding")
     right.plot(ratios, clipping, color=RED, ls=":", lw=2, label="clipping")
-    right.axvline(best, color="0.6", lw=1)
+    right.axvline(best := ratios[both.argmin()], color="0.6", lw=1)
     here = clip_curve(weight, bits, group, [ratio]).sum()
     right.plot([ratio], [here], "o", ms=9, mfc="none", mec="black", mew=1.5)
     right.set(title=f"Whole matrix: least error at {best:.2f}", xlabel="clip ratio (share of the amax that is kept)",
@@ -72,7 +71,7 @@ def outlier_picture(amax: dict, name: str, other: str):
     left.set(title="Inputs: the largest value of each channel", xlabel="channel", ylabel="amax (median channel = 1)")
     left.legend(loc="upper left")
     labels = {"q_proj": "q, k, v", "o_proj": "o", "gate_proj": "gate, up", "down_proj": "down"}
-    for (kind, label), marker, color in zip(labels.items(), "osD^", plots.PALETTE, strict=False):
+    for (kind, label), marker, color in zip(labels.items(), plots.MARKERS, plots.PALETTE, strict=False):
         ratios = [(values.max() / values.median()).item() for key, values in amax.items() if key.endswith(kind)]
         right.plot(range(len(ratios)), ratios, marker=marker, ms=5, lw=1.2, color=color, label=label)
     right.axhline(1, color="0.6", lw=1, ls=":")

@@ -97,8 +97,7 @@ def huggingface_layers(shape: Shape):
     return stack, forward
 
 
-def te_layers(shape: Shape, layers: int = LAYERS, recipe: str | None = None, fp8_weights: bool = False,
-              graph: bool = False, **options):  # fmt: skip
+def te_layers(shape: Shape, layers: int = LAYERS, recipe: str | None = None, fp8_weights=False, graph=False, **options):
     """The same layers as te.TransformerLayer, in BF16 or (with a ``recipe``) FP8; ``graph``: replayed from CUDA graphs,
     which launch all kernels of a pass at once; ``options`` are those of :func:`recipe_of`."""
     import transformer_engine.pytorch as te
@@ -129,7 +128,6 @@ def te_layers(shape: Shape, layers: int = LAYERS, recipe: str | None = None, fp8
 
 
 def random_batch(shape: Shape):
-    """Random numbers (batch, sequence, hidden), BF16, on the GPU."""
     return torch.randn(shape.batch, shape.sequence, shape.hidden, device="cuda", dtype=torch.bfloat16)
 
 

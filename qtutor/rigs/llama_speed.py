@@ -23,28 +23,28 @@ from .. import QtutorError, energy, files, llamacpp
 from ..measure import GIB
 
 ENERGY_WITHIN = 0.1  # joules that the counter's steps leave less certain than this are no joules
-
+KV_TYPE = "F16"
 # What measure() runs.  "least_s": repeat until the measured part has taken so long, for the energy counter's sake.
 FULL = {"prompt": 512, "generate": 128, "repeats": 3, "least_s": 3.0, "ctx": 4096, "depth": 3840, "depth_generate": 64,
         "batches": (1, 2, 4, 8, 16, 32), "batch_prompt": 128, "batch_generate": 64}  # fmt: skip
 QUICK = FULL | {"prompt": 128, "generate": 24, "least_s": 0.0, "ctx": 256, "depth": 0, "batches": (1, 4),
                 "batch_prompt": 8, "batch_generate": 4}  # fmt: skip
-KV_TYPE = "F16"
 
 
 def measure(path, type: str, limit_s: float = 300.0, device_bandwidth: dict | None = None, **settings) -> list[dict]:
     """Measure a GGUF model of a ``type`` in a child process, which is ended after ``limit_s``, and return rows.
 
-    ``settings`` override :data:`FULL`, e.g. ``batches=(1, 8)``.  With ``device_bandwidth``, the result of
-    :func:`qtutor.measure.bandwidth`, rows get ``ceiling_tokens_per_s`` and the ``ceiling_share`` that was reached.
-
-    Rows have a ``kind``: ``model`` (one; ``fits`` is False, with ``not_run``, where memory did not suffice), ``depth``
-    and ``batch``; their columns are those of ``results.COLUMNS``, None where this machine cannot measure it.
+    Their ``kind`` is ``model`` (one; ``fits`` is False, with ``not_run``, where memory did not suffice), ``depth`` or
+    ``batch``.  ``settings`` override :data:`FULL`.  With ``device_bandwidth``, the result of
+    :func:`qtutor.measure.bandwidth`, they have ``ceiling_tokens_per_s`` and the ``ceiling_share`` that was reached.
     """
     file = llamacpp.check_gguf(path)
     if unknown := set(settings) - set(FULL):
         raise QtutorError(f"measure() has no setting {sorted(unknown)[0]!r}: choose from {', '.join(FULL)}.")
-    rows, why = _child([os.path.abspath(path), type, json.dumps(FULL | settings)], limit_s)
+    job = FULL | settings
+    if max(job["depth"] + job["depth_generate"], job["prompt"], job["generate"]) > job["ctx"]:
+        raise QtutorError(f"The settings need more than ctx={job['ctx']} tokens of context: make ctx larger.")
+    rows, why = _child([os.path.abspath(path), type, json.dumps(job)], limit_s)
     for row in rows if device_bandwidth else ():
         if row.get("decode_tokens_per_s"):
             row |= _ceiling(file, row, rows[0]["read_bytes_per_token"], device_bandwidth["bandwidth_gb_per_s"])
@@ -59,14 +59,11 @@ def _weights(file) -> int:
 
 
 def _ceiling(file, row: dict, read: int, gb_per_s: float) -> dict:
-    """Tokens/s when memory did nothing but deliver: weights once a step, each sequence's keys and values besides.
-
-    The cache grows while we write, so its mean length counts.
-    """
-    batch = row.get("batch", 1)
+    """Tokens/s when memory did nothing but deliver: weights once a step, each sequence's keys and values besides."""
+    batch, kind = row.get("batch", 1), llamacpp.GGML[KV_TYPE]
     past = row.get("depth") or (row["prefill_tokens"] if row["kind"] == "batch" else 0)
-    kind = llamacpp.GGML[KV_TYPE]
-    cached = (past + row["decode_tokens"] / 2) * llamacpp.kv_bytes(file.metadata, kind.nbytes / kind.weights)
+    mean = past + row["decode_tokens"] / 2  # the cache grows while we write
+    cached = mean * llamacpp.kv_bytes(file.metadata, kind.nbytes / kind.weights)
     ceiling = batch * gb_per_s * 1e9 / (read + batch * cached)
     return {"ceiling_tokens_per_s": ceiling, "ceiling_share": row["decode_tokens_per_s"] / ceiling}
 

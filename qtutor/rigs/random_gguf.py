@@ -66,10 +66,10 @@ def quantize_blocks(kind: str, weights) -> np.ndarray:
     return out
 
 
-def blocks(kind: str, n: int, seed: int = 0) -> np.ndarray:
-    """``n`` blocks of N(0, STD) weights: :func:`quantize_blocks` of numpy's generator at ``seed``."""
-    shape = (n, llamacpp.GGML[kind].weights)
-    return quantize_blocks(kind, np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) * np.float32(STD))
+def blocks(kind: str, n: int, seed: int) -> np.ndarray:
+    """``n`` blocks of N(0, STD) weights, by numpy's generator at ``seed``."""
+    normal = np.random.default_rng(seed).standard_normal((n, llamacpp.GGML[kind].weights), dtype=np.float32)
+    return quantize_blocks(kind, normal * np.float32(STD))
 
 
 def write(path, config="Llama-2-70B", type: str = "Q6_K", seed: int = 0) -> Path:

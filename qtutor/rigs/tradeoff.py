@@ -34,8 +34,7 @@ from .techniques import device
 
 SHAPES = {"course": "course", "llama2_7b": "Llama-2-7B"}  # as rows call them -> as techniques.float_model does
 CTX = 512  # tokens of a window of the evaluation text
-# What every row has, None where there is no value
-COLUMNS = (
+COLUMNS = (  # what every row has, None where there is no value
     "shape technique family runtime trained batch not_run bits_per_weight weights_mb peak_gib perplexity perplexity_se "
     "kld_mean kld_mean_se same_top accuracy accuracy_se accuracy_diff accuracy_diff_se accuracy_n scored_tokens text "
     "prefill_tokens decode_context threads prefill_tokens_per_s decode_tokens_per_s joules_per_prefill_token "
