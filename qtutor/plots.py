@@ -17,9 +17,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.text import Text
+from matplotlib.ticker import LogLocator
 
 PALETTE = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133",
            "#56b4e9"]  # fmt: skip
+MARKERS = "osD^vP"
 DPI = 90
 
 
@@ -119,6 +121,17 @@ def quality_vs_bits(ax, bits, values, errors=None, labels=None, color=None, mark
     if labels is not None:
         annotate(ax, bits, values, labels)
     return ax
+
+
+def plain_ticks(axis, span: float = 10) -> None:
+    """Ticks of a logarithmic axis (``ax.xaxis``) as people write numbers; ``span``: its largest value by its least.
+
+    They stand at 1, 2 and 5 below two decades, at 1 and 3 below three, and at the powers of ten beyond.
+    """
+    if span < 1000:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 100 else (1, 3)))
+        axis.set_major_formatter("{x:,.10g}")
+    axis.set_minor_formatter("")
 
 
 def histogram(ax, values, bins=100, label=None, color=None, log: bool = False, density: bool = True, **kw):

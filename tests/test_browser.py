@@ -102,7 +102,7 @@ def test_scaling_explorer_steps_in_jupyterlab(tmp_path):
         page.on("pageerror", lambda error: script_errors.append(str(error)))
         screenshots.open_notebook(page, lab, notebook.name)
         assert screenshots.run_all(page, timeout=400)["errors"] == []
-        explorer = page.locator(".jp-OutputArea .qtutor-scaling-explorer").first
+        explorer = page.locator(".jp-OutputArea", has=page.locator("img.qtutor-explorer-picture")).first
         explorer.scroll_into_view_if_needed()
         image = explorer.locator("img.qtutor-explorer-picture").first
         page.wait_for_function("img => img.complete && img.naturalWidth > 100", arg=image.element_handle())
@@ -113,9 +113,9 @@ def test_scaling_explorer_steps_in_jupyterlab(tmp_path):
             assert changed(page, image, before)["sha256"] != before["sha256"], "the picture stayed as it was"
             screenshots.wait_for(page, lambda state: state["kernel"] == "idle", 300, "the picture")
 
-        forth = explorer.locator("button", has_text="next step")
+        explorer.locator(".noUi-handle").last.focus()  # of the step
         for _ in range(4):
-            move(forth.click)
+            move(lambda: page.keyboard.press("ArrowRight"))
         assert "Step 9" in explorer.inner_text()
         for place, choice in enumerate(("growth without end", "most_recent")):
             move(lambda place=place, choice=choice: explorer.locator("select").nth(place).select_option(choice))

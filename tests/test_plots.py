@@ -32,3 +32,13 @@ def test_labels_do_not_overlap(scale):
     assert len(boxes) == len(bits)
     assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
     plots.png(fig)
+
+
+def test_plain_ticks_are_numbers_as_people_write_them():
+    fig, ax = plots.figure(4, 3)
+    ax.plot([1, 2], [800, 3000])
+    ax.set_yscale("log")
+    plots.plain_ticks(ax.yaxis)
+    fig.canvas.draw()
+    assert {"1,000", "2,000"} <= {label.get_text() for label in ax.get_yticklabels()}
+    assert not any(label.get_text() for label in ax.get_yticklabels(minor=True))

@@ -9,11 +9,14 @@ from __future__ import annotations
 import html
 import math
 import zlib
-from dataclasses import fields, replace
+from dataclasses import replace
 
-from .. import QtutorError, plots
+import ipywidgets
+
+from .. import plots
 from ..decide import capacity, hardware
 from ..decide.choosing import PREFER, RUNTIMES, Decision, Need, decide
+from .live import dropdown, live_picture
 
 COLORS = {"yes": plots.PALETTE[2], "unknown": plots.PALETTE[1], "no": plots.PALETTE[3]}
 LOSSES = (0.001, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1)
@@ -38,21 +41,14 @@ def table(decision: Decision, rows: int = 10):
 
 def _choice(label: str, options, value):
     """A dropdown of (name, value) pairs or plain values, in which ``value`` is one of the choices."""
-    import ipywidgets as w
-
     pairs = [one if isinstance(one, tuple) else (str(one), one) for one in options]
     if value not in [one for _, one in pairs]:
         pairs.append((getattr(value, "name", f"{value:g}" if isinstance(value, (int, float)) else str(value)), value))
-    wide = {"description_width": "105px"}
-    return w.Dropdown(options=pairs, value=value, description=label, style=wide, layout=w.Layout(width="320px"))
+    return dropdown(label, pairs, value, width=320)
 
 
 def explorer(**start):
     """Requirements as controls, the decision below them; ``start`` sets fields of :class:`Need` to begin with."""
-    import ipywidgets as w
-
-    if unknown := set(start) - {f.name for f in fields(Need)}:
-        raise QtutorError(f"Need has no field {min(unknown)!r}: it has {', '.join(f.name for f in fields(Need))}.")
     need = Need(**({"model": "Llama-2-70B"} | start))
     decide(need)  # a name that is not known is said here, not in every redraw
     percent = [("any", math.inf), *[(f"{100 * x:g} %", x) for x in LOSSES]]
@@ -68,16 +64,6 @@ def explorer(**start):
         "runtime": _choice("runtime", RUNTIMES, need.runtime),
         "prefer": _choice("prefer", PREFER, need.prefer),
     }  # fmt: skip
-    shown = w.HTML()
-
-    def redraw(_=None):
-        try:
-            shown.value = table(decide(replace(need, **{name: c.value for name, c in controls.items()}))).to_html()
-        except QtutorError as error:
-            shown.value = f"<p>{html.escape(str(error))}</p>"
-
-    for control in controls.values():
-        control.observe(redraw, names="value")
-    redraw()
-    layout = w.Layout(grid_template_columns="repeat(auto-fit, minmax(330px, 1fr))")
-    return w.VBox([w.GridBox(list(controls.values()), layout=layout), shown])
+    layout = ipywidgets.Layout(grid_template_columns="repeat(auto-fit, minmax(330px, 1fr))")
+    return live_picture(lambda **chosen: (table(decide(replace(need, **chosen))).to_html(), None),
+                        ipywidgets.GridBox(list(controls.values()), layout=layout), **controls)  # fmt: skip

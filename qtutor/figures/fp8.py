@@ -11,21 +11,18 @@ import torch
 from matplotlib.colors import TwoSlopeNorm
 
 from .. import plots, results
-from .live import image_widget
+from .live import dropdown, live_picture
 
-# ---------------------------------------------------------------------------------------------- delayed scaling
-SCENARIOS = ("one spike", "a jump that stays", "growth without end")
-
-
-def _sizes(scenario: str, octaves: float, at: int, steps: int) -> list[float]:
-    """What the largest value of each step is multiplied by, beside a wobble that every training has."""
-    power = {"one spike": lambda step: octaves * (step == at), "a jump that stays": lambda step: octaves * (step >= at),
-             "growth without end": lambda step: octaves / 16 * max(0, step - at)}[scenario]  # fmt: skip
-    return [2.0 ** (0.3 * ((step * 7) % 5 - 2) / 2 + power(step)) for step in range(steps)]
+STEPS, AT = 28, 6  # of a run; and the step at which something happens
+SCENARIOS = {  # which power of two, of those chosen, the tensor has grown by at a step
+    "one spike": lambda step: step == AT,
+    "a jump that stays": lambda step: step >= AT,
+    "growth without end": lambda step: max(0, step - AT) / 16,
+}
 
 
 def delayed_scaling(history_len: int = 8, margin: int = 0, algorithm: str = "max", scenario: str = "one spike",
-                    octaves: float = 10, at: int = 6, steps: int = 28) -> list[dict]:  # fmt: skip
+                    octaves: float = 10) -> list[dict]:  # fmt: skip
     """Run delayed scaling in E4M3 on a tensor that something happens to; return one dict for each step.
 
     ``history``: amaxes that the scale in use came from, oldest first; ``chosen``: the one taken; ``top``, ``bottom``:
@@ -33,6 +30,9 @@ def delayed_scaling(history_len: int = 8, margin: int = 0, algorithm: str = "max
     tensor, and their first percentile; ``saturated``, ``lost``: shares beyond the top, and rounded to zero; ``error``,
     ``error_current``: relative RMS error with this scale, and with the one that current scaling takes.
     """
+
+    def error(got, x):
+        return ((got - x).norm() / x.norm()).item()
 
     def rounded(x, scale):
         return (x * scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() / scale
@@ -42,133 +42,107 @@ def delayed_scaling(history_len: int = 8, margin: int = 0, algorithm: str = "max
     base = base / base.abs().max() * 4
     spot = torch.arange(len(base)) == base.abs().argmax()
     history, scale, chosen, run = [], 1.0, None, []
-    for step, size in enumerate(_sizes(scenario, octaves, at, steps)):
+    for step in range(STEPS):
+        wobble = 0.3 * ((step * 7) % 5 - 2) / 2  # as every training has
+        size = 2.0 ** (wobble + octaves * SCENARIOS[scenario](step))
         x = torch.where(spot, base * size, base) if scenario == "one spike" else base * size  # one value, or all
-        amax = x.abs().max().item()
-        got, best = rounded(x, scale), rounded(x, 448 / amax)
+        amax, got = x.abs().max().item(), rounded(x, scale)
         run.append(dict(
-            step=step, history=history[-history_len:], chosen=chosen, scale=scale, top=448 / scale,
-            bottom=2.0**-6 / scale, amax=amax, low=x.abs().quantile(0.01).item(),
-            saturated=(x.abs() * scale > 448).float().mean().item(), lost=((got == 0) & (x != 0)).float().mean().item(),
-            error=((got - x).norm() / x.norm()).item(),
-            error_current=((best - x).norm() / x.norm()).item()))  # fmt: skip
+            history=history[-history_len:], chosen=chosen, scale=scale, top=448 / scale, bottom=2.0**-6 / scale,
+            amax=amax, low=x.abs().quantile(0.01).item(), saturated=(x.abs() * scale > 448).float().mean().item(),
+            lost=((got == 0) & (x != 0)).float().mean().item(), error=error(got, x),
+            error_current=error(rounded(x, 448 / amax), x)))  # fmt: skip
         history.append(amax)
         chosen = max(history[-history_len:]) if algorithm == "max" else amax
         scale = 448 / chosen / 2**margin
     return run
 
 
-def scaling_picture(step: int = 9, history_len: int = 8, margin: int = 0, algorithm: str = "max",
-                    scenario: str = "one spike", octaves: float = 10, at: int = 6):  # fmt: skip
+def scaling_picture(step: int = 9, history_len: int = 8, **settings):
     """Figure: the amax history before ``step``, what the scale can hold against what comes, error and loss by step."""
-    run = delayed_scaling(history_len, margin, algorithm, scenario, octaves, at)
-    now, steps = run[step], np.arange(len(run))
+    run = delayed_scaling(history_len, **settings)
+    now, steps = run[step], np.arange(STEPS)
     blue, orange, green, red, grey = (plots.PALETTE[i] for i in (0, 1, 2, 3, 7))
     amax, low, bottom, top = (np.array([row[key] for row in run]) for key in ("amax", "low", "bottom", "top"))
-    over, edge = amax > top * 1.0001, np.append(steps, len(run)) - 0.5
+    over, edge = amax > top * 1.0001, np.arange(STEPS + 1) - 0.5
     extent = max(min(low.min(), bottom.min()) / 2, 2.0**-18), max(amax.max(), top.max()) * 3
 
     fig = plt.figure(figsize=(8.5, 4.9), layout="constrained")
     one, two = fig.subfigures(1, 2, width_ratios=(1, 1.8))
     left, key = one.subplots(2, 1, height_ratios=(2.3, 1))
-    reach, error, shares = two.subplots(3, 1, sharex=True, height_ratios=(1.8, 1, 1))
-    before = np.array(now["history"])
-    chosen = before == now["chosen"] if now["chosen"] is not None else np.zeros(len(before), bool)
-    colors = [orange if is_chosen else grey for is_chosen in chosen]
-    left.bar(np.arange(-len(before), 0), before - extent[0], bottom=extent[0], color=colors, width=0.8)
-    left.bar([0], [now["amax"] - extent[0]], bottom=extent[0], color=red if over[step] else blue, width=0.8)
+    right = reach, error, shares = two.subplots(3, 1, sharex=True, height_ratios=(1.8, 1, 1))
+    bars = np.array([*now["history"], now["amax"]])
+    colors = [orange if past == now["chosen"] else grey for past in now["history"]] + [red if over[step] else blue]
+    left.bar(np.arange(len(bars)) - len(bars) + 1, bars - extent[0], bottom=extent[0], color=colors, width=0.8)
     left.axhspan(now["bottom"], now["top"], color=blue, alpha=0.15, lw=0)
     left.axhline(now["top"], color="black", lw=1.6)
-    left.annotate("top of the format", (-history_len - 0.6, now["top"]), xytext=(2, 3), textcoords="offset points",
-                  fontsize=8.5)  # fmt: skip
+    left.annotate("top of the format", (-history_len - 0.6, now["top"]), (2, 3), textcoords="offset points", size=8.5)
     left.set(title=f"Step {step}: history, and now", xlabel="steps ago (0: the tensor to quantize)", ylabel="amax",
              xlim=(-history_len - 0.7, 0.7))  # fmt: skip
     left.xaxis.get_major_locator().set_params(integer=True)
 
-    band = reach.fill_between(edge, np.append(bottom, bottom[-1]), np.append(top, top[-1]), step="post", color=blue,
-                              alpha=0.2, lw=0)  # fmt: skip
-    bulk = reach.vlines(steps, low, amax, color=grey, lw=1.2)
-    (fits,) = reach.plot(steps[~over], amax[~over], "o", ms=4, color=blue)
-    (late,) = reach.plot(steps[over], amax[over], "X", ms=7, color=red)
+    reach.fill_between(edge, np.append(bottom, bottom[-1]), np.append(top, top[-1]), step="post", color=blue,
+                       alpha=0.2, lw=0, label="normal numbers at the scale in use")  # fmt: skip
+    reach.vlines(steps, low, amax, color=grey, lw=1.2, label="the tensor, without its lowest 1 %")
+    reach.plot(steps[~over], amax[~over], "o", ms=4, color=blue, label="amax")
+    reach.plot(steps[over], amax[over], "X", ms=7, color=red, label="amax that saturates (below: the share)")
     reach.set(title="What the scale in use can hold, and what comes", ylabel="magnitude")
-    (delayed,) = error.semilogy(steps, [row["error"] for row in run], "-", color=blue)
-    (current,) = error.semilogy(steps, [row["error_current"] for row in run], "--", color=orange)
+    error.semilogy(steps, [row["error"] for row in run], "-", color=blue, label="error, delayed scaling")
+    error.semilogy(steps, [row["error_current"] for row in run], "--", color=orange, label="error, current scaling")
     error.set(ylabel="relative\nerror", ylim=(5e-6, 3))
-    (lost,) = shares.semilogy(steps, [max(row["lost"], 1e-6) for row in run], ".-", color=green)
-    (saturated,) = shares.semilogy(steps, [max(row["saturated"], 1e-6) for row in run], "X", ms=5, color=red)
-    shares.set(xlabel="step", ylabel="share of\nvalues", ylim=(5e-5, 3))
-    for axis in (reach, error, shares):
+    shares.semilogy(steps, [max(row["lost"], 1e-6) for row in run], ".-", color=green, label="share rounded to zero")
+    shares.semilogy(steps, [max(row["saturated"], 1e-6) for row in run], "X", ms=5, color=red)
+    shares.set(xlabel="step", ylabel="share of\nvalues", ylim=(5e-5, 3), xlim=(-0.7, STEPS - 0.3))
+    for axis in right:
         axis.axvline(step, color="black", lw=1, ls=":")
-        axis.set_xlim(-0.7, len(run) - 0.3)
     for axis in (left, reach):
         axis.set_yscale("log", base=2)
         axis.set_ylim(*extent)
     key.axis("off")
-    entries = {"normal numbers at the scale in use": band, "the tensor, without its lowest 1 %": bulk, "amax": fits,
-               "amax that saturates (below: the share)": late, "error, delayed scaling": delayed,
-               "error, current scaling": current, "share rounded to zero": lost}  # fmt: skip
-    key.legend(entries.values(), entries, fontsize=8, loc="center", frameon=False, borderaxespad=0)
+    key.legend(handles=[handle for axis in right for handle in axis.get_legend_handles_labels()[0]], fontsize=8,
+               loc="center", frameon=False, borderaxespad=0)  # fmt: skip
     return fig
 
 
-def _scaling_sentence(step: int, margin: int, **settings) -> str:
+def scaling_sentence(step: int, margin: int, **settings) -> str:
+    """HTML: what happens at ``step`` of such a run, in numbers."""
     now = delayed_scaling(margin=margin, **settings)[step]
     source = "no amax yet: 1" if now["chosen"] is None else f"448 / {now['chosen']:.4g} / 2<sup>{margin}</sup>"
     room = math.log2(now["top"] / now["amax"])
     where = (f"{room:.1f} powers of two of headroom" if room >= -1e-4 else
              f"<b>{-room:.1f} powers of two too large: {now['saturated']:.2%} of the values saturate</b>")  # fmt: skip
-    return (f"<div style='line-height: 1.4'><b>Step {step}</b>: "
-            f"scale in use {now['scale']:.4g} ({source}), so the top is {now['top']:.4g}. "
-            f"This tensor's amax is {now['amax']:.4g}: {where}; {now['lost']:.2%} round to zero. "
+    return (f"<div style='line-height: 1.4'><b>Step {step}</b>: scale in use {now['scale']:.4g} ({source}), so the top "
+            f"is {now['top']:.4g}. This tensor's amax is {now['amax']:.4g}: {where}; {now['lost']:.2%} round to zero. "
             f"Relative error {now['error']:.3g}; current scaling {now['error_current']:.3g}.</div>")  # fmt: skip
 
 
 def scaling_explorer():
     """Step through delayed scaling: history length, margin, algorithm, and what happens to the tensor."""
-    wide = {"description_width": "70px"}
-    controls = dict(
-        scenario=ipywidgets.Dropdown(options=SCENARIOS, description="event", style=wide),
-        octaves=ipywidgets.IntSlider(10, 0, 14, description="size (2^n)", style=wide),
-        history_len=ipywidgets.IntSlider(8, 1, 24, description="history", style=wide),
-        margin=ipywidgets.IntSlider(0, 0, 8, description="margin", style=wide),
-        algorithm=ipywidgets.Dropdown(options=["max", "most_recent"], description="algorithm", style=wide),
-    )
-    step = ipywidgets.IntSlider(5, 0, 27, description="step", style=wide)
-    back, forth = (ipywidgets.Button(description=text, layout={"width": "100px"}) for text in ("◂ back", "next step ▸"))
-    image, sentence = image_widget(), ipywidgets.HTML()
 
-    def redraw(_=None):
-        settings = {name: control.value for name, control in controls.items()}
-        image.value = plots.png(scaling_picture(step.value, **settings))
-        sentence.value = _scaling_sentence(step.value, **settings)
+    def slider(label, *value_and_ends):
+        return ipywidgets.IntSlider(*value_and_ends, description=label, style={"description_width": "70px"})
 
-    def move(by):
-        step.value = min(max(step.value + by, step.min), step.max)
-
-    back.on_click(lambda _: move(-1))
-    forth.on_click(lambda _: move(1))
-    for control in (step, *controls.values()):
-        control.observe(redraw, names="value")
-    redraw()
-    six = [*controls.values(), step]
-    columns = [ipywidgets.VBox(six[i : i + 2]) for i in (0, 2, 4)]
-    box = ipywidgets.VBox([ipywidgets.HBox(columns), ipywidgets.HBox([back, forth]), sentence, image])
-    box.add_class("qtutor-scaling-explorer")
-    return box
+    controls = {
+        "scenario": dropdown("event", list(SCENARIOS), "one spike", 300, 70),
+        "octaves": slider("size (2^n)", 10, 0, 14), "history_len": slider("history", 8, 1, 24),
+        "margin": slider("margin", 0, 0, 8),
+        "algorithm": dropdown("algorithm", ["max", "most_recent"], "max", 300, 70),
+        "step": slider("step", 5, 0, STEPS - 1),
+    }  # fmt: skip
+    six = list(controls.values())
+    return live_picture(lambda **chosen: (scaling_sentence(**chosen), scaling_picture(**chosen)),
+                        ipywidgets.HBox([ipywidgets.VBox(six[i : i + 2]) for i in (0, 2, 4)]), **controls)  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------- will FP8 pay?
 def breakeven_speedup(rows, hidden: float, tokens: float, graph: bool, column: str = "speedup") -> float:
     """Read the recorded map between its points: linear in the logarithms; beyond its edge, the value at the edge.
 
     ``rows``: DataFrame of ``fp8_breakeven`` on a full grid of hidden and tokens; ``graph``: replayed from a CUDA graph,
     or launched from Python; ``column``: which figure, all of them positive.
     """
-    grid = rows[rows["graph"] == graph].pivot(index="hidden", columns="tokens", values=column).sort_index()
-    across, down = np.log2(grid.columns.to_numpy(float)), np.log2(grid.index.to_numpy(float))
-    values = np.log(grid.sort_index(axis=1).to_numpy(float))
-    line = [np.interp(np.log2(tokens), across, row) for row in values]
-    return float(np.exp(np.interp(np.log2(hidden), down, line)))
+    grid = np.log(rows[rows["graph"] == graph].pivot(index="hidden", columns="tokens", values=column))
+    line = [np.interp(np.log2(tokens), np.log2(grid.columns), row) for row in grid.to_numpy()]
+    return float(np.exp(np.interp(np.log2(hidden), np.log2(grid.index), line)))
 
 
 def breakeven_picture(rows, hidden: int = 4096, tokens: int = 4096, graph: bool = False):
@@ -196,37 +170,27 @@ def breakeven_picture(rows, hidden: int = 4096, tokens: int = 4096, graph: bool 
     left.set_yscale("log", base=2)
     left.set_yticks(y, [f"{h}" for h in y])
     left.minorticks_off()
-    right.yaxis.set_major_locator(plt.LogLocator(base=10, subs=(1, 2, 5)))
-    right.yaxis.set_major_formatter(plt.FuncFormatter(lambda v, _: f"{v:g}"))
-    right.yaxis.set_minor_formatter(plt.NullFormatter())
+    plots.plain_ticks(right.yaxis)
     return fig
 
 
-def breakeven_explorer(machine: str = "h200"):
+def breakeven_explorer():
     """Choose hidden size, tokens and CUDA graph; see where that lies on the recorded break-even map."""
-    recorded = results.load("fp8_breakeven", machine)
-    rows, wide = recorded.frame(), {"description_width": "90px"}
-    hiddens, counts = ([size for size in sizes if rows[key].min() <= size <= rows[key].max()] for key, sizes in (
-        ("hidden", (512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192)),
-        ("tokens", [2**i for i in range(4, 20)])))  # fmt: skip
-    hidden = ipywidgets.SelectionSlider(options=hiddens, value=4096, description="hidden size", style=wide)
-    tokens = ipywidgets.SelectionSlider(options=counts, value=2048, description="tokens", style=wide)
-    graph = ipywidgets.Checkbox(value=False, description="CUDA graph", indent=False)
-    image, sentence = image_widget(), ipywidgets.HTML()
+    recorded = results.load("fp8_breakeven", "h200")
+    rows = recorded.frame()
 
-    def redraw(_=None):
-        at = dict(hidden=hidden.value, tokens=tokens.value, graph=graph.value)
-        image.value = plots.png(breakeven_picture(rows, **at))
+    def slider(label, sizes, value):
+        return ipywidgets.SelectionSlider(options=sizes, value=value, description=label,
+                                          style={"description_width": "90px"})  # fmt: skip
+
+    def draw(**at):
         gain, bf16, fp8 = (breakeven_speedup(rows, **at, column=c) for c in ("speedup", "ms_bf16", "ms_fp8"))
         verdict = "FP8 pays" if gain >= 1.1 else "about even" if gain > 0.95 else "FP8 is slower"
-        sentence.value = (
-            f"<b>{verdict}</b>: {gain:.2f}x; a layer takes about {bf16:.2f} ms in BF16 and {fp8:.2f} ms in FP8 "
-            f"(delayed scaling). Recorded on an {recorded.device}, {recorded.created[:10]}; interpolated."
-        )
+        return (f"<b>{verdict}</b>: {gain:.2f}x; a layer takes about {bf16:.2f} ms in BF16 and {fp8:.2f} ms in FP8 "
+                f"(delayed scaling). Recorded on an {recorded.device}, {recorded.created[:10]}; interpolated.",
+                breakeven_picture(rows, **at))  # fmt: skip
 
-    for control in (hidden, tokens, graph):
-        control.observe(redraw, names="value")
-    redraw()
-    box = ipywidgets.VBox([ipywidgets.HBox([hidden, tokens, graph]), sentence, image])
-    box.add_class("qtutor-breakeven-explorer")
-    return box
+    hidden = slider("hidden size", (512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192), 4096)
+    tokens = slider("tokens", [2**i for i in range(8, 15)], 2048)
+    graph = ipywidgets.Checkbox(description="CUDA graph", indent=False)
+    return live_picture(draw, hidden=hidden, tokens=tokens, graph=graph)

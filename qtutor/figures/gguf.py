@@ -5,18 +5,20 @@ from __future__ import annotations
 import html
 import os
 
+import ipywidgets
 import numpy as np
+import pandas as pd
+from matplotlib.patches import Patch, Rectangle
 
-from .. import QtutorError, gguf_blocks, plots
+from .. import gguf_blocks, plots
+from .live import live_picture
 
 _COLORS = {"codes": 0, "high": 4, "signs": 3, "scales": 1, "d": 2}  # places in plots.PALETTE
 
 
-def byte_map(kind: str, block, columns: int = 16):
+def byte_map(kind: str, block):
     """Figure: every byte of one block in its place, coloured by what it is for, with its value in hex."""
-    from matplotlib.patches import Patch, Rectangle
-
-    block = np.asarray(block, np.uint8).ravel()
+    block, columns = np.asarray(block, np.uint8).ravel(), 16
     gguf_blocks.fields(kind, block)  # one sentence where the block is no such block
     roles = [role for _, nbytes, role, _ in gguf_blocks.LAYOUT[kind] for _ in range(nbytes)]
     rows = -(-len(block) // columns)
@@ -25,9 +27,8 @@ def byte_map(kind: str, block, columns: int = 16):
         y, x = divmod(i, columns)
         ax.add_patch(Rectangle((x, y), 1, 1, facecolor=plots.PALETTE[_COLORS[role]], alpha=0.35, edgecolor="white"))
         ax.text(x + 0.5, y + 0.5, f"{value:02x}", ha="center", va="center", family="monospace", fontsize=9)
-    weights = gguf_blocks.GGML[kind].weights
-    ax.set(xlim=(0, columns), ylim=(rows, 0), title=f"One {kind} block: {len(block)} bytes for {weights} weights",
-           xlabel="byte within the row", ylabel="first byte of the row")  # fmt: skip
+    ax.set(xlim=(0, columns), ylim=(rows, 0), xlabel="byte within the row", ylabel="first byte of the row",
+           title=f"One {kind} block: {len(block)} bytes for {gguf_blocks.GGML[kind].weights} weights")  # fmt: skip
     ax.set_xticks(np.arange(columns) + 0.5, np.arange(columns))
     ax.set_yticks(np.arange(rows) + 0.5, np.arange(rows) * columns)
     ax.grid(False)
@@ -40,14 +41,12 @@ def byte_map(kind: str, block, columns: int = 16):
 def bits_picture():
     """Figure: where the bits of each format go, codes and scales stacked."""
     found = gguf_blocks.bits()
-    fig, ax = plots.figure(8.5, 5.6)
-    left = np.zeros(len(found))
+    (fig, ax), left = plots.figure(8.5, 5.6), np.zeros(len(found))
     for role, text in gguf_blocks.ROLES.items():
         values = np.array([row[role] for row in found.values()])
-        ax.barh(list(found), values, left=left, color=plots.PALETTE[_COLORS[role]], label=text, height=0.75)
+        bars = ax.barh(list(found), values, left=left, color=plots.PALETTE[_COLORS[role]], label=text, height=0.75)
         left += values
-    for y, total in enumerate(left):
-        ax.text(total + 0.06, y, f"{total:.4g}", va="center", fontsize=8)
+    ax.bar_label(bars, [f"{total:.4g}" for total in left], padding=3.5, fontsize=8)
     ax.invert_yaxis()
     ax.set(title="Where the bits of a format go", xlabel="bits per weight", xlim=(0, 9.2))
     ax.tick_params(axis="y", labelsize=8)
@@ -57,23 +56,18 @@ def bits_picture():
 
 
 def mixture_picture(mixtures: dict):
-    """Figure: a map of layer and tensor for each type, coloured by bits per weight and named by format.
-
-    ``mixtures``: type -> what :func:`qtutor.gguf_blocks.mixture` returns.
-    """
-    import matplotlib.pyplot as plt
-
+    """Figure: a map of layer and tensor for each type (-> its gguf_blocks.mixture), coloured by bits per weight."""
     rows, kinds = -(-len(mixtures) // 2), gguf_blocks.KINDS
     fig, axes = plots.figure(8.5, 2.5 * rows + 0.3, ncols=2, nrows=rows, sharex=True, sharey=True)
-    axes, used = np.ravel(axes), None
+    axes = axes.ravel()
     for ax, (name, (layers, others)) in zip(axes, mixtures.items(), strict=False):
         grid = np.array([[gguf_blocks.bits_of(f) for f in layers[kind]] for kind in kinds])
-        used = ax.imshow(grid, cmap=plt.get_cmap("cividis"), vmin=1.5, vmax=8.5, aspect="auto")
+        image = ax.imshow(grid, cmap="cividis", vmin=1.5, vmax=8.5, aspect="auto")
         for y, kind in enumerate(kinds):
             for x, f in enumerate(layers[kind] if len(layers[kind]) <= 12 else []):
                 ax.text(x, y, f, ha="center", va="center", fontsize=6, color="white" if grid[y, x] < 5 else "black")
-        ax.set(title=f"{name} (embedding: {others['token_embd']})", yticks=range(len(kinds)), yticklabels=kinds)
-        ax.title.set_fontsize(10)
+        ax.set_title(f"{name} (embedding: {others['token_embd']})", fontsize=10)
+        ax.set_yticks(range(len(kinds)), kinds)
         ax.tick_params(labelsize=8)
         ax.grid(False)
         ax.label_outer()
@@ -81,17 +75,14 @@ def mixture_picture(mixtures: dict):
         ax.set_visible(False)
     for ax in axes[-2:]:
         ax.set_xlabel("layer")
-    fig.colorbar(used, ax=list(axes), label="bits per weight of the format", shrink=0.8)
+    fig.colorbar(image, ax=list(axes), label="bits per weight of the format", shrink=0.8)
     return fig
 
-
-# ------------------------------------------------------------------------------------------------- quality by type
 
 FAMILIES = ("legacy (_0, _1)", "K (super-blocks)", "IQ (codebook)", "ternary, 1 bit", "block float", "float16")
 
 
 def family(name: str) -> str:
-    """Which of llama.cpp's families a type belongs to."""
     if name in ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0"):  # made for models that were trained in one bit or three values
         return FAMILIES[3]
     if name in ("F16", "BF16", "MXFP4", "NVFP4"):
@@ -107,8 +98,6 @@ def with_errors(values, errors, digits: int = 4, scale: float = 1) -> list[str]:
 
 def quality_table(rows):
     """Rows of ``gguf_quality`` as a DataFrame to be read, largest first: "value ± standard error" for quality."""
-    import pandas as pd
-
     q = pd.DataFrame(rows).sort_values(["bits_per_weight", "kld_mean"], ascending=[False, True])
     return pd.DataFrame({
         "bits per weight": q["bits_per_weight"].map("{:.2f}".format).values,
@@ -122,18 +111,13 @@ def quality_table(rows):
 
 
 def quality_picture(data, title: str):
-    """Figure: mean KLD (logarithmic) against bits per weight; the colour is the family, filled means with imatrix.
-
-    ``data``: rows of ``gguf_quality``.  Types of eight bits and less; 16-bit ones would only push the others together.
-    """
-    data = data[data["bits_per_weight"] < 9]
+    """Figure of ``gguf_quality``: mean KLD against bits per weight; colour: the family, filled: with imatrix."""
+    data = data[data["bits_per_weight"] < 9]  # 16-bit types would push the others together
     fig, ax = plots.figure(8.5, 6)
     for (kind, flag), d in data.groupby([data["type"].map(family), "imatrix"]):
-        number = FAMILIES.index(kind)
-        color = plots.PALETTE[number]
-        ax.errorbar(d["bits_per_weight"], d["kld_mean"], yerr=2 * d["kld_mean_se"], fmt="osD^vP"[number], ms=6,
-                    color=color, mfc=color if flag else "white", capsize=2, lw=1,
-                    label=kind + " + imatrix" * flag)  # fmt: skip
+        color, marker = plots.PALETTE[FAMILIES.index(kind)], plots.MARKERS[FAMILIES.index(kind)]
+        ax.errorbar(d["bits_per_weight"], d["kld_mean"], yerr=2 * d["kld_mean_se"], fmt=marker, ms=6, color=color,
+                    mfc=color if flag else "white", capsize=2, lw=1, label=kind + " + imatrix" * flag)  # fmt: skip
     ax.set(title=title, xlabel="bits per weight of the file", ylabel="mean KL divergence (nats per token)",
            yscale="log", xlim=(data["bits_per_weight"].min() - 0.35, 9))  # fmt: skip
     ax.legend(loc="upper right", fontsize=8)
@@ -142,13 +126,8 @@ def quality_picture(data, title: str):
     return fig
 
 
-# ------------------------------------------------------------------------------------------------------ side by side
-
-
 def answers_table(said: dict[str, str]) -> str:
-    """HTML of the answers (name -> text, the original first): what the original said too in grey, the rest in bold."""
-    import pandas as pd
-
+    """HTML of the answers (the original's first): what the original said too in grey, the rest in bold."""
     original, rows = next(iter(said.values())), []
     for number, text in enumerate(said.values()):
         at = len(os.path.commonprefix([text, original])) if number else len(text)
@@ -165,25 +144,18 @@ def explorer(models: dict, prompts, max_tokens: int = 24):
 
     ``models``: name -> an open :class:`qtutor.llamacpp.Model`, the original first; ``prompts``: those to choose from.
     """
-    import ipywidgets
-
-    models, prompts = dict(models), list(prompts)
+    when_let_go = {"continuous_update": False}
     prompt = ipywidgets.Combobox(value=prompts[0], options=prompts, description="prompt", ensure_option=False,
-                                 continuous_update=False, layout=ipywidgets.Layout(width="95%"))  # fmt: skip
-    length = ipywidgets.IntSlider(max_tokens, 4, 64, 4, description="tokens", continuous_update=False)
-    warmth = ipywidgets.FloatSlider(value=0, min=0, max=1.5, step=0.1, description="temperature",
-                                    continuous_update=False, style={"description_width": "initial"})  # fmt: skip
-    seed = ipywidgets.BoundedIntText(0, 0, 999, description="seed", layout=ipywidgets.Layout(width="160px"))
-    shown = ipywidgets.HTML()
+                                 layout={"width": "95%"}, **when_let_go)  # fmt: skip
+    settings = {
+        "max_tokens": ipywidgets.IntSlider(max_tokens, 4, 64, 4, description="tokens", **when_let_go),
+        "temperature": ipywidgets.FloatSlider(0, min=0, max=1.5, step=0.1, description="temperature",
+                                              style={"description_width": "initial"}, **when_let_go),
+        "seed": ipywidgets.BoundedIntText(0, 0, 999, description="seed", layout={"width": "160px"}),
+    }  # fmt: skip
 
-    def answer(_=None):
-        how = (prompt.value, length.value, warmth.value, seed.value)
-        try:
-            shown.value = answers_table({name: model.generate(*how) for name, model in models.items()})
-        except QtutorError as error:
-            shown.value = f"<p>{html.escape(str(error))}</p>"
+    def answer(**how):
+        return answers_table({name: model.generate(**how) for name, model in models.items()}), None
 
-    for control in (prompt, length, warmth, seed):
-        control.observe(answer, names="value")
-    answer()
-    return ipywidgets.VBox([prompt, ipywidgets.HBox([length, warmth, seed]), shown])
+    arranged = ipywidgets.VBox([prompt, ipywidgets.HBox(list(settings.values()))])
+    return live_picture(answer, arranged, prompt=prompt, **settings)

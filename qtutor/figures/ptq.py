@@ -17,11 +17,11 @@ def clip_curve(weight, bits: int, group: int | None, ratios) -> np.ndarray:
     ``weight`` (rows, columns) is rounded to signed integers with one scale for ``group`` neighbours (None: a row);
     ``2 ** (bits - 1) - 1/2`` steps are a ratio times their amax.  Clipping: the error of weights beyond the last code.
     """
-    blocks, parts = weight.detach().float().reshape(-1, group or weight.shape[1]), []
+    blocks, half, parts = weight.detach().float().reshape(-1, group or weight.shape[1]), 2 ** (bits - 1), []
     for ratio in ratios:
-        scale = (float(ratio) * blocks.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)).clamp_min(1e-12)
+        scale = (float(ratio) * blocks.abs().amax(1, keepdim=True) / (half - 0.5)).clamp_min(1e-12)
         codes = (blocks / scale).round()
-        kept = codes.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        kept = codes.clamp(-half, half - 1)
         error = (kept * scale - blocks).square() / blocks.square().sum()
         parts.append([error[codes == kept].sum().item(), error[codes != kept].sum().item()])
     return np.array(parts).T
@@ -29,38 +29,38 @@ def clip_curve(weight, bits: int, group: int | None, ratios) -> np.ndarray:
 
 def clip_picture(weight, bits: int = 3, group: int | None = None, ratio: float = 0.8):
     """Figure: one row of the weight with its grid, and the error against the clip ratio, in its two parts."""
-    ratios, here = np.linspace(0.3, 1.1, 41), clip_curve(weight, bits, group, [ratio]).sum()
+    ratios = np.linspace(0.3, 1.1, 41)
     rounding, clipping = clip_curve(weight, bits, group, ratios)
-    best = ratios[(rounding + clipping).argmin()]
+    both = rounding + clipping
     fig, (left, right) = plots.figure(8.5, 3.5, ncols=2)
     row = weight.detach().float().cpu()[0][: group or weight.shape[1]]
-    low, high, amax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, row.abs().max().item()
-    scale, end = ratio * amax / (high + 0.5), 1.05 * amax
+    amax, grid = row.abs().max().item(), np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    scale, end = ratio * amax / (grid[-1] + 0.5), 1.05 * amax
     plots.histogram(left, row, bins=40 if len(row) > 100 else 16, density=False, color=BLUE)
-    left.vlines(scale * np.arange(low, high + 1), 0, 1, color=ORANGE, lw=1, transform=left.get_xaxis_transform())
-    left.axvspan(-end, (low - 0.5) * scale, color="0.5", alpha=0.2)
-    left.axvspan((high + 0.5) * scale, end, color="0.5", alpha=0.2)
+    left.vlines(scale * grid, 0, 1, color=ORANGE, lw=1, transform=left.get_xaxis_transform())
+    for clipped in ((-end, (grid[0] - 0.5) * scale), ((grid[-1] + 0.5) * scale, end)):
+        left.axvspan(*clipped, color="0.5", alpha=0.2)
     left.set(title=f"{len(row)} weights and their int{bits} grid", xlabel="weight (grey: clipped)", xlim=(-end, end))
-    right.plot(ratios, rounding + clipping, color="black", label="both")
+    right.plot(ratios, both, color="black", label="both")
     right.plot(ratios, rounding, color=BLUE, ls="--", label="rounding")
     right.plot(ratios, clipping, color=RED, ls=":", lw=2, label="clipping")
-    right.axvline(best, color="0.6", lw=1)
+    right.axvline(best := ratios[both.argmin()], color="0.6", lw=1)
+    here = clip_curve(weight, bits, group, [ratio]).sum()
     right.plot([ratio], [here], "o", ms=9, mfc="none", mec="black", mew=1.5)
     right.set(title=f"Whole matrix: least error at {best:.2f}", xlabel="clip ratio (share of the amax that is kept)",
-              ylabel="squared error / squared weights", ylim=(0, 1.15 * max(rounding + clipping)))  # fmt: skip
+              ylabel="squared error / squared weights", ylim=(0, 1.15 * max(both)))  # fmt: skip
     right.legend()
     return fig
 
 
 def clip_explorer(weight):
     """Widget: bits, group and clip ratio against the error of a weight (rows, columns)."""
-    groups = {"row": None} | {f"group of {g}": g for g in (128, 32) if weight.shape[1] % g == 0}
+    groups = [("row", None), *((f"group of {g}", g) for g in (128, 32) if weight.shape[1] % g == 0)]
     return live_picture(
-        lambda bits, group, ratio: clip_picture(weight, bits, groups[group], ratio),
+        lambda **chosen: clip_picture(weight, **chosen),
         bits=ipywidgets.IntSlider(3, 2, 8, description="bits"),
-        group=ipywidgets.Dropdown(options=list(groups), value="row", description="scale per"),
-        ratio=ipywidgets.FloatSlider(value=0.8, min=0.3, max=1.1, step=0.02, description="clip ratio"),
-    )
+        group=ipywidgets.Dropdown(options=groups, description="scale per"),
+        ratio=ipywidgets.FloatSlider(0.8, min=0.3, max=1.1, step=0.02, description="clip ratio"))  # fmt: skip
 
 
 def outlier_picture(amax: dict, name: str, other: str):
@@ -68,16 +68,16 @@ def outlier_picture(amax: dict, name: str, other: str):
     fig, (left, right) = plots.figure(8.5, 3.5, ncols=2, width_ratios=(1.25, 1))
     for key, color in ((name, RED), (other, BLUE)):
         left.plot(amax[key].cpu() / amax[key].cpu().median(), color=color, lw=0.9, label=".".join(key.split(".")[-3:]))
-    left.set(title="Inputs: the largest value of each channel", xlabel="channel", ylabel="amax (median channel = 1)",
-             ylim=(0, None))  # fmt: skip
+    left.set(title="Inputs: the largest value of each channel", xlabel="channel", ylabel="amax (median channel = 1)")
     left.legend(loc="upper left")
     labels = {"q_proj": "q, k, v", "o_proj": "o", "gate_proj": "gate, up", "down_proj": "down"}
-    for (kind, label), marker, color in zip(labels.items(), "osD^", plots.PALETTE, strict=False):
+    for (kind, label), marker, color in zip(labels.items(), plots.MARKERS, plots.PALETTE, strict=False):
         ratios = [(values.max() / values.median()).item() for key, values in amax.items() if key.endswith(kind)]
         right.plot(range(len(ratios)), ratios, marker=marker, ms=5, lw=1.2, color=color, label=label)
     right.axhline(1, color="0.6", lw=1, ls=":")
-    right.set(title="How far the largest stands out", xlabel="block of the model", ylabel="largest / median amax",
-              ylim=(0, None))  # fmt: skip
+    right.set(title="How far the largest stands out", xlabel="block of the model", ylabel="largest / median amax")
+    for ax in (left, right):
+        ax.set_ylim(0, None)
     right.xaxis.get_major_locator().set_params(integer=True)
     right.legend(title="input of", loc="upper right", fontsize=8.5)
     return fig
@@ -86,15 +86,14 @@ def outlier_picture(amax: dict, name: str, other: str):
 def smooth_picture(alphas, errors: dict, before, after):
     """Figure: SmoothQuant's output error against alpha, and the channels' amax before and after the best alpha.
 
-    ``errors`` maps a label to one error for each alpha; ``before`` and ``after`` are pairs of (channels,) tensors: the
-    amax of the activations and of the weight's columns.
+    ``errors``: label -> one for each alpha; ``before``, ``after``: (channels,) amax of activations and of weights.
     """
     fig, (left, right) = plots.figure(8.5, 3.5, ncols=2)
     for (label, values), color, marker in zip(errors.items(), plots.PALETTE, "os^", strict=False):
         left.semilogy(alphas, values, marker=marker, ms=4, color=color, label=label)
+    every = np.array(list(errors.values()))
     left.set(title="Output error, W8A8", xlabel="alpha (0: all in the activations, 1: all in the weights)",
-             ylabel="relative error of the output",
-             ylim=(0.7 * min(map(min, errors.values())), 1.5 * max(map(max, errors.values()))))  # fmt: skip
+             ylabel="relative error of the output", ylim=(0.7 * every.min(), 1.5 * every.max()))  # fmt: skip
     left.set_yticks(ticks := [0.01, 0.02, 0.05, 0.1, 0.2, 0.5], [f"{tick:.0%}" for tick in ticks])
     left.minorticks_off()
     left.legend()
@@ -138,13 +137,13 @@ def methods_picture(table):
 def backends_picture(table):
     """Figure: KLD against the bits per weight that are really stored; the index of the table names the back ends."""
     fig, ax = plots.figure(8.5, 4)
+    bits, kld, errors = table["bits_per_weight"], table["kld_mean"], 2 * table["kld_mean_se"]
     looks = {"bfloat16": (plots.PALETTE[7], "D"), "torchao": (BLUE, "o"), "bitsandbytes": (ORANGE, "s")}
-    for name, row in table.iterrows():
+    for name in table.index:
         color, marker = looks.get(name.split()[0], (GREEN, "^"))
-        point = [row["bits_per_weight"]], [row["kld_mean"]], [2 * row["kld_mean_se"]]
-        plots.quality_vs_bits(ax, *point, color=color, marker=marker)
+        plots.quality_vs_bits(ax, [bits[name]], [kld[name]], [errors[name]], color=color, marker=marker)
     ax.set(title="What is stored, and what it costs", xlabel="bits per weight of the linear layers, counted in memory",
-           ylabel="mean KL divergence (nats)", yscale="log", xlim=(3, table["bits_per_weight"].max() + 1.5),
-           ylim=(table["kld_mean"].min() / 3, table["kld_mean"].max() * 4))  # fmt: skip
-    plots.annotate(ax, table["bits_per_weight"].tolist(), table["kld_mean"].tolist(), table.index.tolist())
+           ylabel="mean KL divergence (nats)", yscale="log", xlim=(3, bits.max() + 1.5),
+           ylim=(kld.min() / 3, kld.max() * 4))  # fmt: skip
+    plots.annotate(ax, bits, kld, table.index)
     return fig

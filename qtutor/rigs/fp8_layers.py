@@ -7,9 +7,11 @@ run the same layers; rungs are ordered so that each changes one thing.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
 
 from .. import QtutorError, energy, measure, te_switch
 from ..decide import capacity
@@ -49,14 +51,9 @@ class Shape:
         return layers * (6 * self.tokens * self.weights + 6 * self.tokens * self.sequence * self.hidden)
 
 
-def _published(name: str, batch: int, sequence: int) -> Shape:
-    config = capacity.MODELS[name]
-    sizes = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"))
-    return Shape(name, *sizes, batch, sequence)
-
-
-SHAPES = {shape.name: shape for shape in (_published("Llama-2-7B", 8, 2048), _published("Llama-3-8B", 8, 2048),
-                                          _published("Llama-2-70B", 4, 4096))}  # fmt: skip
+SIZES = "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"
+SHAPES = {name: Shape(name, *(capacity.MODELS[name][size] for size in SIZES), batch, sequence) for name, batch, sequence
+          in (("Llama-2-7B", 8, 2048), ("Llama-3-8B", 8, 2048), ("Llama-2-70B", 4, 4096))}  # fmt: skip
 
 
 def require_fp8():
@@ -72,25 +69,23 @@ def require_fp8():
 
 def free() -> None:
     """Give back the GPU memory that nothing uses any more."""
-    import torch
-
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        # cuBLAS keeps a work space for each stream, which would count as the next model's memory
+        getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
+        torch.cuda.empty_cache()
 
 
-# ----------------------------------------------------------------------------------------------------- builders
-def huggingface_layers(shape: Shape, layers: int = LAYERS):
+def huggingface_layers(shape: Shape):
     """Decoder layers of transformers' Llama in BF16 and their call ``f(x)``; x: (batch, sequence, hidden)."""
-    import torch
-    from torch import nn
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-    config = LlamaConfig(hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-                         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-                         max_position_embeddings=shape.sequence, attn_implementation="sdpa")  # fmt: skip
+    sizes = dict(hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_attention_heads=shape.heads,
+                 num_key_value_heads=shape.kv_heads, max_position_embeddings=shape.sequence)  # fmt: skip
+    config = LlamaConfig(**sizes, attn_implementation="sdpa")
     with torch.device("cuda"):
-        stack = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(layers)).to(torch.bfloat16)
+        stack = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(LAYERS)).to(torch.bfloat16)
         cos_sin = LlamaRotaryEmbedding(config)(torch.empty(1, dtype=torch.bfloat16), torch.arange(shape.sequence)[None])
 
     def forward(x):
@@ -102,46 +97,37 @@ def huggingface_layers(shape: Shape, layers: int = LAYERS):
     return stack, forward
 
 
-def te_layers(shape: Shape, layers: int = LAYERS, recipe=None, fp8_weights: bool = False, graph: bool = False):
-    """The same layers as te.TransformerLayer, in BF16 or (with a recipe) FP8; ``graph``: replayed from CUDA graphs,
-    which launch all kernels of a pass at once."""
-    import torch
+def te_layers(shape: Shape, layers: int = LAYERS, recipe: str | None = None, fp8_weights=False, graph=False, **options):
+    """The same layers as te.TransformerLayer, in BF16 or (with a ``recipe``) FP8; ``graph``: replayed from CUDA graphs,
+    which launch all kernels of a pass at once; ``options`` are those of :func:`recipe_of`."""
     import transformer_engine.pytorch as te
 
-    class Stack(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = torch.nn.ModuleList(
-                te.TransformerLayer(
-                    shape.hidden, shape.intermediate, shape.heads, num_gqa_groups=shape.kv_heads, bias=False,
-                    normalization="RMSNorm", activation="swiglu", attn_input_format="bshd",
-                    self_attn_mask_type="causal", hidden_dropout=0.0, attention_dropout=0.0, fuse_qkv_params=True,
-                    params_dtype=torch.bfloat16, device="cuda")
-                for _ in range(layers))  # fmt: skip
+    fp8 = {"enabled": recipe is not None, "recipe": recipe_of(recipe, **options)}
+    rope = te.RotaryPositionEmbedding(shape.hidden // shape.heads)(max_seq_len=shape.sequence).to("cuda")
 
+    class Stack(nn.ModuleList):
         def forward(self, x):
-            for layer in self.layers:
+            for layer in self:
                 x = layer(x, rotary_pos_emb=rope)
             return x
 
-    rope = te.RotaryPositionEmbedding(shape.hidden // shape.heads)(max_seq_len=shape.sequence).to("cuda")
-    with te.quantized_model_init(enabled=True, recipe=recipe) if fp8_weights else contextlib.nullcontext():
-        stack = call = Stack()
+    with te.quantized_model_init(enabled=fp8_weights, recipe=fp8["recipe"]):
+        stack = call = Stack(te.TransformerLayer(
+            shape.hidden, shape.intermediate, shape.heads, num_gqa_groups=shape.kv_heads, bias=False,
+            normalization="RMSNorm", activation="swiglu", attn_input_format="bshd", self_attn_mask_type="causal",
+            hidden_dropout=0.0, attention_dropout=0.0, fuse_qkv_params=True, params_dtype=torch.bfloat16,
+            device="cuda") for _ in range(layers))  # fmt: skip
     if graph:
-        options = dict(enabled=True, recipe=recipe) if recipe is not None else dict(enabled=False)
-        call = te.make_graphed_callables(stack, (random_batch(shape).requires_grad_(),), **options)
+        call = te.make_graphed_callables(stack, (random_batch(shape).requires_grad_(),), **fp8)
 
     def forward(x):
-        with te.autocast(enabled=recipe is not None, recipe=recipe):
+        with te.autocast(**fp8):
             return call(x)
 
     return stack, forward
 
 
 def random_batch(shape: Shape):
-    """Random numbers (batch, sequence, hidden), BF16, on the GPU."""
-    import torch
-
     return torch.randn(shape.batch, shape.sequence, shape.hidden, device="cuda", dtype=torch.bfloat16)
 
 
@@ -157,29 +143,18 @@ def training_step(shape: Shape, stack, forward):
     return step
 
 
-@dataclass(frozen=True)
-class Rung:
-    """How the layers of a rung are built: the library, the recipe (None: BF16), and what else is switched on."""
-
-    library: str
-    recipe: str | None = None
-    fp8_weights: bool = False
-    fp8_attention: bool = False
-    fast_accumulation: bool = False
-    graph: bool = False
-
-
-RUNGS = {
-    "Hugging Face BF16": Rung("hf"),
-    "TE BF16": Rung("te"),
-    "TE FP8 block": Rung("te", "block"),
-    "TE FP8 current": Rung("te", "current"),
-    "TE FP8 current + fast accumulation": Rung("te", "current", fast_accumulation=True),
-    "TE FP8 delayed": Rung("te", "delayed"),
-    "TE FP8 delayed + FP8 weights": Rung("te", "delayed", True),
-    "TE FP8 delayed + FP8 weights + FP8 attention": Rung("te", "delayed", True, True),
-    "TE FP8 delayed + FP8 weights + CUDA graph": Rung("te", "delayed", True, graph=True),
-    "TE BF16 + CUDA graph": Rung("te", graph=True),
+DELAYED = {"recipe": "delayed", "fp8_weights": True}
+RUNGS = {  # None: transformers' layers; else the arguments of te_layers
+    "Hugging Face BF16": None,
+    "TE BF16": {},
+    "TE FP8 block": {"recipe": "block"},
+    "TE FP8 current": {"recipe": "current"},
+    "TE FP8 current + fast accumulation": {"recipe": "current", "fast_accumulation": True},
+    "TE FP8 delayed": {"recipe": "delayed"},
+    "TE FP8 delayed + FP8 weights": DELAYED,
+    "TE FP8 delayed + FP8 weights + FP8 attention": DELAYED | {"fp8_attention": True},
+    "TE FP8 delayed + FP8 weights + CUDA graph": DELAYED | {"graph": True},
+    "TE BF16 + CUDA graph": {"graph": True},
 }
 
 
@@ -187,7 +162,7 @@ def recipe_of(name: str | None, fp8_attention: bool = False, fast_accumulation: 
     """A recipe by its short name: "delayed", "current" or "block"; None for None."""
     from transformer_engine.common.recipe import DelayedScaling, Float8BlockScaling, Float8CurrentScaling, MMParams
 
-    options = dict(fp8_dpa=True) if fp8_attention else {}
+    options = {"fp8_dpa": True} if fp8_attention else {}
     if fast_accumulation:  # the gradients' products too sum in the tensor core's short accumulator
         options = dict.fromkeys(("fp8_gemm_dgrad", "fp8_gemm_wgrad"), MMParams(use_split_accumulator=False))
     kinds = {"delayed": DelayedScaling, "current": Float8CurrentScaling, "block": Float8BlockScaling}
@@ -196,49 +171,36 @@ def recipe_of(name: str | None, fp8_attention: bool = False, fast_accumulation: 
 
 def build(shape: Shape, rung: str):
     """Build the layers of a rung; return (module, ``step()``), where a step is one forward and backward pass."""
-    import torch
-
-    how = RUNGS[rung]
     torch.manual_seed(0)
-    if how.library == "hf":
-        stack, forward = huggingface_layers(shape)
-    else:
-        recipe = recipe_of(how.recipe, how.fp8_attention, how.fast_accumulation)
-        stack, forward = te_layers(shape, recipe=recipe, fp8_weights=how.fp8_weights, graph=how.graph)
+    how = RUNGS[rung]
+    stack, forward = huggingface_layers(shape) if how is None else te_layers(shape, **how)
     return stack, training_step(shape, stack, forward)
 
 
-# -------------------------------------------------------------------------------------------------- measurements
 def timed(step, seconds: float = 1.5, warmup: int = 3) -> dict:
     """Time ``step()`` for about ``seconds``: ms_per_step with percentiles, repeats, joules_per_step, watts and clock.
 
     The steps run back to back, so that the power limit acts as it does in training.
     """
     timing, used = energy.timed(step, warmup=warmup, repeats=5, seconds=seconds, device="cuda")
-    board = energy.board("cuda")
-    row = {"ms_per_step": round(timing.median_ms, 4), "ms_p10": round(timing.p10, 4), "ms_p90": round(timing.p90, 4),
-           "repeats": timing.n, "mhz": board.mhz() if board else None,
-           "joules_per_step": used.per(timing.n), "watts": used.per(used.seconds)}  # fmt: skip
+    board, n = energy.board("cuda"), timing.n
+    row = {"ms_per_step": timing.median_ms, "ms_p10": timing.p10, "ms_p90": timing.p90, "repeats": n,
+           "mhz": board and board.mhz(), "joules_per_step": used.per(n), "watts": used.per(used.seconds)}  # fmt: skip
     return {key: round(value, 4) for key, value in row.items() if value is not None}
 
 
 def peaks(size: int = 8192) -> dict:
     """Measured peak of the matrix units, in TFLOP/s, of one large product of random data: {"BF16": ..., "FP8": ...}."""
-    import torch
-
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     one, (a8, b8) = torch.ones((), device="cuda"), (t.to(torch.float8_e4m3fn) for t in (a, b))
     work = {"BF16": lambda: a @ b.t(), "FP8": lambda: torch._scaled_mm(a8, b8.t(), one, one, out_dtype=torch.bfloat16,
                                                                        use_fast_accum=True)}  # fmt: skip
-    return {
-        name: round(2 * size**3 / timed(product, 0.8, 10)["ms_per_step"] / 1e9, 1) for name, product in work.items()
-    }
+    return {name: round(2 * size**3 / timed(product, 0.8, 10)["ms_per_step"] / 1e9, 1)
+            for name, product in work.items()}  # fmt: skip
 
 
-def measure_rung(shape: Shape, rung: str, peak: dict | None = None, seconds: float = 1.5) -> dict:
-    """Build a rung, time it, and return its row of ``fp8_layers``; ``peak_gib`` counts all that the rung allocates."""
-    import torch
-
+def measure_rung(shape: Shape, rung: str, seconds: float) -> dict:
+    """Build a rung, time it, and return its row; ``peak_gib`` counts all that the rung allocates."""
     require_fp8()
     free()
     before = torch.cuda.memory_allocated() / measure.GIB
@@ -250,22 +212,14 @@ def measure_rung(shape: Shape, rung: str, peak: dict | None = None, seconds: flo
     sizes = asdict(shape)
     row = {"shape": sizes.pop("name"), **sizes, "layers": LAYERS, "tokens": shape.tokens, "rung": rung,
            **timed(step, seconds), "peak_gib": round(memory.peak - before, 3)}  # fmt: skip
-    if not RUNGS[rung].graph:  # a graph's memory is taken when it is recorded, with the weights
-        row |= {"weights_gib": round(weights, 3)}
+    if "graph" not in rung:  # a graph's memory is taken when it is recorded, with the weights
+        row["weights_gib"] = round(weights, 3)
     del stack, step
     free()
-    return _with_rates(row, shape, peak)
-
-
-def _with_rates(row: dict, shape: Shape, peak: dict | None) -> dict:
-    row["tflop_per_s"] = round(shape.flop() / row["ms_per_step"] / 1e9, 1)
-    if peak:
-        row["peak_tflop_per_s"] = peak["FP8" if "FP8" in row["rung"] else "BF16"]
-        row["share_of_peak"] = round(row["tflop_per_s"] / row["peak_tflop_per_s"], 4)
     return row
 
 
-def ladder(shapes=tuple(SHAPES), rungs=tuple(RUNGS), seconds: float = 0.8, progress: bool = True) -> list[dict]:
+def ladder(shapes=tuple(SHAPES), rungs=tuple(RUNGS), seconds: float = 0.8) -> list[dict]:
     """Rows of ``fp8_layers``: every rung for every shape (names).
 
     Rungs are measured in order and then in reverse order, and the two figures averaged: a GPU that grows warm, and
@@ -274,19 +228,19 @@ def ladder(shapes=tuple(SHAPES), rungs=tuple(RUNGS), seconds: float = 0.8, progr
     from tqdm.auto import tqdm
 
     require_fp8()
-    peak, rows = peaks(), []
+    peak, rows, found = peaks(), [], {}
     turns = [(name, rung) for name in shapes for rung in (*rungs, *reversed(rungs))]
-    found: dict = {}
-    for name, rung in tqdm(turns, disable=not progress, desc="ladder", leave=False):
+    for name, rung in tqdm(turns, desc="ladder", leave=False):
         try:
-            found.setdefault((name, rung), []).append(measure_rung(SHAPES[name], rung, seconds=seconds))
+            found.setdefault((name, rung), []).append(measure_rung(SHAPES[name], rung, seconds))
         except Exception as error:  # noqa: BLE001 - what one version of the library cannot run must not cost the rest
             print(f"{name}, {rung}: left out, {type(error).__name__}: {str(error).splitlines()[0][:200]}")
-    for (name, _), pair in found.items():
+    for (name, rung), pair in found.items():
         row = dict(pair[0])
         for key in ("ms_per_step", "ms_p10", "ms_p90", "mhz", "joules_per_step", "watts"):
             if all(key in r for r in pair):
                 row[key] = round(sum(r[key] for r in pair) / len(pair), 4)
-        row["repeats"] = sum(r["repeats"] for r in pair)
-        rows.append(_with_rates(row, SHAPES[name], peak))
+        rate, most = SHAPES[name].flop() / row["ms_per_step"] / 1e9, peak["FP8" if "FP8" in rung else "BF16"]
+        rows.append(row | {"repeats": sum(r["repeats"] for r in pair), "tflop_per_s": round(rate, 1),
+                           "peak_tflop_per_s": most, "share_of_peak": round(rate / most, 4)})  # fmt: skip
     return rows

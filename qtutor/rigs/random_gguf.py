@@ -6,8 +6,7 @@ file in which every tensor has exactly the type that llama.cpp's quantizer would
 with valid random blocks.  **The text of such a model is nonsense; what it takes to write it is the real thing.**
 
 llama.cpp's own quantizer makes the blocks of normally distributed weights, as Llamas begin training with: activations
-neither overflow nor vanish, and the bits are as varied as real ones, which matters for the power that a GPU draws.  One
-pool of blocks a type is repeated over the file; no two rows of a matrix are alike for thousands of rows.
+neither overflow nor vanish, and the bits are as varied as real ones, which matters for the power that a GPU draws.
 """
 
 from __future__ import annotations
@@ -19,11 +18,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from .. import QtutorError, files, llamacpp
 from ..decide import capacity
 
-POOL_BLOCKS = 16411  # a prime: no row of a matrix starts at the same block as its neighbours
+POOL_BLOCKS = 16411  # of each type, repeated over the file; a prime: no row starts at the same block as its neighbours
 STD = 0.02  # of the random weights: initializer_range in Llama's configuration
 
 # Llama-2-70B made small: the same rules (grouped queries 8:1, ffn 3.5 x hidden), every row a multiple of 256
@@ -40,12 +40,8 @@ def _ggml():
     from llama_cpp import llama_cpp
 
     lib = llama_cpp._lib  # libllama links libggml, and on most systems its handle finds the functions there
-    try:
-        if not hasattr(lib, "ggml_quantize_chunk"):
-            from llama_cpp._ggml import libggml as lib
-        lib.ggml_quantize_chunk  # noqa: B018
-    except (ImportError, AttributeError, OSError):
-        raise QtutorError("This llama-cpp-python has no ggml_quantize_chunk: install 0.3.36 or later.") from None
+    if not hasattr(lib, "ggml_quantize_chunk"):
+        from llama_cpp._ggml import libggml as lib
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
     lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
@@ -55,8 +51,8 @@ def _ggml():
 
 
 def quantize_blocks(kind: str, weights) -> np.ndarray:
-    """``weights`` (float, any shape; their number a multiple of the type's block) as GGML blocks of type ``kind``,
-    uint8 (n, bytes per block), by llama.cpp's own quantizer.  Raises QtutorError for another type or number."""
+    """``weights`` (float, any shape) as GGML blocks of type ``kind``, uint8 (n, bytes per block), by llama.cpp's own
+    quantizer."""
     if kind not in llamacpp.STORED:
         raise QtutorError(f"There is no tensor type {kind!r}: choose one of {', '.join(llamacpp.STORED)}.")
     number, per_block, width = llamacpp.GGML[kind]
@@ -70,20 +66,17 @@ def quantize_blocks(kind: str, weights) -> np.ndarray:
     return out
 
 
-def blocks(kind: str, n: int, seed: int = 0) -> np.ndarray:
-    """``n`` blocks of N(0, STD) weights: :func:`quantize_blocks` of numpy's generator at ``seed``."""
-    shape = (n, llamacpp.GGML[kind].weights)
-    return quantize_blocks(kind, np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) * np.float32(STD))
+def blocks(kind: str, n: int, seed: int) -> np.ndarray:
+    """``n`` blocks of N(0, STD) weights, by numpy's generator at ``seed``."""
+    normal = np.random.default_rng(seed).standard_normal((n, llamacpp.GGML[kind].weights), dtype=np.float32)
+    return quantize_blocks(kind, normal * np.float32(STD))
 
 
-def write(path, config="Llama-2-70B", type: str = "Q6_K", seed: int = 0, threads: int | None = None) -> Path:
+def write(path, config="Llama-2-70B", type: str = "Q6_K", seed: int = 0) -> Path:
     """Write a GGUF file of the shape ``config`` (anything that ``capacity.config_of`` takes) with random weights.
 
-    Every tensor has the type that llama.cpp's quantizer would choose for ``type``; norms are 1.  The same arguments
-    give the same bytes.  The vocabulary is made up, of the right length.  ``threads`` write side by side (by default
-    as many as there are cores, at most 8): 56 GB take ten to thirty seconds in memory-backed storage.
-
-    Raises QtutorError for an unknown type or shape, and before it writes anything where the folder has too little room.
+    Every tensor has the type that llama.cpp's quantizer would choose for ``type``; norms are 1, and the vocabulary is
+    made up.  The same arguments give the same bytes.  56 GB take ten to thirty seconds in memory-backed storage.
     """
     planned, size = {t.name: t.type for t in capacity.plan(config, type)}, capacity.size(config, type)
     name = config if isinstance(config, str) and config in capacity.MODELS else "llama"
@@ -94,25 +87,21 @@ def write(path, config="Llama-2-70B", type: str = "Q6_K", seed: int = 0, threads
                               "choose another folder or free some space.")  # fmt: skip
         stub = capacity.write_stub(partial, config, planned, f"{name} {type}, random weights",
                                    ftype=llamacpp.TYPES[size.type].ftype)  # fmt: skip
-        _fill(stub, seed, threads or min(8, llamacpp.n_threads()))
+        _fill(stub, seed)
     return llamacpp.trust(path)  # no child has to look at it first
 
 
-def _fill(stub: llamacpp.Gguf, seed: int, threads: int) -> None:
-    from tqdm.auto import tqdm
-
+def _fill(stub: llamacpp.Gguf, seed: int) -> None:
     pools, jobs = {}, []
     for number, t in enumerate(stub.tensors):
         if len(t.shape) == 1:  # norms are 1; RoPE factors of 1 leave every frequency as it is
             pool, first = np.ones(t.nbytes // 4, np.float32).view(np.uint8), 0
         else:
             _, per_block, width = llamacpp.GGML[t.type]
-            if t.type not in pools:
-                # about as many weights whatever the block, and never a round number of rows
-                n = POOL_BLOCKS * 256 // per_block + (0 if per_block == 256 else 1)
+            if t.type not in pools:  # about as many weights whatever the block, and never a round number of rows
+                n = POOL_BLOCKS * 256 // per_block + (per_block != 256)
                 n = min(n, -(-max(x.nbytes for x in stub.tensors) // width))
-                unit = blocks(t.type, n, seed).reshape(-1)
-                # large writes: repeat the pool until it is about 64 MB
+                unit = blocks(t.type, n, seed).reshape(-1)  # repeated to about 64 MB, for large writes
                 pools[t.type] = np.tile(unit, max(1, min(2**26, t.nbytes) // unit.size))
             pool, first = pools[t.type], number * 7919 * width  # each tensor begins elsewhere in the pool
         jobs += [(pool, *piece) for piece in _pieces(t, pool.size, first)]
@@ -126,7 +115,7 @@ def _fill(stub: llamacpp.Gguf, seed: int, threads: int) -> None:
 
     total = sum(n for *_, n in jobs)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False, disable=total < 2**30)
-    with bar, ThreadPoolExecutor(threads) as workers:
+    with bar, ThreadPoolExecutor(min(8, llamacpp.n_threads())) as workers:
         for n in workers.map(work, jobs):
             bar.update(n)
 
@@ -134,8 +123,9 @@ def _fill(stub: llamacpp.Gguf, seed: int, threads: int) -> None:
 def _pieces(tensor: llamacpp.Tensor, pool: int, first: int, most: int = 2**28):
     """(offset in the file, offset in a pool of ``pool`` bytes, bytes) of the writes that fill one tensor, none longer
     than ``most``: as if the pool were endless, from ``first`` on."""
-    done, at = 0, first % pool
+    done = 0
     while done < tensor.nbytes:
+        at = (first + done) % pool
         n = min(tensor.nbytes - done, pool - at, most)
         yield tensor.offset + done, at, n
-        done, at = done + n, (at + n) % pool
+        done += n

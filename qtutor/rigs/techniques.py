@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import importlib
 
-from .. import QtutorError
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .. import course_model, te_switch
 from ..decide import capacity
 from ..decide.techniques import TECHNIQUES, Technique
+from .fp8_layers import require_fp8
 
 
 def device() -> str:
     """Where techniques run: "cuda" where there is a GPU, else "cpu"."""
-    import torch
-
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def float_model(shape: str = "course", where: str | None = None, dtype=None):
     """A LlamaForCausalLM to quantize: the course model, or one of capacity.MODELS's shapes with random weights."""
-    import torch
-
-    from .. import course_model
-
     where, dtype = where or device(), dtype or torch.bfloat16
     if shape == "course":
         return course_model.load(dtype=dtype, device=where)
@@ -59,8 +58,6 @@ def convert(model, technique: str | Technique):
 
 def build(technique: str | Technique, shape: str = "course", where: str | None = None):
     """The model of a technique that PyTorch runs, in eval mode; FP32 in float32, all others from bfloat16."""
-    import torch
-
     name = getattr(technique, "name", technique)
     with torch.no_grad():
         start = float_model(shape, where, torch.float32 if name == "FP32" else torch.bfloat16)
@@ -69,8 +66,6 @@ def build(technique: str | Technique, shape: str = "course", where: str | None =
 
 def _torchao(model, config: str):
     """Quantize the linear layers of the model's body with a configuration of torchao."""
-    import torch
-
     ao = importlib.import_module("torchao.quantization")
     options = {
         "IntxWeightOnlyConfig": lambda: dict(weight_dtype=torch.int4, granularity=ao.PerGroup(32)),
@@ -87,29 +82,17 @@ def _torchao(model, config: str):
 
 def _int_mm(a, b):
     """int8 (m, k) x (k, n) -> int32, padded to the 32 rows that cuBLAS wants at least."""
-    import torch
-    from torch.nn import functional as F
-
     return torch._int_mm(F.pad(a, (0, 0, 0, max(0, 32 - len(a)))), b)[: len(a)]
 
 
 def te_inference(model):
     """te.Linear with FP8 weights and nothing else, in every layer; rows padded to 8, which FP8 products ask for."""
-    import torch
-    from torch.nn import functional as F
-
-    from .. import te_switch
-
-    status = te_switch.activate()
-    if not status.real:
-        raise QtutorError(f"FP8 with Transformer Engine needs a GPU with FP8 units, and {status.reason}: look at the "
-                          "recorded results instead.")  # fmt: skip
-    import transformer_engine.pytorch as te
+    te = require_fp8()
     from transformer_engine.common.recipe import Float8CurrentScaling
 
     recipe = Float8CurrentScaling()
 
-    class Padded(torch.nn.Module):
+    class Padded(nn.Module):
         def __init__(self, linear):
             super().__init__()
             sizes, weight = (linear.in_features, linear.out_features), linear.weight
@@ -131,19 +114,15 @@ def te_inference(model):
 
 def body_linears(model):
     """(parent, name, layer) of each linear layer of a Llama's body."""
-    import torch
-
     for layer in model.model.layers:
         for parent in (layer.self_attn, layer.mlp):
             for name, child in parent.named_children():
-                if isinstance(child, torch.nn.Linear):
+                if isinstance(child, nn.Linear):
                     yield parent, name, child
 
 
 def _te_emulated(model):
     """FP8 products in every layer (current scaling), computed by the emulation: the numbers, not the speed."""
-    from .. import te_switch
-
     te_switch.activate()
     import transformer_engine.pytorch as te
     from transformer_engine.common.recipe import Float8CurrentScaling

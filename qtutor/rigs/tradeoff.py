@@ -13,32 +13,28 @@ PyTorch's phases are called layer by layer with a cache of fixed length (:mod:`q
 CUDA graph, so that Python's time is not what is compared; llama.cpp runs as people run it (F16 cache, flash attention).
 The course model has real weights.  The Llama-2-7B shape has random ones: bytes, speed and energy do not depend on their
 values, quality does, and is left out.
-
-    rows = tradeoff.rows(["FP32", "GGUF Q4_K_M"], batches=(1,))
-
-A technique that cannot run here gives one row with the reason in ``not_run``.
 """
 
 from __future__ import annotations
 
-import gc
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm.auto import tqdm
 
 from .. import QtutorError, corpus, course_model, energy, evaluate, gguf_export, llamacpp, measure, paired, qat
 from ..decide import accuracy
 from ..decide.techniques import TECHNIQUES, Technique
 from . import decoding, random_gguf, techniques
+from .fp8_layers import free
 from .techniques import device
 
 SHAPES = {"course": "course", "llama2_7b": "Llama-2-7B"}  # as rows call them -> as techniques.float_model does
 CTX = 512  # tokens of a window of the evaluation text
-# What every row has, None where there is no value.
-COLUMNS = (
+COLUMNS = (  # what every row has, None where there is no value
     "shape technique family runtime trained batch not_run bits_per_weight weights_mb peak_gib perplexity perplexity_se "
     "kld_mean kld_mean_se same_top accuracy accuracy_se accuracy_diff accuracy_diff_se accuracy_n scored_tokens text "
     "prefill_tokens decode_context threads prefill_tokens_per_s decode_tokens_per_s joules_per_prefill_token "
@@ -55,9 +51,6 @@ class Sizes:
     seconds: float = 1.0
     windows: int = 64
     questions: int = 400
-
-
-# ------------------------------------------------------------------------------------------------------------ speed
 
 
 def _phase(name: str, call, tokens: int, seconds: float, where: str, clock=None, before=None) -> dict:
@@ -81,8 +74,6 @@ def _phase(name: str, call, tokens: int, seconds: float, where: str, clock=None,
 
 def _compile_products(model) -> None:
     """torch.compile for the layers' products: one graph serves all layers, so it takes seconds and not minutes."""
-    import torch
-
     torch._dynamo.config.recompile_limit = 64  # beyond the limit (8: a few shapes) it would stay eager without a word
     for _, _, layer in techniques.body_linears(model):
         layer.compile(dynamic=False)
@@ -90,17 +81,14 @@ def _compile_products(model) -> None:
 
 def pytorch_speed(model, batch: int, sizes: Sizes, phases=("prefill", "decode")) -> dict:
     """Speed and energy columns of a Llama in PyTorch, for one batch size; on a GPU replayed from a CUDA graph."""
-    import torch
-
-    where, vocab = model.device.type, model.config.vocab_size
-    row = {"prefill_tokens": sizes.tokens, "decode_context": sizes.tokens,
-           "threads": torch.get_num_threads() if where == "cpu" else None}  # fmt: skip
+    where, n = model.device.type, sizes.tokens
+    row = {"prefill_tokens": n, "decode_context": n, "threads": torch.get_num_threads() if where == "cpu" else None}
     torch.manual_seed(0)
     with torch.no_grad():
-        ids = torch.randint(0, vocab, (batch, sizes.tokens), device=where)
-        cache = decoding.FixedCache(model.config, batch, sizes.tokens, where, model.model.norm.weight.dtype)
+        ids = torch.randint(0, model.config.vocab_size, (batch, n), device=where)
+        cache = decoding.FixedCache(model.config, batch, n, where, model.model.norm.weight.dtype)
         token = ids[:, :1].contiguous()
-        calls = {"prefill": (lambda: decoding.llama_logits(model, ids, last_only=True), ids.numel()),
+        calls = {"prefill": (lambda: decoding.llama_logits(model, ids, last_only=True), batch * n),
                  "decode": (lambda: decoding.llama_logits(model, token, cache), batch)}  # fmt: skip
         for name in phases:
             call, tokens = calls[name]
@@ -111,34 +99,17 @@ def pytorch_speed(model, batch: int, sizes: Sizes, phases=("prefill", "decode"))
 
 def llama_speed(path, batch: int, sizes: Sizes) -> dict:
     """Speed, energy and (on a GPU) memory columns of a GGUF file in llama.cpp, for one batch size."""
-    where = device()
-    _free()
-    before = measure.device_memory_gib() if where == "cuda" else 0.0
-    with llamacpp.Model(path, ctx=sizes.tokens + 8, exact=False, sequences=batch) as model:
-        ids = np.random.default_rng(0).integers(0, model.n_vocab, (batch, sizes.tokens + 1), dtype=np.int32)
-        where = "cuda" if model.on_gpu else "cpu"
-        row = {"prefill_tokens": sizes.tokens, "decode_context": sizes.tokens}
-        row |= _phase("prefill", lambda: model.step(ids[:, :-1], 0), batch * sizes.tokens, sizes.seconds, where, "cpu",
-                      model.clear)  # fmt: skip
+    free()
+    before, n = measure.device_memory_gib() if device() == "cuda" else 0.0, sizes.tokens
+    with llamacpp.Model(path, ctx=n + 8, exact=False, sequences=batch) as model:
+        ids = np.random.default_rng(0).integers(0, model.n_vocab, (batch, n + 1), dtype=np.int32)
+        how = {"seconds": sizes.seconds, "where": "cuda" if model.on_gpu else "cpu", "clock": "cpu"}
+        row = {"prefill_tokens": n, "decode_context": n}
+        row |= _phase("prefill", lambda: model.step(ids[:, :-1], 0), batch * n, before=model.clear, **how)
         # always the first token after the prompt: every step sees a cache of the same length
-        row |= _phase("decode", lambda: model.step(ids[:, -1:], sizes.tokens), batch, sizes.seconds, where, "cpu",
-                      lambda: model.rewind(sizes.tokens))  # fmt: skip
-        if where == "cuda":
-            row["peak_gib"] = measure.device_memory_gib() - before
-        else:
-            row["threads"] = llamacpp.n_threads()
-    return row
-
-
-def _free() -> None:
-    gc.collect()
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
-        # cuBLAS keeps a work space for each stream, which would count as the next model's memory
-        getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
-        torch.cuda.empty_cache()
-
-
-# ---------------------------------------------------------------------------------------------------------- quality
+        row |= _phase("decode", lambda: model.step(ids[:, -1:], n), batch, before=lambda: model.rewind(n), **how)
+        return row | ({"peak_gib": measure.device_memory_gib() - before} if model.on_gpu else
+                      {"threads": llamacpp.n_threads()})  # fmt: skip
 
 
 class Reference:
@@ -157,20 +128,16 @@ class Reference:
         found = evaluate.compare_models(self.logits, source, self.tokens, CTX)
         answers = accuracy.score_items(source, self.items)
         change = paired.mcnemar(self.answers.hits_norm, answers.hits_norm)
-        text = {"text": corpus.fingerprint(corpus.eval_text())}
-        paired_change = {"accuracy_diff": change.difference, "accuracy_diff_se": change.se}
-        return found.row() | answers.row() | paired_change | text
-
-
-# ------------------------------------------------------------------------------------------------------------- rows
+        return found.row() | answers.row() | {"accuracy_diff": change.difference, "accuracy_diff_se": change.se,
+                                              "text": corpus.fingerprint(corpus.eval_text())}  # fmt: skip
 
 
 class Files:
-    """GGUF files by technique, in a folder of its own that :meth:`close` deletes; made when first asked for."""
+    """GGUF files by technique, in a folder of its own that ``close()`` deletes; made when first asked for."""
 
     def __init__(self, folder=None):
-        self._temporary = tempfile.TemporaryDirectory(prefix="qtutor-tradeoff-", dir=folder)
-        self.folder = Path(self._temporary.name)
+        temporary = tempfile.TemporaryDirectory(prefix="qtutor-tradeoff-", dir=folder)
+        self.folder, self.close = Path(temporary.name), temporary.cleanup
 
     def source(self, trained: bool = False) -> Path:
         """The course model as an F32 file, before or after QAT."""
@@ -190,9 +157,6 @@ class Files:
             return llamacpp.quantize(self.source(technique.trained), target, technique.gguf, tensor_types=tensors)
         return random_gguf.write(target, SHAPES[shape], technique.gguf)
 
-    def close(self) -> None:
-        self._temporary.cleanup()
-
 
 def why_not(technique: Technique, shape: str = "course") -> str | None:
     """One sentence where a technique has no place on this machine or in this shape."""
@@ -207,29 +171,21 @@ def why_not(technique: Technique, shape: str = "course") -> str | None:
     return None
 
 
-def measure_one(name: str, shape: str, batches, sizes: Sizes, reference: Reference | None, files: Files) -> list[dict]:
-    """The rows of one technique, one for each batch size; ``reference`` None leaves the quality columns out.
-
-    Raises QtutorError where :func:`why_not` has a reason; what a technique itself raises comes through.
-    """
-    import torch
-
-    technique = TECHNIQUES[name]
+def _rows_of(technique: Technique, shape: str, batches, sizes: Sizes, reference, files: Files) -> list[dict]:
+    """The rows of one technique, one for each batch size."""
     if reason := why_not(technique, shape):
         raise QtutorError(reason)
-    _free()
+    free()
     if technique.gguf:
-        path = files.path(name, shape)
+        path = files.path(technique.name, shape)
         size = sum(row["bytes"] for row in llamacpp.tensor_table(path))
         common = {"bits_per_weight": llamacpp.bits_per_weight(path), "weights_mb": size / 1e6}
         if reference is not None:
             with llamacpp.Model(path, ctx=CTX, exact=False) as model:
                 common |= reference.quality(model)
         return [common | {"batch": batch} | llama_speed(path, batch, sizes) for batch in batches]
-    on_gpu = device() == "cuda"
-    before = torch.cuda.memory_allocated() / measure.GIB if on_gpu else 0.0
-    model = techniques.build(technique, SHAPES[shape])
-    common = {}
+    on_gpu, before = device() == "cuda", torch.cuda.memory_allocated() / measure.GIB
+    model, common, found = techniques.build(technique, SHAPES[shape]), {}, []
     if not technique.emulated:  # which stores floats
         size, weights = measure.stored_bytes(model)
         common = {"bits_per_weight": 8 * size / weights, "weights_mb": size / 1e6}
@@ -240,9 +196,8 @@ def measure_one(name: str, shape: str, batches, sizes: Sizes, reference: Referen
         return [common | {"batch": batches[0]}]
     if technique.compiled:
         _compile_products(model)
-    found = []
     for batch in batches:
-        _free()
+        free()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         row = pytorch_speed(model, batch, sizes, ("decode",) if technique.compiled else ("prefill", "decode"))
@@ -254,26 +209,21 @@ def measure_one(name: str, shape: str, batches, sizes: Sizes, reference: Referen
 
 def rows(names=None, shape: str = "course", batches=(1, 8), sizes: Sizes | None = None, reference=None,
          files: Files | None = None, progress: bool = True) -> list[dict]:  # fmt: skip
-    """The rows of several techniques, in the order of TECHNIQUES; what fails gives one row with ``not_run``.
+    """The rows of techniques (by default all), in the order of TECHNIQUES; what fails gives one row with ``not_run``.
 
-    Args:
-        names: of techniques; all by default.  shape: a key of SHAPES.
-        reference: a :class:`Reference`; None leaves the quality columns empty.
-        files: where GGUF files are kept between calls; None makes and deletes them.
+    ``shape`` is a key of SHAPES; ``reference`` None leaves the quality columns empty; ``files`` None makes the GGUF
+    files and deletes them.
     """
-    from tqdm.auto import tqdm
-
     if unknown := sorted({*(names or ())} - {*TECHNIQUES}):
         raise QtutorError(f"There is no technique {unknown[0]!r}: choose from {', '.join(TECHNIQUES)}.")
     made, found = files or Files(), []
+    chosen = [technique for technique in TECHNIQUES.values() if names is None or technique.name in names]
     try:
-        for name in tqdm([name for name in TECHNIQUES if names is None or name in names], desc=shape, unit="technique",
-                         leave=False, disable=not progress):  # fmt: skip
-            technique = TECHNIQUES[name]
-            head = dict.fromkeys(COLUMNS) | {"shape": shape, "technique": name, "family": technique.family,
-                                             "runtime": technique.runtime, "trained": technique.trained}  # fmt: skip
+        for technique in tqdm(chosen, desc=shape, unit="technique", leave=False, disable=not progress):
+            about = {key: getattr(technique, key) for key in ("family", "runtime", "trained")}
+            head = dict.fromkeys(COLUMNS) | {"shape": shape, "technique": technique.name} | about
             try:
-                part = measure_one(name, shape, batches, sizes or Sizes(), reference, made)
+                part = _rows_of(technique, shape, batches, sizes or Sizes(), reference, made)
             except Exception as error:  # noqa: BLE001 - what one library cannot run must not cost the rest
                 first = (str(error).strip().splitlines() or [""])[0][:200]
                 why = str(error) if isinstance(error, QtutorError) else f"{type(error).__name__}: {first}."
@@ -282,5 +232,5 @@ def rows(names=None, shape: str = "course", batches=(1, 8), sizes: Sizes | None 
     finally:
         if files is None:
             made.close()
-        _free()
+        free()
     return found

@@ -41,8 +41,8 @@ def test_the_first_step_has_no_history():
 
 @pytest.mark.parametrize("history_len", [1, 4, 8, 16])
 def test_the_shadow_of_a_spike_is_as_long_as_the_history(history_len):
-    run = widgets.delayed_scaling(history_len, scenario="one spike", octaves=10, at=6)
-    assert [row["step"] for row in run if row["top"] > 1000] == [0, *range(7, 7 + history_len)][1:]
+    run = widgets.delayed_scaling(history_len, scenario="one spike", octaves=10)
+    assert [step for step, row in enumerate(run) if row["top"] > 1000] == [0, *range(7, 7 + history_len)][1:]
     assert run[6]["saturated"] > 0 and run[6]["error"] > 0.9
     assert run[6]["error_current"] < 0.05
     in_shadow, later = run[7], run[7 + history_len]
@@ -56,7 +56,7 @@ def test_margin_ends_the_saturation_of_a_growing_tensor():
 
 
 def test_a_small_spike_casts_a_shadow_that_costs_nothing():
-    run = widgets.delayed_scaling(scenario="one spike", octaves=4, at=6)
+    run = widgets.delayed_scaling(scenario="one spike", octaves=4)
     assert run[7]["scale"] < run[20]["scale"] / 4
     assert run[7]["error"] < 1.2 * run[20]["error"]
 
@@ -65,10 +65,9 @@ def test_a_small_spike_casts_a_shadow_that_costs_nothing():
 @pytest.mark.parametrize("step", [0, 6, 27])
 def test_every_state_can_be_drawn(step, scenario):
     for history_len, margin, algorithm, octaves in ((1, 8, "most_recent", 14), (24, 0, "max", 0)):
-        fig = widgets.scaling_picture(step, history_len, margin, algorithm, scenario, octaves)
-        fig.canvas.draw()
-        assert "<b>Step" in widgets._scaling_sentence(
-            step, margin, history_len=history_len, algorithm=algorithm, scenario=scenario, octaves=octaves)  # fmt: skip
+        chosen = dict(history_len=history_len, margin=margin, algorithm=algorithm, scenario=scenario, octaves=octaves)
+        widgets.scaling_picture(step, **chosen).canvas.draw()
+        assert "<b>Step" in widgets.scaling_sentence(step, **chosen)
 
 
 def find(box, kind, description):
@@ -102,23 +101,6 @@ def test_every_control_of_the_scaling_explorer_redraws_the_picture():
         before = picture(box)
         find(box, kind, description).value = value
         assert picture(box).startswith(PNG) and picture(box) != before, description
-
-
-def test_the_buttons_step_and_stop_at_the_ends():
-    import ipywidgets
-
-    box = widgets.scaling_explorer()
-    step = find(box, ipywidgets.IntSlider, "step")
-    back, forth = (find(box, ipywidgets.Button, name) for name in ("◂ back", "next step ▸"))
-    start, before = step.value, picture(box)
-    forth.click()
-    assert step.value == start + 1 and picture(box) != before
-    step.value = step.max
-    forth.click()
-    assert step.value == step.max
-    step.value = 0
-    back.click()
-    assert step.value == 0
 
 
 def test_the_breakeven_map_is_read_between_its_points_and_ends_at_its_edge():

@@ -45,7 +45,7 @@ def test_answers_and_explorer(tmp_path):
     html = pictures.answers_table({"F32": "a<b>c", "Q2_K": "a<x", "again": "a<b>c"})
     assert "&lt;b&gt;" in html and "2 characters" in html and "word for word" in html and "<b>x</b>" in html
     box = pictures.explorer(models, ["The", "A list"], max_tokens=4)
-    prompt, controls, shown = box.children
+    (prompt, controls), shown = box.children[0].children, box.children[1]
     first = shown.value
     assert "the original" in first and "Q2_K" in first
     prompt.value = "A list"

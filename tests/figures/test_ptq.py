@@ -53,7 +53,7 @@ def test_clip_explorer_redraws(w):
     box = ptq.clip_explorer(w)
     controls, image = box.children[0].children, box.children[1]
     seen = {bytes(image.value)}
-    for control, value in zip(controls, (8, "group of 32", 1.1), strict=True):
+    for control, value in zip(controls, (8, 32, 1.1), strict=True):
         control.value = value
         seen.add(bytes(image.value))
     assert len(seen) == 4 and math.isclose(controls[2].value, 1.1)

@@ -64,17 +64,16 @@ def test_resize_keeps_the_weights(tiny):
 
 @pytest.mark.parametrize("settings, words", [
     ({"promt": 3}, "no setting 'promt'"),
-    ({"kv_type": "Q9"}, "no cache type 'Q9'"),
     (llama_speed.QUICK | {"ctx": 64}, "more than ctx=64"),
 ])  # fmt: skip
 def test_settings_are_checked(tiny, settings, words):
     with pytest.raises(QtutorError, match=words):
-        llama_speed.measure(tiny, **settings)
+        llama_speed.measure(tiny, "Q4_K_M", **settings)
 
 
 def test_a_missing_file_is_one_sentence(tmp_path):
     with pytest.raises(QtutorError, match="no file"):
-        llama_speed.measure(tmp_path / "none.gguf")
+        llama_speed.measure(tmp_path / "none.gguf", "Q4_K_M")
 
 
 def test_a_child_that_dies_is_a_row(tiny, monkeypatch):
@@ -104,11 +103,11 @@ def test_joules_of_a_phase(monkeypatch):
 def test_weights_larger_than_the_gpu(tiny):
     gpu = types.SimpleNamespace(memory=lambda: (2**19, 2**20))
     with pytest.raises(QtutorError, match="larger than the free GPU memory"):
-        llama_speed._loaded(tiny, {}, gpu)
+        llama_speed._loaded(tiny, 64, gpu)
 
 
 def test_70b_is_not_started_on_a_cpu(monkeypatch):
     file = types.SimpleNamespace(tensors=[types.SimpleNamespace(nbytes=50 * 2**30)])
     monkeypatch.setattr(llamacpp, "check_gguf", lambda path: file)
     with pytest.raises(QtutorError, match="computes on the CPU only"):
-        llama_speed._loaded("70b.gguf", {}, None)
+        llama_speed._loaded("70b.gguf", 64, None)

@@ -80,7 +80,7 @@ def test_float_blocks(kind):
 
 
 def test_same_arguments_same_bytes(tiny, tmp_path):
-    again = random_gguf.write(tmp_path / "again.gguf", random_gguf.TINY, "Q4_K_M", threads=3)
+    again = random_gguf.write(tmp_path / "again.gguf", random_gguf.TINY, "Q4_K_M")
     other = random_gguf.write(tmp_path / "other.gguf", random_gguf.TINY, "Q4_K_M", seed=1)
     assert again.read_bytes() == tiny.read_bytes() != other.read_bytes()
 
