@@ -265,7 +265,7 @@ class Comparison:
     token_dnll: np.ndarray = field(repr=False, compare=False)
 
     def row(self) -> dict:
-        """The scalars as a flat dict with the names of results.COLUMNS, for a table or a results file."""
+        """The scalars as a flat dict with the names of results.VOCABULARY, for a table or a results file."""
         return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("token_")}
 
 

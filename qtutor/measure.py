@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +32,6 @@ from pathlib import Path
 import numpy as np
 
 GIB = 2**30
-
-
-# ------------------------------------------------------------------------------------------------------------ time
 
 
 @dataclass(frozen=True)
@@ -84,16 +82,13 @@ def compare_ms(calls: dict[str, Callable[[], object]], warmup: int = 3, repeats:
     """Time calls that take turns, so that whatever else the machine does meets all of them.
 
     ``warmup`` turns are thrown away; then come at least ``repeats`` turns, and at least ``seconds`` of them.
-    ``before()`` runs untimed ahead of each call.
-
-    ``device`` is where the work happens; by default the current CUDA GPU if this process has used one, else the CPU.
-    On a GPU each call lies between two CUDA events of its own, launch gaps included.  A library that waits for its own
-    work, such as llama.cpp, is timed by the wall clock: ``device="cpu"``.
+    ``before()`` runs untimed ahead of each call.  ``device`` is where the work happens: by default the current CUDA GPU
+    if this process has used one, else the CPU.  On a GPU each call lies between two CUDA events of its own, launch gaps
+    included.  A library that waits for its own work, such as llama.cpp, is timed by the wall clock: ``device="cpu"``.
     """
-    gpu = on_gpu(device)
+    gpu, marks = on_gpu(device), {name: [] for name in calls}
     if gpu:
         import torch
-    marks: dict[str, list] = {name: [] for name in calls}
 
     def stamp():
         if not gpu:
@@ -145,9 +140,7 @@ def captured(fn: Callable[[], object]):
 
 def bandwidth(device=None, gib: float | None = None) -> dict[str, float]:
     """Memory bandwidth that a simple kernel gets, in GB/s (10^9 bytes): of a copy (bytes read plus bytes written), of
-    reading (a sum over a tensor), each the best of several runs, and the better of both.
-
-    ``device`` is by default the GPU where there is one; ``gib`` the size of the tensor, beyond every cache.
+    reading (a sum over a tensor of ``gib``, beyond every cache), each the best of several runs, and the better of both.
     """
     import torch
 
@@ -162,12 +155,9 @@ def bandwidth(device=None, gib: float | None = None) -> dict[str, float]:
     return found | {"bandwidth_gb_per_s": max(found.values())}
 
 
-# ---------------------------------------------------------------------------------------------------------- memory
-
-
 @dataclass
 class Memory:
-    """What :func:`track_memory` found, in GiB: ``before``, ``peak`` and their difference ``added``."""
+    """What :func:`track_memory` found, in GiB."""
 
     before: float = 0.0
     peak: float = 0.0
@@ -178,8 +168,7 @@ class Memory:
 def track_memory(device=None) -> Iterator[Memory]:
     """Measure the peak memory of a block: ``with track_memory() as memory: ...; memory.added``.
 
-    On a GPU exactly (PyTorch counts its tensors), on the CPU by sampling the resident size of the process every
-    5 ms: peaks shorter than that go unseen.
+    On a GPU exactly (PyTorch counts its tensors), on the CPU by sampling the process's resident size every 5 ms.
     """
     memory = Memory()
     if on_gpu(device):
@@ -198,19 +187,17 @@ def track_memory(device=None) -> Iterator[Memory]:
     memory.before = process.memory_info().rss / GIB
 
     def watch():
-        while True:
+        ended = False
+        while not ended:
             ended = done.wait(0.005)
             memory.peak = max(memory.peak, process.memory_info().rss / GIB)
-            if ended:
-                return
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield memory
-    finally:
-        done.set()
-        watcher.join()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(watch)
+        try:
+            yield memory
+        finally:
+            done.set()
 
 
 def device_memory_gib(device=None) -> float:
@@ -222,14 +209,9 @@ def device_memory_gib(device=None) -> float:
     return (total - free) / GIB
 
 
-# ------------------------------------------------------------------------------------------- what is really stored
-
-
 def plain_tensors(tensor) -> Iterator:
-    """The plain tensors that a quantized one is made of (torchao, quanto, Transformer Engine); itself for a plain one.
-
-    The dtype that a quantized tensor *shows* is that of its results, so whoever counts has to look inside.
-    """
+    """The plain tensors that a quantized one is made of (torchao, quanto, Transformer Engine), whose own dtype is only
+    that of its results; itself for a plain one."""
     if hasattr(tensor, "get_data_tensors"):  # Transformer Engine
         scales = (getattr(tensor, f"{side}_scale_inv", None) for side in ("", "_rowwise", "_columnwise"))
         yield from (part for part in (*tensor.get_data_tensors(), *scales) if part is not None)
@@ -244,10 +226,8 @@ def stored_bytes(model) -> tuple[int, int]:
     """(bytes, number of weights) of a PyTorch module, or of one tensor, as they lie in memory.
 
     Counted is the storage behind every parameter and saved buffer, once, however many layers share it: codes, scales,
-    zero points, tables.  The number is that of the weights that the codes stand for.
-
-    Count before a bitsandbytes model has computed anything: it rearranges 4-bit weights at their first use on some
-    CPUs, and tries to undo that when it is asked for its state.
+    zero points, tables.  The number is that of the weights that the codes stand for.  Count a bitsandbytes model before
+    it computes anything: on some CPUs it rearranges 4-bit weights at their first use.
     """
     if hasattr(model, "state_dict"):
         tensors = [t for key, t in model.state_dict(keep_vars=True).items() if not key.endswith("_extra_state")]
@@ -264,9 +244,6 @@ def stored_bytes(model) -> tuple[int, int]:
     storages = [part.untyped_storage() for tensor in tensors for part in plain_tensors(tensor)]
     size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     return size, sum(weights.values())
-
-
-# --------------------------------------------------------------------------------------------------------- machine
 
 
 def _cpu_model() -> str:

@@ -43,7 +43,7 @@ def measure(path, type: str | None = None, limit_s: float = 300.0, threads: int 
     ``ceiling_tokens_per_s`` and the ``ceiling_share`` that was reached.
 
     Rows have a ``kind``: ``model`` (one; ``fits`` is False, with ``not_run``, where memory did not suffice), ``depth``
-    and ``batch``; their columns are those of ``results.COLUMNS``, None where this machine cannot measure it.  Raises
+    and ``batch``; their columns are those of ``results.VOCABULARY``, None where this machine cannot measure it.  Raises
     QtutorError for a file that is not sound and for settings that do not exist.
     """
     file = llamacpp.check_gguf(path)
