@@ -1,10 +1,9 @@
 """How long, how much memory, how many bytes, on what machine: measurements that mean what they say.
 
-Three mistakes make most timings wrong.  A GPU works *asynchronously*: the call returns before the work is done, so
-a wall clock around it measures the launch (here: CUDA events, and a synchronization before reading them).  The
-*first* calls pay for compilation, caches and memory pools (here: a warm-up that is thrown away).  And *means* follow
-the one run that the operating system disturbed (here: the median, with the 10th and 90th percentile beside it to
-show the noise).
+Three mistakes make most timings wrong.  A GPU works *asynchronously*: the call returns before the work is done, so a
+wall clock around it measures the launch (here: CUDA events, and a synchronization before reading them).  The *first*
+calls pay for compilation, caches and memory pools (here: a warm-up that is thrown away).  And *means* follow the one
+run that the operating system disturbed (here: the median, and the 10th and 90th percentile to show the noise).
 
     t = measure.time_ms(lambda: model(ids), warmup=3, repeats=20)
     print(t)                                    # 12.3 ms (12.1 to 13.0, n=20)
@@ -20,7 +19,6 @@ import math
 import os
 import platform
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,13 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
+import torch
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of each call, in order, and what they say together."""
+    """Milliseconds of each call, in order."""
 
     ms: tuple[float, ...]
 
@@ -45,12 +45,8 @@ class Timing:
     p10 = property(lambda self: float(np.percentile(self.ms, 10)))
     p90 = property(lambda self: float(np.percentile(self.ms, 90)))
 
-    def per_second(self, amount: float) -> float:
-        """Throughput when one call handles ``amount`` (tokens, operations): amount per second at the median."""
-        return amount / self.median_ms * 1000
-
     def mean_per_second(self, amount: float) -> tuple[float, float | None]:
-        """(mean, standard error) of each call's own throughput; no error for a single call."""
+        """(mean, standard error) of each call's own throughput when it handles ``amount``; no error for one call."""
         speeds = amount * 1000 / np.array(self.ms)
         return float(speeds.mean()), float(speeds.std(ddof=1) / math.sqrt(self.n)) if self.n > 1 else None
 
@@ -62,14 +58,13 @@ def on_gpu(device=None) -> bool:
     """Whether work on ``device`` runs on a CUDA GPU; None: whether this process has used one."""
     if device is not None:
         return str(device).startswith("cuda")
-    torch = sys.modules.get("torch")  # who has not imported torch has nothing on a GPU to wait for
-    return torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
 def synchronize(device=None) -> None:
     """Wait until a GPU has done all that it was given; does nothing without one."""
-    if on_gpu(device) and "torch" in sys.modules:
-        sys.modules["torch"].cuda.synchronize(device)
+    if on_gpu(device):
+        torch.cuda.synchronize(device)
 
 
 def time_ms(fn: Callable[[], object], *args, **kwargs) -> Timing:
@@ -87,8 +82,6 @@ def compare_ms(calls: dict[str, Callable[[], object]], warmup: int = 3, repeats:
     included.  A library that waits for its own work, such as llama.cpp, is timed by the wall clock: ``device="cpu"``.
     """
     gpu, marks = on_gpu(device), {name: [] for name in calls}
-    if gpu:
-        import torch
 
     def stamp():
         if not gpu:
@@ -109,14 +102,13 @@ def compare_ms(calls: dict[str, Callable[[], object]], warmup: int = 3, repeats:
 
     with torch.cuda.device(device) if gpu else nullcontext():
         turns(warmup)
-        marks = {name: [] for name in calls}
         began, done, more = time.perf_counter(), 0, repeats
         while more > 0:
             turns(more)
             done, passed = done + more, time.perf_counter() - began
             more = math.ceil((seconds - passed) / passed * done) if passed < seconds else 0
-    return {name: Timing(tuple(start.elapsed_time(end) if gpu else 1000 * (end - start) for start, end in pairs))
-            for name, pairs in marks.items()}  # fmt: skip
+    return {name: Timing(tuple(start.elapsed_time(end) if gpu else 1000 * (end - start)
+                               for start, end in pairs[warmup:])) for name, pairs in marks.items()}  # fmt: skip
 
 
 def captured(fn: Callable[[], object]):
@@ -124,8 +116,6 @@ def captured(fn: Callable[[], object]):
 
     Each replay reads and writes the tensors of the recorded call: fill its inputs in place, read its result.
     """
-    import torch
-
     side = torch.cuda.Stream()  # warm-up on a side stream, as PyTorch's notes on CUDA graphs ask for
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -139,11 +129,8 @@ def captured(fn: Callable[[], object]):
 
 
 def bandwidth(device=None, gib: float | None = None) -> dict[str, float]:
-    """Memory bandwidth that a simple kernel gets, in GB/s (10^9 bytes): of a copy (bytes read plus bytes written), of
-    reading (a sum over a tensor of ``gib``, beyond every cache), each the best of several runs, and the better of both.
-    """
-    import torch
-
+    """Memory bandwidth that a simple kernel gets, GB/s (10^9 bytes): of a copy (bytes read plus bytes written) and of
+    reading (a sum) of a tensor of ``gib``, beyond every cache, each the best of several runs, and the better of both."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     n = int((gib or (4 if device.type == "cuda" else 0.25)) * GIB) // 4
     a, b = torch.ones(n, device=device), torch.empty(n, device=device)  # zeros could be one page, mapped n times
@@ -172,8 +159,6 @@ def track_memory(device=None) -> Iterator[Memory]:
     """
     memory = Memory()
     if on_gpu(device):
-        import torch
-
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         memory.before = torch.cuda.memory_allocated(device) / GIB
@@ -181,8 +166,6 @@ def track_memory(device=None) -> Iterator[Memory]:
         torch.cuda.synchronize(device)
         memory.peak = torch.cuda.max_memory_allocated(device) / GIB
         return
-    import psutil
-
     process, done = psutil.Process(), threading.Event()
     memory.before = process.memory_info().rss / GIB
 
@@ -201,10 +184,7 @@ def track_memory(device=None) -> Iterator[Memory]:
 
 
 def device_memory_gib(device=None) -> float:
-    """GiB in use on a whole GPU now: PyTorch's tensors and what it keeps in reserve, the CUDA context, llama.cpp, and
-    whatever other programs hold."""
-    import torch
-
+    """GiB in use on a whole GPU now: PyTorch's tensors and reserve, the CUDA context, llama.cpp, other programs."""
     free, total = torch.cuda.mem_get_info(device)
     return (total - free) / GIB
 
@@ -223,11 +203,10 @@ def plain_tensors(tensor) -> Iterator:
 
 
 def stored_bytes(model) -> tuple[int, int]:
-    """(bytes, number of weights) of a PyTorch module, or of one tensor, as they lie in memory.
+    """(bytes as stored, number of weights that the codes stand for) of a PyTorch module, or of one tensor.
 
-    Counted is the storage behind every parameter and saved buffer, once, however many layers share it: codes, scales,
-    zero points, tables.  The number is that of the weights that the codes stand for.  Count a bitsandbytes model before
-    it computes anything: on some CPUs it rearranges 4-bit weights at their first use.
+    The storage of codes, scales, zero points and tables counts once, however many layers share it.  Count a
+    bitsandbytes model before it computes anything: on some CPUs it rearranges 4-bit weights at their first use.
     """
     if hasattr(model, "state_dict"):
         tensors = [t for key, t in model.state_dict(keep_vars=True).items() if not key.endswith("_extra_state")]
@@ -247,10 +226,8 @@ def stored_bytes(model) -> tuple[int, int]:
 
 
 def _cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(errors="replace"), re.M)
-    except OSError:
-        found = None
+    listed = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", listed.read_text(errors="replace") if listed.exists() else "", re.M)
     return " ".join(found[1].split()) if found else platform.processor() or platform.machine()
 
 
@@ -266,11 +243,7 @@ def _driver() -> str | None:
 
 def machine() -> dict:
     """What measurements were taken on: ``device``, ``cpu``, ``cores``, ``memory_gib`` of the device, and on a GPU
-    ``driver``, ``compute_capability`` and ``host_memory_gib``.  Nothing in it names the computer or its owner.
-    """
-    import psutil
-    import torch
-
+    ``driver``, ``compute_capability`` and ``host_memory_gib``.  Nothing in it names the computer or its owner."""
     host = round(psutil.virtual_memory().total / GIB, 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     about = {"device": _cpu_model(), "cpu": _cpu_model(), "cores": cores, "memory_gib": host}

@@ -31,10 +31,12 @@ from scipy import optimize, stats
 
 from . import QtutorError
 
+CONFIDENCE = 0.95
+
 
 @dataclass(frozen=True)
 class Paired:
-    """Model minus base: ``difference`` with its standard error, and the interval from ``low`` to ``high``.
+    """Model minus base: ``difference`` with its standard error, and the 95 % interval from ``low`` to ``high``.
 
     ``p`` is of the hypothesis that there is no difference; ``n`` tokens or items were compared, in ``blocks`` means;
     ``lost`` and ``gained`` are the items that only the base, or only the model, got right (None for tokens).
@@ -48,13 +50,12 @@ class Paired:
     n: int
     blocks: int
     unit: str
-    confidence: float
     lost: int | None = None
     gained: int | None = None
 
     def __str__(self) -> str:
-        return (f"{self.difference:+.3g} {self.unit} ({100 * self.confidence:.3g} % interval {self.low:+.3g} to "
-                f"{self.high:+.3g}, p = {self.p:.2g}, n = {self.n:,})")  # fmt: skip
+        return (f"{self.difference:+.3g} {self.unit} (95 % interval {self.low:+.3g} to {self.high:+.3g}, "
+                f"p = {self.p:.2g}, n = {self.n:,})")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,25 +78,14 @@ class Verdict:
                 f"{self.unit} (with {100 * (1 - self.alpha):.3g} % confidence, p = {self.p:.2g})")  # fmt: skip
 
 
-def _check(**shares: float) -> None:
-    for name, value in shares.items():
-        if not 0 < value < 1:
-            raise QtutorError(f"{name} lies between 0 and 1, and is {value!r}.")
-
-
-def paired_nll(base, model=None, block: int | None = None, confidence: float = 0.95) -> Paired:
+def paired_nll(base, model=None, block: int = 1) -> Paired:
     """How much worse does the model predict the same text, in nats per token?  Positive: worse.
 
-    Args:
-        base, model: results of :func:`qtutor.evaluate.perplexity` on the same tokens, or per-token values (n,); or a
-            Comparison (:func:`qtutor.evaluate.compare_models`) alone.
-        block: average so many consecutive tokens before testing; one window has ``ctx - 1`` scored tokens.
-        confidence: of the interval, which is Student's t.
-
-    The ratio of the perplexities is ``exp(difference)``, and its interval ``exp(low)`` to ``exp(high)``.
-    Raises QtutorError where the tokens do not pair up, are not finite, or are too few.
+    ``base`` and ``model`` are results of :func:`qtutor.evaluate.perplexity` on the same tokens, or per-token values
+    (n,); or a Comparison (:func:`qtutor.evaluate.compare_models`) alone.  ``block`` consecutive tokens are averaged
+    before testing; one window has ``ctx - 1`` scored tokens.  The ratio of the perplexities is ``exp(difference)``, and
+    its interval ``exp(low)`` to ``exp(high)``.
     """
-    _check(confidence=confidence)
     if model is None:
         values = np.asarray(getattr(base, "token_dnll", []), dtype=np.float64)
     else:
@@ -104,7 +94,6 @@ def paired_nll(base, model=None, block: int | None = None, confidence: float = 0
             raise QtutorError(f"{len(first)} tokens of the base and {len(second)} of the model do not pair up: use the "
                               "same text and windows.")  # fmt: skip
         values = second - first
-    block = block or 1
     means = values[: len(values) // block * block].reshape(-1, block).mean(1)
     if len(means) < 2 or not np.isfinite(means).all():
         raise QtutorError(f"A paired test needs two blocks of {block} tokens, with finite log-likelihoods of both "
@@ -115,11 +104,11 @@ def paired_nll(base, model=None, block: int | None = None, confidence: float = 0
         p = 1.0 if mean == 0 else 0.0
     else:
         test = stats.ttest_1samp(means, 0.0)
-        (low, high), p = test.confidence_interval(confidence), float(test.pvalue)
-    return Paired(mean, se, float(low), float(high), p, means.size * block, means.size, "nats per token", confidence)
+        (low, high), p = test.confidence_interval(CONFIDENCE), float(test.pvalue)
+    return Paired(mean, se, float(low), float(high), p, means.size * block, means.size, "nats per token")
 
 
-def mcnemar(base_hits, hits, confidence: float = 0.95, alternative: str = "two-sided") -> Paired:
+def mcnemar(base_hits, hits, alternative: str = "two-sided") -> Paired:
     """Did the model lose answers that its base got right?  ``difference`` is the change of accuracy (a share of one).
 
     ``base_hits`` and ``hits`` (n,) are booleans: item answered rightly.  Items that both got right, or both wrong, say
@@ -127,22 +116,18 @@ def mcnemar(base_hits, hits, confidence: float = 0.95, alternative: str = "two-s
     probability of a split as uneven as this one (McNemar's test); with ``alternative="greater"``, of so many losses.
     The interval is Agresti and Min's: Wald's, after half an item has been added to each of the four cells.
     """
-    _check(confidence=confidence)
-    first, second = (np.asarray(x).ravel() for x in (base_hits, hits))
+    first, second = (np.asarray(x, dtype=bool).ravel() for x in (base_hits, hits))
     if len(first) != len(second) or len(first) < 2:
         raise QtutorError(f"{len(first)} answers of the base and {len(second)} of the model do not pair up: ask both "
                           "the same questions, at least two.")  # fmt: skip
-    if not all(np.isin(x, (0, 1)).all() for x in (first, second)):
-        raise QtutorError("mcnemar() takes right or wrong for each item: booleans, not scores.")
-    first, second = first.astype(bool), second.astype(bool)
     n, lost, gained = len(first), int((first & ~second).sum()), int((~first & second).sum())
     changed, difference = lost + gained, gained - lost
     p = float(stats.binomtest(lost, changed, 0.5, alternative).pvalue) if changed else 1.0
     se = math.sqrt(changed - difference**2 / n) / n
     centre, spread = difference / (n + 2), math.sqrt(changed + 1 - difference**2 / (n + 2)) / (n + 2)
-    low, high = stats.norm.interval(confidence, centre, spread)
+    low, high = stats.norm.interval(CONFIDENCE, centre, spread)
     return Paired(difference / n, se, max(-1.0, float(low)), min(1.0, float(high)), p, n, n,
-                  "of all items", confidence, lost, gained)  # fmt: skip
+                  "of all items", lost, gained)  # fmt: skip
 
 
 def score_p(lost: int, gained: int, n: int, margin: float) -> float:
@@ -178,7 +163,6 @@ def non_inferior(paired: Paired, margin: float, alpha: float = 0.05) -> Verdict:
     test at the level ``alpha``; too little data fails it, as it should.  Answers are tested by Tango's score test,
     which keeps its level where few or none were lost; tokens by Student's t.
     """
-    _check(alpha=alpha)
     if not margin > 0 or (paired.lost is not None and margin >= 1):
         raise QtutorError("The margin is the loss you are prepared to accept: a positive number, of accuracy a share "
                           f"such as 0.02 for two in a hundred, and not {margin!r}.")  # fmt: skip
@@ -200,9 +184,7 @@ def sample_needed(paired: Paired, loss: float, power: float = 0.8, alpha: float 
     The pilot ``paired`` says how much the differences scatter: the more alike the two models, the fewer.  ``loss`` is
     in its unit; tokens come in blocks as long as the pilot's.  The power is that of the exact test, by search: for
     McNemar's the usual formula (Connor 1987) is a normal approximation and promises more than the test keeps.
-    Raises QtutorError where the two models never differed.
     """
-    _check(power=power, alpha=alpha)
     if not loss > 0 or paired.se == 0:
         raise QtutorError("sample_needed() takes a positive loss and a pilot in which the two models differ.")
 

@@ -94,7 +94,7 @@ VOCABULARY = {
         tflop_per_s, peak_tflop_per_s (of the data sheet), share_of_peak""",
     "energy": """
         joules_per_step, joules_per_prefill_token, joules_per_decode_token (of the whole device), energy_source
-        (counter, sampled power, RAPL or estimate), watts, prefill_watts, decode_watts, idle_watts (means), mhz (of the
+        (NVML or RAPL counter, or estimate), watts, prefill_watts, decode_watts, idle_watts (means), mhz (of the
         GPU)""",
 }  # fmt: skip
 COLUMNS = frozenset(re.findall(r"\w+", re.sub(r"\([^)]*\)", "", " ".join(VOCABULARY.values()))))
