@@ -7,6 +7,7 @@ lines "to run" in notebooks and README are written from these rows.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -21,9 +22,6 @@ from qtutor import files, profile, results
 from . import keep, topic
 
 NAME = "notebook_runs"
-
-
-# ---------------------------------------------------------------------------------------------------------- measuring
 
 
 def _gpus() -> list:
@@ -54,10 +52,8 @@ def _resident_bytes(processes) -> int:
 
     total = 0
     for process in processes:
-        try:
+        with contextlib.suppress(psutil.Error):  # it has ended
             total += process.memory_info().rss
-        except psutil.Error:
-            continue  # it has ended
     return total
 
 
@@ -77,11 +73,8 @@ def timed(path: Path, limit_s: float, jobs: int = 1) -> dict:
                 kernel = process.children(recursive=True)
             except psutil.Error:
                 continue  # it has just ended
-            if not gpus:
-                used = _resident_bytes(kernel)
-            else:
-                used = _gpu_bytes(gpus, kernel) or (_gpu_bytes(gpus) - before if jobs == 1 else 0)
-            peak = max(peak, used)
+            on_gpus = gpus and (_gpu_bytes(gpus, kernel) or (_gpu_bytes(gpus) - before if jobs == 1 else 0))
+            peak = max(peak, on_gpus if gpus else _resident_bytes(kernel))
             if time.perf_counter() - start > limit_s:
                 for one in [*kernel, process]:
                     one.kill()
@@ -111,8 +104,8 @@ def _earlier() -> dict[str, dict]:
 def measure(paths=None, jobs: int = 1, limit_s: float = 1800) -> Path:
     """Run notebooks, all by default and ``jobs`` at a time, and record what each took; return the file.
 
-    It is written after every notebook and has a row for each from the start, so that a run that is cut short leaves
-    what it has.  Notebooks that share cores and GPU with others take longer: ``jobs`` says so in their rows.
+    It is written after every notebook and has a row for each from the start: a run that is cut short leaves what it
+    has.  Notebooks that share cores and GPU with others take longer: ``jobs`` says so in their rows.
     """
     there = sorted((files.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     paths, earlier = list(paths or there), _earlier()
@@ -137,9 +130,6 @@ def record(full: bool) -> Path:
 
 
 RECORDS = {NAME: record}
-
-
-# ------------------------------------------------------------------------------------------------ what is said of it
 
 
 def spoken(seconds: float) -> str:
