@@ -161,8 +161,7 @@ def train_documents(packages: tuple[str, ...] | list[str] | None = None, progres
 def split(documents: list[str]) -> tuple[list[str], list[str]]:
     """Split documents into (training, validation): every hundredth is held out, for choosing settings."""
     held_out = documents[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    kept = [d for i, d in enumerate(documents) if (i + 1) % HELD_OUT_EVERY]
-    return kept, held_out
+    return [d for i, d in enumerate(documents) if (i + 1) % HELD_OUT_EVERY], held_out
 
 
 def tokens(source, tokenizer, packages=None, progress: bool = True) -> np.ndarray:

@@ -127,8 +127,7 @@ def check(name: str, answer) -> None:
 
 def _shell():
     """The running IPython shell, or None in a plain Python process."""
-    ipython = sys.modules.get("IPython")
-    return ipython.get_ipython() if ipython else None
+    return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
 
 
 def quiet() -> None:
@@ -158,11 +157,9 @@ def _environment() -> bool:
 
 def threads() -> int:
     """How many threads to compute with: OMP_NUM_THREADS where set, else the cores this process may use, at most 16."""
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
-    if chosen.isdigit() and int(chosen) > 0:
-        return int(chosen)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)  # a model of this size gains nothing from more
+    chosen = os.environ.get("OMP_NUM_THREADS", "")  # a model of this size gains nothing from more than 16
+    return int(chosen) if chosen.isdigit() and int(chosen) > 0 else min(cores, 16)
 
 
 def _show_as_sentence(shell, kind, error, traceback, tb_offset=None):

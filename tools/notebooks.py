@@ -90,8 +90,7 @@ def with_map(text: str, folder=None, without: str = "") -> str:
 
     What a row says stays; a new notebook gets one that says nothing.  ``without``: the one that the map stands in.
     """
-    rows = list(_ROW.finditer(text))
-    if not rows:
+    if not (rows := list(_ROW.finditer(text))):
         return text
     folder, about = Path(folder or NOTEBOOKS), {row[2]: row[3] for row in rows}
     lines = [f"| {name[:2]} | [{title(folder / f'{name}.ipynb')}]({rows[0][1]}{name}.ipynb) | "
@@ -109,10 +108,7 @@ def pages(root) -> dict[Path, str]:
 
 
 def renumber(folder=None) -> dict[str, str]:
-    """Number the files 00, 01, ... in the order of their names; bring titles, links, maps and pages in step.
-
-    Returns {old name: new name} of the files that were renamed.
-    """
+    """Number the files 00, 01, ... in order, bring titles, links, maps and pages in step; return {old: new name}."""
     folder = Path(folder or NOTEBOOKS)
     found = sorted(path.stem for path in folder.glob("[0-9][0-9]*_*.ipynb"))
     topics = [topic(name) for name in found]
@@ -266,10 +262,10 @@ def dumps(nb) -> str:
 def restore(path) -> bool:
     """Bring one notebook into canonical form, in place; return whether the file changed."""
     text = dumps(canonical(_read(path), path))
-    if text == Path(path).read_text("utf-8"):
-        return False
-    files.write_text(path, text)
-    return True
+    changed = text != Path(path).read_text("utf-8")
+    if changed:
+        files.write_text(path, text)
+    return changed
 
 
 def execute(path, timeout: float = 600) -> float:
