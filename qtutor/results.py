@@ -34,7 +34,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
 
-from . import QtutorError, files, measure
+from . import QtutorError, files
 from . import profile as current_profile
 
 RESULTS = files.DATA / "results"
@@ -164,9 +164,16 @@ def validate(data: dict) -> Results:
                           "qtutor.results, and save them again.") from None  # fmt: skip
 
 
+def machine() -> dict:
+    """:func:`qtutor.measure.machine`; torch, which it needs, is not needed to read results."""
+    from . import measure
+
+    return measure.machine()
+
+
 def machine_folder(about: dict | None = None) -> str:
     """Return the folder for measurements of this machine: ``cpu``, or a GPU's model such as ``h200``."""
-    about = about or measure.machine()
+    about = about or machine()
     if "compute_capability" not in about:
         return "cpu"
     words = re.sub(r"nvidia|geforce|tesla|rtx|[^a-z0-9 ]", " ", about["device"].lower()).split()
@@ -203,7 +210,7 @@ def save(name: str, rows, created: str | None = None, profile: str | None = None
     ``created`` is now by default (ISO 8601 with its zone), ``profile`` the one in force, ``directory`` the course's
     ``data/results``.  Raises QtutorError for rows that do not follow the schema and where nothing can be written.
     """
-    about = measure.machine()
+    about = machine()
     data = {"name": name, "created": created or datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
             "profile": profile or current_profile(), "machine": about, "versions": versions(),
             "rows": rows.to_dict("records") if hasattr(rows, "to_dict") else rows}  # fmt: skip
