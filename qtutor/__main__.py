@@ -7,8 +7,7 @@ top, and each check brings what it needs.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import math
+import importlib
 import os
 import platform
 import re
@@ -28,13 +27,10 @@ REINSTALL = "start afresh: 'make clean', then 'make lab'"
 
 
 def one_line(error: BaseException) -> str:
-    """Return what went wrong as one line, without a traceback."""
     return textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
 
 
-# ---- doctor: a check yields (what, found) for each thing that works, and raises what does not ------------------------
-
-
+# A check of the doctor yields (what, found) for each thing that works, and raises what does not.
 def check_python():
     """The interpreter's version is one that the dependencies support."""
     yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
@@ -47,16 +43,12 @@ def check_packages():
     import tomllib
 
     from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
 
     project = tomllib.loads((files.ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    wanted = {canonicalize_name(need.name): need.specifier for need in map(Requirement, project["dependencies"])}
-    found = {canonicalize_name(one.name): one.version.split("+")[0] for one in metadata.distributions()}
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise ImportError(f"{', '.join(missing)} not installed")
-    outside = [f"{name} {found[name]} (wants {bounds})" for name, bounds in wanted.items()
-               if not bounds.contains(found[name], prereleases=True)]  # fmt: skip
-    yield "packages", "; ".join(outside) or f"{len(wanted)} installed, all within pyproject.toml's bounds"
+    found = {need: metadata.version(need.name) for need in map(Requirement, project["dependencies"])}
+    outside = [f"{need.name} {version} (wants {need.specifier})" for need, version in found.items()
+               if not need.specifier.contains(version.split("+")[0], prereleases=True)]  # fmt: skip
+    yield "packages", "; ".join(outside) or f"{len(found)} installed, all within pyproject.toml's bounds"
 
 
 def check_torch():
@@ -65,8 +57,8 @@ def check_torch():
 
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"
     for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count())):
-        memory, capability = f"{gpu.total_memory / 2**30:.0f} GiB", f"compute capability {gpu.major}.{gpu.minor}"
-        yield "GPU", f"{gpu.name}, {memory}, {capability}, CUDA {torch.version.cuda}"
+        yield "GPU", (f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}, "
+                      f"CUDA {torch.version.cuda}")  # fmt: skip
     if not torch.cuda.is_available():
         other = " (if there is one, install torch's CUDA build: README.md, 'A GPU machine')"
         yield "GPU", "none: the notebooks run on the CPU" + (other if shutil.which("nvidia-smi") else "")
@@ -109,28 +101,20 @@ def check_disk():
 
 def check_model():
     """The model in use is complete, and its weights are finite."""
-    from safetensors import safe_open
-
-    from . import course_model
+    from . import course_model, lesson
 
     where = course_model.model_dir()
     if isinstance(where, str):
         yield "model", f"QTUTOR_MODEL={where}: a hub name, downloaded when first used"
         return
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        files.read_json(Path(where) / name, "model file")
-    shards, weights = sorted(Path(where).glob("*.safetensors")), 0
-    size = sum(shard.stat().st_size for shard in shards)
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:  # checks the header against the length of the file
-            for name in file.keys():
-                weights += math.prod(file.get_slice(name).get_shape())
-                if size < 2**30 and not file.get_tensor(name).isfinite().all():
-                    raise QtutorError(f"{shard} is damaged: {name} holds NaN or infinity")
-    if not shards:
-        raise QtutorError(f"*.safetensors missing in {where}")
-    whose = "course model" if Path(where) == course_model.MODEL_DIR else "QTUTOR_MODEL"
-    yield whose, f"intact: {weights / 1e6:.1f} M weights, {size / 1e6:.1f} MB"
+    course_model.check_folder(where)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    lesson.quiet()
+    course_model.load_tokenizer()
+    size = sum(shard.stat().st_size for shard in where.glob("*.safetensors"))
+    if size < 2**30:
+        course_model.load()  # which looks at every weight
+    yield "course model" if where == course_model.MODEL_DIR else "QTUTOR_MODEL", f"intact: {size / 1e6:.1f} MB"
 
 
 def check_jupyter():
@@ -145,7 +129,7 @@ def check_notebooks():
     """The notebooks are there and can be read."""
     if not (NOTEBOOKS / START_PAGE).is_file():
         raise QtutorError(f"{START_PAGE} is missing")
-    yield "notebooks", f"{len([cells_of(path) for path in notebook_paths()])} here"
+    yield "notebooks", f"{len([files.read_json(path, 'notebook') for path in notebook_paths()])} here"
 
 
 CHECKS = {  # what -> (check, remedy for what it raises)
@@ -180,19 +164,13 @@ def doctor(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-# ---- the other commands ----------------------------------------------------------------------------------------------
-
-
 def lab(argv: list[str]) -> int:
     """Open JupyterLab on the start page; further arguments go to ``jupyter lab``."""
     if not (NOTEBOOKS / START_PAGE).is_file():
         raise QtutorError(f"notebooks/{START_PAGE} is missing: restore it with 'git checkout notebooks'.")
-    if importlib.util.find_spec("jupyterlab") is None:
-        raise QtutorError(f"JupyterLab is not installed: {INSTALL}.")
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={files.ROOT}",
-               f"--LabApp.default_url=/lab/tree/notebooks/{START_PAGE}"]
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        command.append("--allow-root")  # a container: there is nobody else to be
+    importlib.import_module("jupyterlab")  # where it is missing, main() says how to install it
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={files.ROOT}", "--allow-root",
+               f"--LabApp.default_url=/lab/tree/notebooks/{START_PAGE}"]  # root: a container has nobody else
     return subprocess.call([*command, *argv], cwd=files.ROOT)
 
 
@@ -201,39 +179,44 @@ def notebook_paths() -> list[Path]:
     return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 
 
-def cells_of(path: Path) -> list[dict]:
-    """Return a notebook's cells; raises QtutorError where the file is damaged."""
-    return files.read_json(path, "notebook").get("cells", [])
-
-
 def recipes(argv: list[str]) -> int:
     """Print the recipe cells of all notebooks, or of those with these numbers or topics: ``recipes 01 qat``."""
     parser = argparse.ArgumentParser(prog="qtutor recipes", description=recipes.__doc__)
     parser.add_argument("notebook", nargs="*", help="number or topic of a notebook, such as 01 or qat")
+    wanted = [name.zfill(2) for name in parser.parse_args(argv).notebook]
     there = {key: path for path in notebook_paths() for key in (path.stem[:2], path.stem[3:])}
-    chosen = []
-    for wanted in parser.parse_args(argv).notebook:
-        if not (path := there.get(wanted) or there.get(wanted.zfill(2))):
-            raise QtutorError(f"There is no notebook {wanted}: choose from {', '.join(there)}.")
-        chosen.append(path)
-    for path in chosen or notebook_paths():
+    if unknown := [name for name in wanted if name not in there]:
+        raise QtutorError(f"There is no notebook {unknown[0]}: choose from {', '.join(there)}.")
+    for path in [there[name] for name in wanted] or notebook_paths():
         said = ""
-        for cell in cells_of(path):
+        for cell in files.read_json(path, "notebook")["cells"]:
             source = "".join(cell["source"]).strip()
             if "recipe" in cell["metadata"].get("tags", []):
                 last = said.rpartition("Recipe: ")[2].rpartition("\n\n")[2]  # "Recipe: ..." may take several lines
                 title = f"# ---- {path.stem[:2]} · Recipe: {' '.join(re.sub(r'[#*`]', '', last).split())}"
-                print("\n".join(textwrap.wrap(title, 116, subsequent_indent="# ", break_long_words=False)) + "\n")
-                print(source + "\n")
+                print("\n".join(textwrap.wrap(title, 116, subsequent_indent="# ", break_long_words=False)))
+                print(f"\n{source}\n")
             said = source if cell["cell_type"] == "markdown" else ""
     return 0
 
 
 def model(argv: list[str]) -> int:
-    """Evaluate or try the model in use."""
+    """Evaluate or try the model in use: ``model evaluate | complete TEXT``."""
     from . import course_model
 
-    return course_model.main(argv)
+    parser = argparse.ArgumentParser(prog="qtutor model", description=model.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("evaluate", help="bits per byte of the evaluation text, next to gzip -9 and xz -9")
+    complete = commands.add_parser("complete", help="continue a text")
+    complete.add_argument("text")
+    complete.add_argument("--max-tokens", type=int, default=60)
+    complete.add_argument("--temperature", type=float, default=0.0)
+    options = vars(parser.parse_args(argv))
+    if options.pop("command") == "evaluate":
+        print("\n".join(f"{name:8s}{bits:.3f} bits per byte" for name, bits in course_model.bits_per_byte().items()))
+    else:
+        print(course_model.complete(options.pop("text"), **options))
+    return 0
 
 
 COMMANDS = {

@@ -40,10 +40,7 @@ _SKIP_FOLDERS = set("tests test testing _test idlelib lib2to3 pydoc_data site-pa
 
 
 def cache_dir() -> Path:
-    """Return the folder for things that can be made again (``QTUTOR_CACHE``, else ``.cache`` in the project).
-
-    Raises QtutorError where it cannot be created or written.
-    """
+    """Return the folder for things that can be made again (``QTUTOR_CACHE``, else ``.cache`` in the project)."""
     default = files.ROOT / ".cache" if (files.ROOT / "pyproject.toml").exists() else Path.home() / ".cache" / "qtutor"
     folder = Path(os.environ.get("QTUTOR_CACHE") or default)
     try:
@@ -86,13 +83,9 @@ def eval_text() -> str:
     return "\n\n".join(kept) + "\n"
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
-def _shingles(text: str, n: int = OVERLAP_WORDS) -> set[int]:
-    words = _words(text)
-    return {hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1)}
+def _shingles(text: str) -> set[int]:
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return {hash(tuple(words[i : i + OVERLAP_WORDS])) for i in range(len(words) - OVERLAP_WORDS + 1)}
 
 
 def _source_files(packages: tuple[str, ...] | None) -> list[Path]:
@@ -112,10 +105,7 @@ def _source_files(packages: tuple[str, ...] | None) -> list[Path]:
 
 
 def docstrings(source: bytes | str) -> list[str]:
-    """Return the docstrings of a module's source, its classes and functions, in order, cleaned as ``help`` does.
-
-    Source that does not parse has none.
-    """
+    """Return the docstrings of a module's source, its classes and functions, cleaned as ``help`` does, in order."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
@@ -149,12 +139,8 @@ def _text_of_packages(packages, progress) -> list[str]:
 def train_documents(packages: tuple[str, ...] | list[str] | None = None, progress: bool = True) -> list[str]:
     """Return the training documents: unique docstrings that share no 13 words with the evaluation text.
 
-    Args:
-        packages: names of installed packages to read; None reads all of them and the standard library
-            (two minutes the first time, cached afterwards by Python version and package versions).
-        progress: show a progress bar.
-
-    Raises QtutorError where none of the packages is installed, or the cache folder cannot be written.
+    ``packages`` are names of installed ones; None reads them all and the standard library (two minutes the first time,
+    cached afterwards by Python version and package versions).
     """
     from importlib.metadata import distributions
 
@@ -175,21 +161,15 @@ def train_documents(packages: tuple[str, ...] | list[str] | None = None, progres
 def split(documents: list[str]) -> tuple[list[str], list[str]]:
     """Split documents into (training, validation): every hundredth is held out, for choosing settings."""
     held_out = documents[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    kept = [d for i, d in enumerate(documents) if (i + 1) % HELD_OUT_EVERY]
-    return kept, held_out
+    return [d for i, d in enumerate(documents) if (i + 1) % HELD_OUT_EVERY], held_out
 
 
 def tokens(source, tokenizer, packages=None, progress: bool = True) -> np.ndarray:
-    """Tokenize the evaluation text, the training documents, or a text of your own.
+    """Token ids (n,), uint16 (uint32 for a vocabulary beyond 65,536), of a text.
 
-    Args:
-        source: ``"eval"``, ``"train"``, a list of documents, or any other string as the text itself.
-        tokenizer: a Hugging Face tokenizer.
-        packages, progress: for ``"train"``, see :func:`train_documents`.
-
-    Returns:
-        Token ids, shape (n,), dtype uint16 (uint32 for a vocabulary beyond 65,536).  Documents of a list
-        and of ``"train"`` each begin with the end-of-text token, so that the model knows where one starts.
+    ``source`` is ``"eval"``, ``"train"`` (of ``packages``, see :func:`train_documents`), a list of documents, or any
+    other string as the text itself.  Documents of a list and of ``"train"`` each begin with the end-of-text token, so
+    that the model knows where one starts.
     """
     if isinstance(source, str) and source == "train":
         source = split(train_documents(packages, progress))[0]
@@ -208,8 +188,6 @@ def batches(ids: np.ndarray, batch_size: int, seq_len: int, seed: int = 0, devic
 
     Inputs are ``[:, :-1]``, targets ``[:, 1:]``.  Each epoch begins at its own random offset, so that windows differ
     from epoch to epoch.  The same seed gives the same batches on every machine, which makes two precisions comparable.
-
-    Raises QtutorError where there are too few tokens for one batch.
     """
     import torch
 

@@ -13,7 +13,6 @@ of 256, so every llama.cpp type applies, and of 16, so FP8 does.  ``tools/train_
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -62,12 +61,6 @@ def new_model(seed: int = 0, **changes):
     return model
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay_share: float = 0.6) -> float:
-    """Warm-up, plateau, then a straight line to zero over the last ``decay_share`` of the steps (arXiv 2405.18392)."""
-    decay_from = int(steps * (1 - decay_share))
-    return peak * min(1.0, (step + 1) / warmup, (steps - step) / max(1, steps - decay_from))
-
-
 def _missing(where) -> QtutorError:
     if isinstance(where, str):
         return QtutorError(f"The model {where!r} is not here and could not be downloaded: check its name and the "
@@ -77,18 +70,14 @@ def _missing(where) -> QtutorError:
     return QtutorError(f"There is no model in {where}: set QTUTOR_MODEL to a folder with config.json, or unset it.")
 
 
-def _check_folder(where: Path) -> None:
+def check_folder(where: Path) -> None:
     """Refuse a damaged folder in one sentence, before a loader fails in the middle."""
     from safetensors import SafetensorError, safe_open
 
     if not (where / "config.json").is_file():
         raise _missing(where)
-    try:
-        json.loads((where / "config.json").read_text("utf-8"))
-    except ValueError:
-        raise QtutorError(f"{where / 'config.json'} is not valid JSON: restore or download the model again.") from None
-    shards = sorted(where.glob("*.safetensors"))
-    if not shards:
+    files.read_json(where / "config.json", "model file")
+    if not (shards := sorted(where.glob("*.safetensors"))):
         raise QtutorError(f"There are no *.safetensors weights in {where}: restore or download the model again.")
     for shard in shards:
         try:
@@ -102,14 +91,13 @@ def load(dtype=None, device=None):
     """Load the model in use for inference: a Hugging Face causal language model in eval mode.
 
     ``dtype`` of the weights is torch.float32 by default (the file holds bfloat16), ``device`` the CPU.
-    Raises QtutorError where the model is missing or damaged, or holds values that are not finite.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     where = model_dir()
     if isinstance(where, Path):
-        _check_folder(where)
+        check_folder(where)
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or torch.float32, attn_implementation="sdpa")
     except (OSError, ValueError, RuntimeError) as error:
@@ -117,14 +105,13 @@ def load(dtype=None, device=None):
             raise _missing(where) from None
         reason = str(error).splitlines()[0]
         raise QtutorError(f"{where} cannot be loaded ({reason}): download the model again.") from None
-    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    if bad:
+    if bad := [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]:
         raise QtutorError(f"The weights of {bad[0]} are not all finite: the file is damaged, download the model again.")
     return model.eval().to(device or "cpu")
 
 
 def load_tokenizer():
-    """Load the tokenizer of the model in use; raises QtutorError where it is missing or damaged."""
+    """Load the tokenizer of the model in use."""
     from transformers import AutoTokenizer
 
     where = model_dir()
@@ -140,10 +127,10 @@ def load_tokenizer():
 
 
 def bits_per_byte(model=None, tokenizer=None, text: str | None = None) -> dict:
-    """Return bits per byte of a text (the evaluation text by default): keys ``model``, ``gzip`` and ``xz``.
+    """Return bits per byte of a text (the evaluation text by default): keys ``model``, ``gzip`` and ``xz``, both at -9.
 
-    A model's figure is its total cross-entropy in bits over the text's UTF-8 bytes: unlike perplexity per
-    token, it does not depend on the tokenizer.  The compressors are gzip -9 and xz -9.
+    A model's figure is its total cross-entropy in bits over the text's UTF-8 bytes: unlike perplexity per token, it
+    does not depend on the tokenizer.
     """
     import gzip
     import lzma
@@ -174,22 +161,3 @@ def complete(prompt: str, model=None, tokenizer=None, max_tokens: int = 40, temp
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens,
                              pad_token_id=tokenizer.eos_token_id, **choice)  # fmt: skip
     return tokenizer.decode(out[0], skip_special_tokens=True)
-
-
-def main(argv: list[str]) -> int:
-    """``python -m qtutor model evaluate | complete TEXT``."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m qtutor model", description="Try the model in use.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("evaluate", help="bits per byte of the evaluation text, next to gzip -9 and xz -9")
-    c = commands.add_parser("complete", help="continue a text")
-    c.add_argument("text")
-    c.add_argument("--max-tokens", type=int, default=60)
-    c.add_argument("--temperature", type=float, default=0.0)
-    args = parser.parse_args(argv)
-    if args.command == "evaluate":
-        print("\n".join(f"{name:8s}{bits:.3f} bits per byte" for name, bits in bits_per_byte().items()))
-    else:
-        print(complete(args.text, max_tokens=args.max_tokens, temperature=args.temperature))
-    return 0

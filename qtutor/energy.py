@@ -22,7 +22,6 @@ Documentation/power/powercap; codecarbon (https://github.com/mlco2/codecarbon), 
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections import namedtuple
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from . import measure
 
@@ -43,9 +42,8 @@ NVML_STEP_S = 0.1  # 20 to 100 ms, by model
 class Energy:
     """What :func:`track_energy` found: ``joules`` in ``seconds``, and the ``source`` of the figure.
 
-    ``joules`` is NaN until the block has ended, and where nothing could be read: ``source`` then says why.
-    ``relative_error`` is the share of ``joules`` that may be missing or too much, because the source is renewed only
-    every ``step_s`` seconds.
+    ``joules`` is NaN until the block has ended, and where nothing could be read: ``source`` then says why.  The source
+    is renewed every ``step_s`` seconds: ``relative_error`` is the share that may be missing or too much.
     """
 
     joules: float = math.nan
@@ -57,10 +55,7 @@ class Energy:
     relative_error = property(lambda self: self.step_s / self.seconds)
 
     def per(self, amount: float, within: float = 0.2) -> float | None:
-        """Joules for one of ``amount`` calls or tokens (for ``amount`` seconds: watts).
-
-        None where the joules are not known, or only with a larger ``relative_error`` than ``within``.
-        """
+        """Joules for one of ``amount`` calls or tokens; None where they are not known as well as ``within``."""
         return self.joules / amount if math.isfinite(self.joules) and self.relative_error <= within else None
 
     def __str__(self) -> str:
@@ -68,8 +63,8 @@ class Energy:
 
 
 class Board:
-    """NVML's view of one GPU: joules since the driver was loaded, watts and MHz now, (bytes in use by everybody, bytes
-    in all).  A reading is None where the driver, or this model of GPU, does not offer it."""
+    """NVML's view of one GPU: joules since the driver was loaded, watts and MHz now, (bytes in use by everybody, in
+    all).  A reading is None where the driver, or this model of GPU, does not offer it."""
 
     def __init__(self, nvml, handle):
         self._nvml, self._handle = nvml, handle
@@ -101,8 +96,6 @@ def board(device=None) -> Board | None:
         import pynvml
 
         pynvml.nvmlInit()
-        import torch
-
         # NVML numbers GPUs its own way: the UUID is the same on both sides
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         return Board(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"))
@@ -114,33 +107,9 @@ def board(device=None) -> Board | None:
 _Source = namedtuple("_Source", "name step_s read")
 
 
-def _sampled_power(gpu: Board) -> _Source:
-    """For GPUs before Volta, which have no energy counter: power, read again and again, times time."""
-    seen, ended = [], threading.Event()
-
-    def watch():
-        while not ended.is_set():
-            seen.append((time.perf_counter(), gpu.watts()))
-            ended.wait(0.02)
-        seen.append((time.perf_counter(), gpu.watts()))
-
-    thread = threading.Thread(target=watch, daemon=True)
-
-    def read():
-        if not thread.ident:
-            thread.start()
-            return 0.0
-        ended.set()
-        thread.join()
-        at, watts = zip(*seen, strict=True)
-        return None if None in watts else float(np.trapezoid(watts, at))
-
-    return _Source("NVML power, sampled", NVML_STEP_S, read)
-
-
-def _rapl(root: Path | None = None) -> _Source:
+def _rapl() -> _Source:
     """Running Average Power Limit: the processor's counters, one a package (and one for its memory), in microjoules."""
-    names = {f: (f / "name").read_text().strip() for f in sorted((root or POWERCAP).glob("intel-rapl:*"))}
+    names = {f: (f / "name").read_text().strip() for f in sorted(POWERCAP.glob("intel-rapl:*"))}
     # a package contains its cores, but not its memory; "psys" would count the packages again
     folders = [f for f, name in names.items() if name.startswith("package") or name == "dram"]
     turns = [int((f / "max_energy_range_uj").read_text()) + 1 for f in folders]
@@ -165,7 +134,8 @@ def _estimate() -> _Source:
     return _Source(name, 0.0, lambda: WATTS_PER_THREAD * time.process_time())
 
 
-def _source(device) -> _Source:
+def source_of(device=None) -> _Source:
+    """Where :func:`track_energy` takes its figure from on this device: ``name`` says it in words."""
     if not measure.on_gpu(device):
         try:
             return _rapl()
@@ -174,14 +144,7 @@ def _source(device) -> _Source:
     gpu = board(device)
     if gpu and gpu.joules() is not None:
         return _Source("NVML energy counter", NVML_STEP_S, gpu.joules)
-    if gpu and gpu.watts() is not None:
-        return _sampled_power(gpu)
-    return _Source("none: NVML reads neither energy nor power here", 0.0, lambda: None)
-
-
-def source_of(device=None) -> str:
-    """Where :func:`track_energy` would take its figure from on this device, in words."""
-    return _source(device).name
+    return _Source("none: NVML has no energy counter here", 0.0, lambda: None)
 
 
 @contextmanager
@@ -189,11 +152,10 @@ def track_energy(device=None) -> Iterator[Energy]:
     """Measure the energy of a block: ``with track_energy() as used: ...; used.joules``.
 
     ``device``: where the work happens; by default the current CUDA GPU if this process has used one, else the CPU.
-    Sources, in this order: on a GPU NVML's energy counter, or its power sampled every 20 ms; on a CPU RAPL where it may
-    be read, else an estimate.  Never raises for a counter that is missing, lost, stands still or runs backwards:
-    ``joules`` is NaN then and ``source`` says why.
+    A GPU's figure comes from NVML's energy counter (Volta or newer), a CPU's from RAPL where it may be read, else from
+    an estimate.  A counter that is missing, lost, stands still or runs backwards gives NaN joules.
     """
-    source = _source(device)
+    source = source_of(device)
     used = Energy(source=source.name, step_s=source.step_s)
     measure.synchronize(device)
     before, began = source.read(), time.perf_counter()
@@ -202,16 +164,12 @@ def track_energy(device=None) -> Iterator[Energy]:
     finally:
         measure.synchronize(device)
         used.seconds = time.perf_counter() - began
-        after, why = None if before is None else source.read(), None
-        if after is None:
-            why = "was lost"
-        elif after < before:
-            why = "ran backwards"
-        elif after == before and source.step_s:
-            why = f"did not move in {used.seconds:.2g} s"
-        else:
+        after = None if before is None else source.read()
+        why = ("was lost" if after is None else "ran backwards" if after < before
+               else "did not move" if after == before and source.step_s else "")  # fmt: skip
+        if not why:
             used.joules = after - before
-        if why and not source.name.startswith("none"):
+        elif not source.name.startswith("none"):
             used.source = f"none: {source.name} {why}"
 
 
@@ -219,8 +177,7 @@ def timed(fn, warmup: int = 3, repeats: int = 5, seconds: float = 1.0, device=No
           before=None) -> tuple[measure.Timing, Energy]:  # fmt: skip
     """:func:`measure.time_ms` together with the energy of exactly the calls that were timed.
 
-    ``device`` is where the energy is read, ``clock`` where the time is: "cpu" for a library that waits for its own
-    work, such as llama.cpp on a GPU; by default the same.
+    The energy is read on ``device``, the time on ``clock``: "cpu" for a library that waits for its own work.
     """
     measure.time_ms(fn, warmup, 0, clock or device, before=before)
     with track_energy(device) as used:

@@ -26,7 +26,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def standard_error(values, block: int | None = None) -> float:
     """Standard error of the mean of ``values`` (n,): sample standard deviation / sqrt(n).
 
     ``block`` averages so many consecutive values first (batch means), which keeps the correlation between
-    neighbouring tokens out of the estimate; give one window's worth.  Raises QtutorError for fewer than two values.
+    neighbouring tokens out of the estimate; give one window's worth.
     """
     values = np.asarray(values, dtype=np.float64).ravel()
     if block:
@@ -59,10 +60,7 @@ def share(hits) -> tuple[float, float]:
 
 
 def windows(tokens, ctx: int) -> np.ndarray:
-    """Cut token ids (n,) into windows of ``ctx``: int64 (n_windows, ctx); a last shorter one is dropped.
-
-    Raises QtutorError where the text does not fill one window.
-    """
+    """Cut token ids (n,) into windows of ``ctx``: int64 (n_windows, ctx); a last shorter one is dropped."""
     tokens = np.asarray(tokens).ravel()
     if ctx < 2 or len(tokens) < ctx:
         raise QtutorError(f"{len(tokens)} tokens do not fill a window of {ctx}: use more text, or a ctx of 2 or more.")
@@ -81,10 +79,7 @@ def bos_of(source) -> int | None:
 
 
 def logits_function(source, first: int = 0) -> Callable[[np.ndarray], Tensor]:
-    """One function from a window of token ids (ctx,) to the logits from position ``first`` on: (ctx - first, vocab).
-
-    ``source``: a Hugging Face model, a llamacpp.Model, or a function from token ids to logits (ctx, vocab).
-    """
+    """One function from a window of token ids (ctx,) to the logits from position ``first`` on: (ctx - first, vocab)."""
     from . import llamacpp
 
     if isinstance(source, llamacpp.Model):  # which need not compute what nobody asks for
@@ -139,8 +134,7 @@ def iter_logits(source, tokens, ctx: int = 512, *, second_half_only: bool = Fals
 def logits_of(source, tokens, ctx: int = 512, **options) -> Tensor:
     """All scored logits, to keep as the base of many comparisons: float32 (n_scored, vocab), on the CPU.
 
-    ``options`` are those of :func:`iter_logits`.  Memory: 4 bytes times vocabulary times tokens (a vocabulary of
-    4,096: 16 KiB a token).
+    ``options`` are those of :func:`iter_logits`.  With a vocabulary of 4,096 a token takes 16 KiB.
     """
     return torch.cat([part.float().cpu() for part in iter_logits(source, tokens, ctx, **options)])
 
@@ -168,10 +162,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _in_step(*sides) -> Iterator[list[Tensor]]:
-    """Pieces of equal length of all sides (logits, targets), small enough for float64.
-
-    A side is an array or an iterable of arrays.  Raises QtutorError where one of them is longer than another.
-    """
+    """Pieces of equal length of all sides (arrays, or iterables of arrays), small enough for float64."""
     readers = [iter((side,) if isinstance(side, (Tensor, np.ndarray)) else side) for side in sides]
     parts = [torch.empty(0)] * len(sides)
     while True:
@@ -188,15 +179,11 @@ def _in_step(*sides) -> Iterator[list[Tensor]]:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """``value = exp(nll)`` and its standard error; ``nll`` in nats per token, with its own, on ``scored_tokens``.
-
-    ``token_nll`` (n,) holds the single values.
-    """
+    """``value = exp(nll)`` and its standard error; ``nll`` in nats per token, the mean of ``token_nll`` (n,)."""
 
     value: float
     se: float
     nll: float
-    nll_se: float
     scored_tokens: int
     token_nll: np.ndarray = field(repr=False, compare=False)
 
@@ -210,8 +197,8 @@ def score(logits, targets) -> Perplexity:
     The error is the delta method's, as in llama.cpp: ``se(exp(m)) = exp(m) * se(m)``.
     """
     nll = np.concatenate([token_nll(*piece).cpu().numpy() for piece in _in_step(logits, np.asarray(targets))])
-    mean, se = float(nll.mean()), standard_error(nll)
-    return Perplexity(math.exp(mean), math.exp(mean) * se, mean, se, len(nll), nll)
+    mean = float(nll.mean())
+    return Perplexity(math.exp(mean), math.exp(mean) * standard_error(nll), mean, len(nll), nll)
 
 
 def perplexity(source, tokens, ctx: int = 512, *, second_half_only: bool = False, **options) -> Perplexity:
@@ -219,14 +206,13 @@ def perplexity(source, tokens, ctx: int = 512, *, second_half_only: bool = False
 
     By default every token but the first of each window is scored.  ``second_half_only=True`` scores as
     llama-perplexity does: lower, since every token then has at least half a window of context.  Never compare one
-    with the other.  Raises QtutorError for too few tokens and for logits that are not finite.
+    with the other.
     """
     chunks = iter_logits(source, tokens, ctx, second_half_only=second_half_only, **options)
     return score(chunks, targets_of(tokens, ctx, second_half_only))
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(SimpleNamespace):
     """A model against the model that it came from, on the same ``scored_tokens``.  ``*_se`` are standard errors.
 
     - ``perplexity_ratio``, ``perplexity_diff`` to the base's, with the error of paired values (what both share
@@ -239,34 +225,12 @@ class Comparison:
       :func:`qtutor.paired.paired_nll` tests the latter
     """
 
-    kld_mean: float
-    kld_mean_se: float
-    kld_median: float
-    kld_p99: float
-    kld_p999: float
-    kld_max: float
-    perplexity: float
-    perplexity_se: float
-    base_perplexity: float
-    base_perplexity_se: float
-    perplexity_ratio: float
-    perplexity_ratio_se: float
-    perplexity_diff: float
-    perplexity_diff_se: float
-    perplexity_correlation: float
-    delta_p_mean: float
-    delta_p_mean_se: float
-    delta_p_rms: float
-    delta_p_rms_se: float
-    same_top: float
-    same_top_se: float
-    scored_tokens: int
-    token_kld: np.ndarray = field(repr=False, compare=False)
-    token_dnll: np.ndarray = field(repr=False, compare=False)
+    def __repr__(self) -> str:
+        return f"Comparison({self.row()})"
 
     def row(self) -> dict:
-        """The scalars as a flat dict with the names of results.COLUMNS, for a table or a results file."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("token_")}
+        """The scalars as a flat dict with the names of results.VOCABULARY, for a table or a results file."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("token_")}
 
 
 def _per_token(base: Tensor, logits: Tensor, true: Tensor) -> tuple[Tensor, ...]:
@@ -283,11 +247,8 @@ def _per_token(base: Tensor, logits: Tensor, true: Tensor) -> tuple[Tensor, ...]
 
 
 def compare(base, logits, targets) -> Comparison:
-    """Compare a model's logits with its base model's on the same tokens; see :class:`Comparison`.
-
-    ``base`` and ``logits`` are (n, vocab), or iterables of such pieces (:func:`iter_logits`); ``targets`` (n,) are
-    the true tokens (:func:`targets_of`).  Raises QtutorError where they do not pair up or are not finite.
-    """
+    """Compare a model's logits with its base model's, both (n, vocab) or iterables of such pieces (:func:`iter_logits`),
+    on the true tokens (n,) (:func:`targets_of`)."""
     parts = [[x.cpu().numpy() for x in _per_token(*piece)] for piece in _in_step(base, logits, np.asarray(targets))]
     nll, base_nll, kld, same_top = (np.concatenate(column) for column in zip(*parts, strict=True))
     perplexity, base_perplexity = math.exp(nll.mean()), math.exp(base_nll.mean())
@@ -312,12 +273,8 @@ def compare(base, logits, targets) -> Comparison:
 
 
 def compare_models(base, model, tokens, ctx: int = 512, *, second_half_only: bool = False, **options) -> Comparison:
-    """:func:`compare` of two models, window by window, or of a model with kept logits (from :func:`logits_of`).
-
-    ``options`` are those of :func:`iter_logits`.
-    """
+    """:func:`compare` of two models, or of a model with kept logits; ``options`` are those of :func:`iter_logits`."""
     options["second_half_only"] = second_half_only
-    kept = base
     if not isinstance(base, (Tensor, np.ndarray)):
-        kept = iter_logits(base, tokens, ctx, **options | {"progress": False})
-    return compare(kept, iter_logits(model, tokens, ctx, **options), targets_of(tokens, ctx, second_half_only))
+        base = iter_logits(base, tokens, ctx, **options | {"progress": False})
+    return compare(base, iter_logits(model, tokens, ctx, **options), targets_of(tokens, ctx, second_half_only))

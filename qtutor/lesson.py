@@ -25,9 +25,9 @@ import random
 import re
 import sys
 import warnings
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from . import QtutorError, __version__, profile
 
@@ -46,22 +46,15 @@ def expect(condition, sentence: str) -> None:
         raise WrongAnswer(sentence)
 
 
-class Exercise(NamedTuple):
-    """A registered exercise: its check, its solution, and the wrong answers that the check must refuse."""
-
-    check: Callable
-    solution: object
-    wrong: tuple
-
-
+Exercise = namedtuple("Exercise", "check solution wrong")
 REGISTRY: dict[str, Exercise] = {}
 
 
 def exercise(name: str, *, solution, wrong) -> Callable:
     """Register the decorated function as the check of exercise ``name``: a topic, a dot, and a name.
 
-    The check gets the reader's answer.  It raises WrongAnswer (see :func:`expect`) or returns None or a sentence of
-    praise.  It accepts ``solution`` and refuses each of ``wrong``; they are functions where the answer is one.
+    The check gets the reader's answer; it raises WrongAnswer (see :func:`expect`), or returns None or a sentence of
+    praise.  ``solution`` and ``wrong`` are functions where the answer is one.
     """
 
     def register(function: Callable) -> Callable:
@@ -118,10 +111,7 @@ def verdict(name: str, answer) -> tuple[str, str]:
 
 
 def check(name: str, answer) -> None:
-    """Say whether ``answer`` solves exercise ``name``: "✔ ...", "✘ ..." or "not attempted yet".
-
-    Never raises for an answer, however wrong; raises QtutorError for an exercise that does not exist.
-    """
+    """Say whether ``answer`` solves exercise ``name``: "✔ ...", "✘ ..." or "not attempted yet"."""
     state, sentence = verdict(name, answer)
     mark, color = {"open": ("", "#949494"), "right": ("✔ ", "#029e73"), "wrong": ("✘ ", "#d55e00")}[state]
     text = f"{mark}{name}: {sentence}"
@@ -137,8 +127,7 @@ def check(name: str, answer) -> None:
 
 def _shell():
     """The running IPython shell, or None in a plain Python process."""
-    ipython = sys.modules.get("IPython")
-    return ipython.get_ipython() if ipython else None
+    return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
 
 
 def quiet() -> None:
@@ -168,11 +157,9 @@ def _environment() -> bool:
 
 def threads() -> int:
     """How many threads to compute with: OMP_NUM_THREADS where set, else the cores this process may use, at most 16."""
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
-    if chosen.isdigit() and int(chosen) > 0:
-        return int(chosen)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)  # a model of this size gains nothing from more
+    chosen = os.environ.get("OMP_NUM_THREADS", "")  # a model of this size gains nothing from more than 16
+    return int(chosen) if chosen.isdigit() and int(chosen) > 0 else min(cores, 16)
 
 
 def _show_as_sentence(shell, kind, error, traceback, tb_offset=None):

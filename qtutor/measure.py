@@ -1,10 +1,9 @@
 """How long, how much memory, how many bytes, on what machine: measurements that mean what they say.
 
-Three mistakes make most timings wrong.  A GPU works *asynchronously*: the call returns before the work is done, so
-a wall clock around it measures the launch (here: CUDA events, and a synchronization before reading them).  The
-*first* calls pay for compilation, caches and memory pools (here: a warm-up that is thrown away).  And *means* follow
-the one run that the operating system disturbed (here: the median, with the 10th and 90th percentile beside it to
-show the noise).
+Three mistakes make most timings wrong.  A GPU works *asynchronously*: the call returns before the work is done, so a
+wall clock around it measures the launch (here: CUDA events, and a synchronization before reading them).  The *first*
+calls pay for compilation, caches and memory pools (here: a warm-up that is thrown away).  And *means* follow the one
+run that the operating system disturbed (here: the median, and the 10th and 90th percentile to show the noise).
 
     t = measure.time_ms(lambda: model(ids), warmup=3, repeats=20)
     print(t)                                    # 12.3 ms (12.1 to 13.0, n=20)
@@ -20,25 +19,24 @@ import math
 import os
 import platform
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
+import torch
 
 GIB = 2**30
 
 
-# ------------------------------------------------------------------------------------------------------------ time
-
-
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of each call, in order, and what they say together."""
+    """Milliseconds of each call, in order."""
 
     ms: tuple[float, ...]
 
@@ -47,12 +45,8 @@ class Timing:
     p10 = property(lambda self: float(np.percentile(self.ms, 10)))
     p90 = property(lambda self: float(np.percentile(self.ms, 90)))
 
-    def per_second(self, amount: float) -> float:
-        """Throughput when one call handles ``amount`` (tokens, operations): amount per second at the median."""
-        return amount / self.median_ms * 1000
-
     def mean_per_second(self, amount: float) -> tuple[float, float | None]:
-        """(mean, standard error) of each call's own throughput; no error for a single call."""
+        """(mean, standard error) of each call's own throughput when it handles ``amount``; no error for one call."""
         speeds = amount * 1000 / np.array(self.ms)
         return float(speeds.mean()), float(speeds.std(ddof=1) / math.sqrt(self.n)) if self.n > 1 else None
 
@@ -64,14 +58,13 @@ def on_gpu(device=None) -> bool:
     """Whether work on ``device`` runs on a CUDA GPU; None: whether this process has used one."""
     if device is not None:
         return str(device).startswith("cuda")
-    torch = sys.modules.get("torch")  # who has not imported torch has nothing on a GPU to wait for
-    return torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
 def synchronize(device=None) -> None:
     """Wait until a GPU has done all that it was given; does nothing without one."""
-    if on_gpu(device) and "torch" in sys.modules:
-        sys.modules["torch"].cuda.synchronize(device)
+    if on_gpu(device):
+        torch.cuda.synchronize(device)
 
 
 def time_ms(fn: Callable[[], object], *args, **kwargs) -> Timing:
@@ -84,16 +77,11 @@ def compare_ms(calls: dict[str, Callable[[], object]], warmup: int = 3, repeats:
     """Time calls that take turns, so that whatever else the machine does meets all of them.
 
     ``warmup`` turns are thrown away; then come at least ``repeats`` turns, and at least ``seconds`` of them.
-    ``before()`` runs untimed ahead of each call.
-
-    ``device`` is where the work happens; by default the current CUDA GPU if this process has used one, else the CPU.
-    On a GPU each call lies between two CUDA events of its own, launch gaps included.  A library that waits for its own
-    work, such as llama.cpp, is timed by the wall clock: ``device="cpu"``.
+    ``before()`` runs untimed ahead of each call.  ``device`` is where the work happens: by default the current CUDA GPU
+    if this process has used one, else the CPU.  On a GPU each call lies between two CUDA events of its own, launch gaps
+    included.  A library that waits for its own work, such as llama.cpp, is timed by the wall clock: ``device="cpu"``.
     """
-    gpu = on_gpu(device)
-    if gpu:
-        import torch
-    marks: dict[str, list] = {name: [] for name in calls}
+    gpu, marks = on_gpu(device), {name: [] for name in calls}
 
     def stamp():
         if not gpu:
@@ -114,14 +102,13 @@ def compare_ms(calls: dict[str, Callable[[], object]], warmup: int = 3, repeats:
 
     with torch.cuda.device(device) if gpu else nullcontext():
         turns(warmup)
-        marks = {name: [] for name in calls}
         began, done, more = time.perf_counter(), 0, repeats
         while more > 0:
             turns(more)
             done, passed = done + more, time.perf_counter() - began
             more = math.ceil((seconds - passed) / passed * done) if passed < seconds else 0
-    return {name: Timing(tuple(start.elapsed_time(end) if gpu else 1000 * (end - start) for start, end in pairs))
-            for name, pairs in marks.items()}  # fmt: skip
+    return {name: Timing(tuple(start.elapsed_time(end) if gpu else 1000 * (end - start)
+                               for start, end in pairs[warmup:])) for name, pairs in marks.items()}  # fmt: skip
 
 
 def captured(fn: Callable[[], object]):
@@ -129,8 +116,6 @@ def captured(fn: Callable[[], object]):
 
     Each replay reads and writes the tensors of the recorded call: fill its inputs in place, read its result.
     """
-    import torch
-
     side = torch.cuda.Stream()  # warm-up on a side stream, as PyTorch's notes on CUDA graphs ask for
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -144,13 +129,8 @@ def captured(fn: Callable[[], object]):
 
 
 def bandwidth(device=None, gib: float | None = None) -> dict[str, float]:
-    """Memory bandwidth that a simple kernel gets, in GB/s (10^9 bytes): of a copy (bytes read plus bytes written), of
-    reading (a sum over a tensor), each the best of several runs, and the better of both.
-
-    ``device`` is by default the GPU where there is one; ``gib`` the size of the tensor, beyond every cache.
-    """
-    import torch
-
+    """Memory bandwidth that a simple kernel gets, GB/s (10^9 bytes): of a copy (bytes read plus bytes written) and of
+    reading (a sum) of a tensor of ``gib``, beyond every cache, each the best of several runs, and the better of both."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     n = int((gib or (4 if device.type == "cuda" else 0.25)) * GIB) // 4
     a, b = torch.ones(n, device=device), torch.empty(n, device=device)  # zeros could be one page, mapped n times
@@ -162,12 +142,9 @@ def bandwidth(device=None, gib: float | None = None) -> dict[str, float]:
     return found | {"bandwidth_gb_per_s": max(found.values())}
 
 
-# ---------------------------------------------------------------------------------------------------------- memory
-
-
 @dataclass
 class Memory:
-    """What :func:`track_memory` found, in GiB: ``before``, ``peak`` and their difference ``added``."""
+    """What :func:`track_memory` found, in GiB."""
 
     before: float = 0.0
     peak: float = 0.0
@@ -178,13 +155,10 @@ class Memory:
 def track_memory(device=None) -> Iterator[Memory]:
     """Measure the peak memory of a block: ``with track_memory() as memory: ...; memory.added``.
 
-    On a GPU exactly (PyTorch counts its tensors), on the CPU by sampling the resident size of the process every
-    5 ms: peaks shorter than that go unseen.
+    On a GPU exactly (PyTorch counts its tensors), on the CPU by sampling the process's resident size every 5 ms.
     """
     memory = Memory()
     if on_gpu(device):
-        import torch
-
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         memory.before = torch.cuda.memory_allocated(device) / GIB
@@ -192,44 +166,32 @@ def track_memory(device=None) -> Iterator[Memory]:
         torch.cuda.synchronize(device)
         memory.peak = torch.cuda.max_memory_allocated(device) / GIB
         return
-    import psutil
-
     process, done = psutil.Process(), threading.Event()
     memory.before = process.memory_info().rss / GIB
 
     def watch():
-        while True:
+        ended = False
+        while not ended:
             ended = done.wait(0.005)
             memory.peak = max(memory.peak, process.memory_info().rss / GIB)
-            if ended:
-                return
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield memory
-    finally:
-        done.set()
-        watcher.join()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(watch)
+        try:
+            yield memory
+        finally:
+            done.set()
 
 
 def device_memory_gib(device=None) -> float:
-    """GiB in use on a whole GPU now: PyTorch's tensors and what it keeps in reserve, the CUDA context, llama.cpp, and
-    whatever other programs hold."""
-    import torch
-
+    """GiB in use on a whole GPU now: PyTorch's tensors and reserve, the CUDA context, llama.cpp, other programs."""
     free, total = torch.cuda.mem_get_info(device)
     return (total - free) / GIB
 
 
-# ------------------------------------------------------------------------------------------- what is really stored
-
-
 def plain_tensors(tensor) -> Iterator:
-    """The plain tensors that a quantized one is made of (torchao, quanto, Transformer Engine); itself for a plain one.
-
-    The dtype that a quantized tensor *shows* is that of its results, so whoever counts has to look inside.
-    """
+    """The plain tensors that a quantized one is made of (torchao, quanto, Transformer Engine), whose own dtype is only
+    that of its results; itself for a plain one."""
     if hasattr(tensor, "get_data_tensors"):  # Transformer Engine
         scales = (getattr(tensor, f"{side}_scale_inv", None) for side in ("", "_rowwise", "_columnwise"))
         yield from (part for part in (*tensor.get_data_tensors(), *scales) if part is not None)
@@ -241,13 +203,10 @@ def plain_tensors(tensor) -> Iterator:
 
 
 def stored_bytes(model) -> tuple[int, int]:
-    """(bytes, number of weights) of a PyTorch module, or of one tensor, as they lie in memory.
+    """(bytes as stored, number of weights that the codes stand for) of a PyTorch module, or of one tensor.
 
-    Counted is the storage behind every parameter and saved buffer, once, however many layers share it: codes, scales,
-    zero points, tables.  The number is that of the weights that the codes stand for.
-
-    Count before a bitsandbytes model has computed anything: it rearranges 4-bit weights at their first use on some
-    CPUs, and tries to undo that when it is asked for its state.
+    The storage of codes, scales, zero points and tables counts once, however many layers share it.  Count a
+    bitsandbytes model before it computes anything: on some CPUs it rearranges 4-bit weights at their first use.
     """
     if hasattr(model, "state_dict"):
         tensors = [t for key, t in model.state_dict(keep_vars=True).items() if not key.endswith("_extra_state")]
@@ -266,14 +225,9 @@ def stored_bytes(model) -> tuple[int, int]:
     return size, sum(weights.values())
 
 
-# --------------------------------------------------------------------------------------------------------- machine
-
-
 def _cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(errors="replace"), re.M)
-    except OSError:
-        found = None
+    listed = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", listed.read_text(errors="replace") if listed.exists() else "", re.M)
     return " ".join(found[1].split()) if found else platform.processor() or platform.machine()
 
 
@@ -289,11 +243,7 @@ def _driver() -> str | None:
 
 def machine() -> dict:
     """What measurements were taken on: ``device``, ``cpu``, ``cores``, ``memory_gib`` of the device, and on a GPU
-    ``driver``, ``compute_capability`` and ``host_memory_gib``.  Nothing in it names the computer or its owner.
-    """
-    import psutil
-    import torch
-
+    ``driver``, ``compute_capability`` and ``host_memory_gib``.  Nothing in it names the computer or its owner."""
     host = round(psutil.virtual_memory().total / GIB, 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     about = {"device": _cpu_model(), "cpu": _cpu_model(), "cores": cores, "memory_gib": host}

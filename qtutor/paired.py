@@ -31,10 +31,13 @@ from scipy import optimize, stats
 
 from . import QtutorError
 
+LEVEL = 0.05  # of all tests; the intervals are its complement, 95 %
+POWER = 0.8  # of a sample that is large enough
+
 
 @dataclass(frozen=True)
 class Paired:
-    """Model minus base: ``difference`` with its standard error, and the interval from ``low`` to ``high``.
+    """Model minus base: ``difference`` with its standard error, and the 95 % interval from ``low`` to ``high``.
 
     ``p`` is of the hypothesis that there is no difference; ``n`` tokens or items were compared, in ``blocks`` means;
     ``lost`` and ``gained`` are the items that only the base, or only the model, got right (None for tokens).
@@ -48,63 +51,41 @@ class Paired:
     n: int
     blocks: int
     unit: str
-    confidence: float
     lost: int | None = None
     gained: int | None = None
 
     def __str__(self) -> str:
-        return (f"{self.difference:+.3g} {self.unit} ({100 * self.confidence:.3g} % interval {self.low:+.3g} to "
-                f"{self.high:+.3g}, p = {self.p:.2g}, n = {self.n:,})")  # fmt: skip
+        return (f"{self.difference:+.3g} {self.unit} (95 % interval {self.low:+.3g} to {self.high:+.3g}, "
+                f"p = {self.p:.2g}, n = {self.n:,})")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``passed``: the loss is smaller than ``margin``, at the level ``alpha``; ``p`` is of the opposite hypothesis.
+    """``passed``: the loss is smaller than ``margin``, at LEVEL; ``p`` is of the opposite hypothesis.
 
-    ``bound`` is the largest loss that the data leave possible: a one-sided bound at ``1 - alpha``.
+    ``bound`` is the largest loss that the data leave possible: a one-sided bound at ``1 - LEVEL``.
     """
 
     passed: bool
     p: float
     bound: float
     margin: float
-    alpha: float
     unit: str
 
     def __str__(self) -> str:
         verdict = "shown" if self.passed else "NOT shown"
         return (f"The loss is {verdict} to be below the margin: at most {self.bound:.3g} against {self.margin:.3g} "
-                f"{self.unit} (with {100 * (1 - self.alpha):.3g} % confidence, p = {self.p:.2g})")  # fmt: skip
+                f"{self.unit} (with 95 % confidence, p = {self.p:.2g})")  # fmt: skip
 
 
-def _check(**shares: float) -> None:
-    for name, value in shares.items():
-        if not 0 < value < 1:
-            raise QtutorError(f"{name} lies between 0 and 1, and is {value!r}.")
-
-
-def paired_nll(base, model=None, block: int | None = None, confidence: float = 0.95) -> Paired:
+def paired_nll(change, block: int = 1) -> Paired:
     """How much worse does the model predict the same text, in nats per token?  Positive: worse.
 
-    Args:
-        base, model: results of :func:`qtutor.evaluate.perplexity` on the same tokens, or per-token values (n,); or a
-            Comparison (:func:`qtutor.evaluate.compare_models`) alone.
-        block: average so many consecutive tokens before testing; one window has ``ctx - 1`` scored tokens.
-        confidence: of the interval, which is Student's t.
-
+    ``change`` is a Comparison (:func:`qtutor.evaluate.compare_models`), or the negative log-likelihood of the model minus
+    that of the base (n,).  ``block`` consecutive tokens are averaged before testing; one window has ``ctx - 1``.
     The ratio of the perplexities is ``exp(difference)``, and its interval ``exp(low)`` to ``exp(high)``.
-    Raises QtutorError where the tokens do not pair up, are not finite, or are too few.
     """
-    _check(confidence=confidence)
-    if model is None:
-        values = np.asarray(getattr(base, "token_dnll", []), dtype=np.float64)
-    else:
-        first, second = (np.asarray(getattr(x, "token_nll", x), dtype=np.float64).ravel() for x in (base, model))
-        if len(first) != len(second):
-            raise QtutorError(f"{len(first)} tokens of the base and {len(second)} of the model do not pair up: use the "
-                              "same text and windows.")  # fmt: skip
-        values = second - first
-    block = block or 1
+    values = np.asarray(getattr(change, "token_dnll", change), dtype=np.float64)
     means = values[: len(values) // block * block].reshape(-1, block).mean(1)
     if len(means) < 2 or not np.isfinite(means).all():
         raise QtutorError(f"A paired test needs two blocks of {block} tokens, with finite log-likelihoods of both "
@@ -115,11 +96,11 @@ def paired_nll(base, model=None, block: int | None = None, confidence: float = 0
         p = 1.0 if mean == 0 else 0.0
     else:
         test = stats.ttest_1samp(means, 0.0)
-        (low, high), p = test.confidence_interval(confidence), float(test.pvalue)
-    return Paired(mean, se, float(low), float(high), p, means.size * block, means.size, "nats per token", confidence)
+        (low, high), p = test.confidence_interval(1 - LEVEL), float(test.pvalue)
+    return Paired(mean, se, float(low), float(high), p, means.size * block, means.size, "nats per token")
 
 
-def mcnemar(base_hits, hits, confidence: float = 0.95, alternative: str = "two-sided") -> Paired:
+def mcnemar(base_hits, hits, alternative: str = "two-sided") -> Paired:
     """Did the model lose answers that its base got right?  ``difference`` is the change of accuracy (a share of one).
 
     ``base_hits`` and ``hits`` (n,) are booleans: item answered rightly.  Items that both got right, or both wrong, say
@@ -127,22 +108,20 @@ def mcnemar(base_hits, hits, confidence: float = 0.95, alternative: str = "two-s
     probability of a split as uneven as this one (McNemar's test); with ``alternative="greater"``, of so many losses.
     The interval is Agresti and Min's: Wald's, after half an item has been added to each of the four cells.
     """
-    _check(confidence=confidence)
-    first, second = (np.asarray(x).ravel() for x in (base_hits, hits))
+    if not all(np.isin(x, (0, 1)).all() for x in (base_hits, hits)):
+        raise QtutorError("mcnemar() takes right or wrong for each item: booleans, not scores.")
+    first, second = (np.asarray(x, dtype=bool).ravel() for x in (base_hits, hits))
     if len(first) != len(second) or len(first) < 2:
         raise QtutorError(f"{len(first)} answers of the base and {len(second)} of the model do not pair up: ask both "
                           "the same questions, at least two.")  # fmt: skip
-    if not all(np.isin(x, (0, 1)).all() for x in (first, second)):
-        raise QtutorError("mcnemar() takes right or wrong for each item: booleans, not scores.")
-    first, second = first.astype(bool), second.astype(bool)
     n, lost, gained = len(first), int((first & ~second).sum()), int((~first & second).sum())
     changed, difference = lost + gained, gained - lost
     p = float(stats.binomtest(lost, changed, 0.5, alternative).pvalue) if changed else 1.0
     se = math.sqrt(changed - difference**2 / n) / n
     centre, spread = difference / (n + 2), math.sqrt(changed + 1 - difference**2 / (n + 2)) / (n + 2)
-    low, high = stats.norm.interval(confidence, centre, spread)
+    low, high = stats.norm.interval(1 - LEVEL, centre, spread)
     return Paired(difference / n, se, max(-1.0, float(low)), min(1.0, float(high)), p, n, n,
-                  "of all items", confidence, lost, gained)  # fmt: skip
+                  "of all items", lost, gained)  # fmt: skip
 
 
 def score_p(lost: int, gained: int, n: int, margin: float) -> float:
@@ -171,57 +150,54 @@ def score_bound(lost: int, gained: int, n: int, alpha: float) -> float:
     return 1.0 if over(high) > 0 else -1.0 if over(low) < 0 else float(optimize.brentq(over, low, high))
 
 
-def non_inferior(paired: Paired, margin: float, alpha: float = 0.05) -> Verdict:
+def non_inferior(paired: Paired, margin: float) -> Verdict:
     """Is the loss smaller than ``margin``?  In the unit of ``paired``: nats per token, or a share of all items.
 
-    A perplexity that grows by less than 1 % is ``margin=math.log(1.01)``; two answers in a hundred are 0.02.  One-sided
-    test at the level ``alpha``; too little data fails it, as it should.  Answers are tested by Tango's score test,
-    which keeps its level where few or none were lost; tokens by Student's t.
+    A perplexity that grows by less than 1 % is ``margin=math.log(1.01)``; two answers in a hundred are 0.02.  The
+    test is one-sided; too little data fails it, as it should.  Answers are tested by Tango's score test, which keeps
+    its level where few or none were lost; tokens by Student's t.
     """
-    _check(alpha=alpha)
     if not margin > 0 or (paired.lost is not None and margin >= 1):
         raise QtutorError("The margin is the loss you are prepared to accept: a positive number, of accuracy a share "
                           f"such as 0.02 for two in a hundred, and not {margin!r}.")  # fmt: skip
     if paired.lost is not None:
         p = score_p(paired.lost, paired.gained, paired.n, margin)
-        bound = score_bound(paired.lost, paired.gained, paired.n, alpha)
+        bound = score_bound(paired.lost, paired.gained, paired.n, LEVEL)
     elif paired.se == 0:
         p, bound = (0.0 if paired.difference < margin else 1.0), paired.difference
     else:
         law = stats.t(paired.blocks - 1)
         p = float(law.sf((margin - paired.difference) / paired.se))
-        bound = float(paired.difference + law.ppf(1 - alpha) * paired.se)
-    return Verdict(p < alpha, p, bound, margin, alpha, paired.unit)
+        bound = float(paired.difference + law.ppf(1 - LEVEL) * paired.se)
+    return Verdict(p < LEVEL, p, bound, margin, paired.unit)
 
 
-def sample_needed(paired: Paired, loss: float, power: float = 0.8, alpha: float = 0.05) -> int:
-    """Tokens (or items) that a paired test needs to find a loss of this size, with probability ``power``.
+def sample_needed(paired: Paired, loss: float) -> int:
+    """Tokens (or items) that a paired test needs to find a loss of this size, with probability POWER.
 
     The pilot ``paired`` says how much the differences scatter: the more alike the two models, the fewer.  ``loss`` is
     in its unit; tokens come in blocks as long as the pilot's.  The power is that of the exact test, by search: for
     McNemar's the usual formula (Connor 1987) is a normal approximation and promises more than the test keeps.
-    Raises QtutorError where the two models never differed.
     """
-    _check(power=power, alpha=alpha)
     if not loss > 0 or paired.se == 0:
         raise QtutorError("sample_needed() takes a positive loss and a pilot in which the two models differ.")
 
     def t_test(n):  # by the noncentral t distribution
         shift = loss / (paired.se * math.sqrt(paired.blocks / n))
-        critical = stats.t.ppf(1 - alpha / 2, n - 1)
+        critical = stats.t.ppf(1 - LEVEL / 2, n - 1)
         return stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)
 
     def mcnemar_test(n):  # over all numbers of changed answers that may come up
         changed = max((paired.lost + paired.gained) / paired.n, loss)
         low, high = stats.binom.interval(1 - 1e-9, n, changed)
         m = np.arange(low, high + 1)
-        critical = stats.binom.ppf(alpha / 2, m, 0.5) - 1  # so few gains, or losses, are significant
+        critical = stats.binom.ppf(LEVEL / 2, m, 0.5) - 1  # so few gains, or losses, are significant
         gains = (1 - loss / changed) / 2  # of the changed answers
         rejected = stats.binom.cdf(critical, m, gains) + stats.binom.cdf(critical, m, 1 - gains)
         return float(stats.binom.pmf(m, n, changed) @ rejected)
 
     found, top = t_test if paired.lost is None else mcnemar_test, 4
-    while found(top) < power:
+    while found(top) < POWER:
         top *= 2
-    n = 2 + bisect.bisect_left(range(2, top), power, key=found)
+    n = 2 + bisect.bisect_left(range(2, top), POWER, key=found)
     return n * (paired.n // paired.blocks)

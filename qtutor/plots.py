@@ -29,18 +29,9 @@ def theme() -> None:
     """Make every figure from here on look the same: white grid, colour-blind palette, fonts readable at 90 dpi."""
     sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE, font_scale=0.9)
     plt.rcParams.update({
-        "figure.dpi": DPI,
-        "savefig.dpi": DPI,
-        "figure.figsize": (8, 4),
-        "figure.autolayout": False,
-        "axes.titlesize": 12,
-        "axes.labelsize": 10.5,
-        "axes.titlelocation": "left",
-        "legend.fontsize": 9,
-        "legend.frameon": True,
-        "legend.framealpha": 0.9,
-        "lines.linewidth": 1.6,
-        "grid.linewidth": 0.6,
+        "figure.dpi": DPI, "savefig.dpi": DPI, "figure.figsize": (8, 4), "lines.linewidth": 1.6, "grid.linewidth": 0.6,
+        "axes.titlesize": 12, "axes.labelsize": 10.5, "axes.titlelocation": "left",
+        "legend.fontsize": 9, "legend.frameon": True, "legend.framealpha": 0.9,
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],  # ships inside matplotlib: the same picture on every machine
         "svg.hashsalt": "qtutor",
@@ -48,13 +39,8 @@ def theme() -> None:
 
 
 def figure(width: float = 8, height: float = 4, ncols: int = 1, nrows: int = 1, **kw):
-    """Return ``(fig, axes)`` as ``plt.subplots`` does, ``width`` x ``height`` inches, laid out without overlaps.
-
-    ``axes`` is one Axes where ``ncols == nrows == 1``, else an array of them.  Further arguments go to
-    ``plt.subplots`` (``sharey=True``, ``width_ratios=...``).
-    """
-    kw.setdefault("layout", "constrained")
-    return plt.subplots(nrows, ncols, figsize=(width, height), **kw)
+    """Return ``(fig, axes)`` as ``plt.subplots`` does, which gets ``kw``: sizes in inches, without overlaps."""
+    return plt.subplots(nrows, ncols, figsize=(width, height), **{"layout": "constrained"} | kw)
 
 
 def png(fig) -> bytes:
@@ -108,11 +94,7 @@ def annotate(ax, xs, ys, labels, fontsize: float = 8.5, color="0.25") -> list:
 def quality_vs_bits(ax, bits, values, errors=None, labels=None, color=None, marker: str = "o", label=None):
     """Draw quality (lower is better) against bits per weight: one point with its error bar for each format.
 
-    Args:
-        bits, values: sequences of equal length; bits per weight, and for example KL divergence in nats.
-        errors: one standard error for each point, or None.
-        labels: the name of each point, placed so that names do not cover each other, or None.
-        label: name of the whole series, for the legend.
+    ``labels`` name the points, placed so that they do not cover each other; ``label`` names the series in the legend.
     """
     ax.errorbar(bits, values, yerr=errors, fmt=marker, color=color or PALETTE[0], ms=5, capsize=2.5, lw=1.2,
                 label=label)  # fmt: skip

@@ -14,12 +14,10 @@ The emulation rounds the numbers as the hardware does; it is not faster than BF1
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.machinery
-import importlib.metadata
 import sys
 import types
 from dataclasses import dataclass
+from importlib import import_module, machinery, metadata
 
 from . import QtutorError
 
@@ -50,7 +48,7 @@ def _why_not_real() -> str:
     if (major, minor) < (8, 9):
         return f"this GPU has compute capability {major}.{minor} and FP8 needs 8.9 or more"
     try:
-        te = importlib.import_module("transformer_engine.pytorch")
+        te = import_module("transformer_engine.pytorch")
     except ImportError:
         return "Transformer Engine is not installed (pip install '.[gpu]')"
     except (RuntimeError, OSError) as error:  # an installation without its GPU library raises RuntimeError
@@ -71,9 +69,7 @@ def _install_emulation() -> None:
         "transformer_engine.common.recipe")]  # fmt: skip
     for module in modules:
         module.__version__ = "emulated"
-        module.__spec__ = importlib.machinery.ModuleSpec(
-            module.__name__, None, is_package=True
-        )  # find_spec asks for it
+        module.__spec__ = machinery.ModuleSpec(module.__name__, None, is_package=True)  # for find_spec
         module.__path__ = []  # a package, so that submodule imports look into sys.modules
     root.pytorch, root.common, common.recipe, pytorch.__getattr__ = pytorch, common, recipe, missing
     for name, value in vars(emulation).items():
@@ -81,9 +77,8 @@ def _install_emulation() -> None:
         if home.startswith(emulation.__name__):
             is_recipe = home == emulation.recipes.__name__ and isinstance(value, type)
             setattr(recipe if is_recipe else pytorch, name, value)
-    for name in list(sys.modules):  # what a failed import of the real one left behind
-        if name == "transformer_engine" or name.startswith("transformer_engine."):
-            del sys.modules[name]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
+        del sys.modules[name]  # what a failed import of the real one left behind
     sys.modules.update({module.__name__: module for module in modules})
 
 
@@ -94,8 +89,8 @@ def activate() -> Status:
     Call it before the first ``import transformer_engine``; further calls return the same status.
     """
     try:
-        version = importlib.metadata.version("transformer_engine")
-    except importlib.metadata.PackageNotFoundError:
+        version = metadata.version("transformer_engine")
+    except metadata.PackageNotFoundError:
         version = None
     reason = _why_not_real()
     if reason:
@@ -109,25 +104,23 @@ def swap_linears(model, skip: tuple[str, ...] = ("lm_head",)) -> int:
     """Replace every ``nn.Linear`` of a model by a ``te.Linear`` with the same parameters, in place.
 
     The parameters are the same objects: frozen ones stay frozen, tied ones tied, a layer that occurs twice stays one
-    layer, and an optimizer made before goes on training them.
+    layer, and an optimizer made before goes on training them.  Returns the number of layers replaced.
 
     Layers whose name ends with one of ``skip`` stay as they are.  The head stays in higher precision: its output goes
     into the loss, where FP8's error would be seen most.  Layers whose sizes are not multiples of 16 stay too: FP8
-    tensor cores cannot multiply them.  Returns the number of layers replaced; raises QtutorError for a model that is
-    itself a linear layer.
+    tensor cores cannot multiply them.
     """
     from torch import nn
 
     if type(model) is nn.Linear:
         raise QtutorError("A bare nn.Linear cannot be replaced in place: make a te.Linear, or put it into a model.")
     activate()
-    te = importlib.import_module("transformer_engine.pytorch")
+    te = import_module("transformer_engine.pytorch")
     new = {}
     for name, parent in list(model.named_modules()):
         for child_name, child in list(parent._modules.items()):
-            if type(child) is not nn.Linear or f"{name}.{child_name}".endswith(tuple(skip)):
-                continue
-            if child.in_features % 16 or child.out_features % 16:
+            keep = type(child) is not nn.Linear or f"{name}.{child_name}".endswith(tuple(skip))
+            if keep or child.in_features % 16 or child.out_features % 16:
                 continue
             if child not in new:
                 layer = te.Linear(child.in_features, child.out_features, bias=child.bias is not None,

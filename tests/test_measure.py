@@ -24,7 +24,7 @@ def test_time_ms_counts_calls_and_orders_percentiles():
 
 def test_figures_by_hand():
     timing = measure.Timing((10.0, 20.0, 40.0))
-    assert timing.median_ms == 20 and timing.per_second(4) == 200
+    assert timing.median_ms == 20
     mean, error = timing.mean_per_second(4)  # 400, 200 and 100 a second
     assert mean == pytest.approx(700 / 3) and error == pytest.approx(np.std([400, 200, 100], ddof=1) / 3**0.5)
     assert measure.Timing((10.0,)).mean_per_second(1) == (100.0, None)
@@ -67,7 +67,6 @@ def test_bandwidth():
 def test_time_ms_is_in_milliseconds():
     timing = measure.time_ms(lambda: time.sleep(0.02), warmup=0, repeats=3, device="cpu")
     assert timing.p10 >= 19  # sleep never returns early; how late it returns is the machine's business
-    assert timing.per_second(40) == pytest.approx(40_000 / timing.median_ms)
     assert "ms" in str(timing)
 
 

@@ -21,7 +21,7 @@ def tokens():
 
 def test_t_is_scipys_paired_test(tokens):
     base, model = tokens
-    found, test = paired.paired_nll(base, model), stats.ttest_rel(model, base)
+    found, test = paired.paired_nll(model - base), stats.ttest_rel(model, base)
     interval = test.confidence_interval(0.95)
     assert found.p == pytest.approx(test.pvalue) and found.difference == pytest.approx((model - base).mean())
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
@@ -30,7 +30,7 @@ def test_t_is_scipys_paired_test(tokens):
 
 def test_blocks_are_means_of_windows(tokens):
     base, model = tokens
-    found = paired.paired_nll(base, model, block=300)  # 13 blocks, 100 tokens left over
+    found = paired.paired_nll(model - base, block=300)  # 13 blocks, 100 tokens left over
     means = (model - base)[:3900].reshape(13, 300).mean(1)
     assert found.se == pytest.approx(stats.sem(means)) and found.n == 3900 and found.blocks == 13
 
@@ -39,7 +39,7 @@ def test_a_comparison_alone_is_enough():
     rng = np.random.default_rng(1)
     base, model = rng.normal(size=(2, 500, 30))
     targets = rng.integers(0, 30, 500)
-    two = paired.paired_nll(evaluate.score(base, targets), evaluate.score(model, targets))
+    two = paired.paired_nll(evaluate.score(model, targets).token_nll - evaluate.score(base, targets).token_nll)
     one = paired.paired_nll(evaluate.compare(base, model, targets))
     assert one.difference == pytest.approx(two.difference) and one.se == pytest.approx(two.se)
     assert math.exp(one.difference) == pytest.approx(evaluate.compare(base, model, targets).perplexity_ratio)
@@ -59,7 +59,7 @@ def test_mcnemar_by_hand():
 
 def test_the_same_model_twice():
     nll, hits = np.linspace(0, 1, 50), np.arange(60) % 3 == 0
-    found = paired.paired_nll(nll, nll)
+    found = paired.paired_nll(nll - nll)
     assert found.p == 1 and found.low == found.high == 0 and paired.non_inferior(found, 1e-6).passed
     same = paired.mcnemar(hits, hits)
     assert same.p == 1 and same.low < 0 < same.high  # 60 items do not prove that nothing was lost
@@ -86,13 +86,13 @@ def test_intervals_of_blocks_cover_and_those_of_tokens_do_not():
     def covers(block):
         def trial(rng):
             values = _correlated(rng, 0.1)
-            found = paired.paired_nll(np.zeros_like(values), values, block=block)
+            found = paired.paired_nll(values, block=block)
             return found.low <= 0.1 <= found.high
 
         return trial
 
     assert _rate(covers(50)) == pytest.approx(0.95, abs=0.025)
-    assert _rate(covers(None)) < 0.85
+    assert _rate(covers(1)) < 0.85
 
 
 @pytest.mark.parametrize("blocks", [5, 8, 20])
@@ -100,7 +100,7 @@ def test_interval_of_a_few_windows_covers(blocks):
     """A BCa bootstrap of so few means covers 85, 90 and 94 %, at a nominal 95."""
 
     def trial(rng):
-        found = paired.paired_nll(np.zeros(blocks * 4), rng.normal(0, 1, blocks * 4), block=4)
+        found = paired.paired_nll(rng.normal(0, 1, blocks * 4), block=4)
         return found.low <= 0 <= found.high, found.p < 0.05
 
     covered, significant = np.mean([trial(rng) for rng in [np.random.default_rng(9)] for _ in range(2000)], axis=0)
@@ -119,7 +119,7 @@ def test_interval_of_a_difference_of_accuracies_covers():
 def test_a_loss_as_large_as_the_margin_passes_one_time_in_twenty():
     def trial(rng, loss):
         values = rng.normal(loss, 0.5, 400)
-        return paired.non_inferior(paired.paired_nll(np.zeros(400), values), 0.1).passed
+        return paired.non_inferior(paired.paired_nll(values), 0.1).passed
 
     assert _rate(lambda rng: trial(rng, 0.1)) == pytest.approx(0.05, abs=0.025)
     assert _rate(lambda rng: trial(rng, 0.0)) > 0.9  # and no loss passes nearly always
@@ -187,10 +187,10 @@ def test_bound_and_p_of_a_margin_agree():
 
 def test_sample_needed_gives_the_power_it_promises():
     rng = np.random.default_rng(3)
-    pilot = paired.paired_nll(np.zeros(5000), rng.normal(0, 0.4, 5000))
-    n = paired.sample_needed(pilot, 0.05, power=0.8)
+    pilot = paired.paired_nll(rng.normal(0, 0.4, 5000))
+    n = paired.sample_needed(pilot, 0.05)
     assert n == pytest.approx((1.95996 + 0.84162) ** 2 * 0.4**2 / 0.05**2, rel=0.06)
-    power = _rate(lambda rng: paired.paired_nll(np.zeros(n), rng.normal(0.05, 0.4, n)).p < 0.05)
+    power = _rate(lambda rng: paired.paired_nll(rng.normal(0.05, 0.4, n)).p < 0.05)
     assert power == pytest.approx(0.8, abs=0.05)
 
 
@@ -213,7 +213,7 @@ def test_sample_needed_for_answers_gives_the_power_it_promises(lost, gained, los
 
 def test_sample_needed_counts_whole_windows():
     values = np.random.default_rng(6).normal(0, 1, (8, 50)).ravel()
-    pilot = paired.paired_nll(np.zeros(400), values, block=50)
+    pilot = paired.paired_nll(values, block=50)
     n = paired.sample_needed(pilot, 0.1)
     assert n % 50 == 0
     spread = pilot.se * math.sqrt(8)
@@ -224,7 +224,7 @@ def test_sample_needed_counts_whole_windows():
 def test_pairing_saves_tokens(tokens):
     """The reason for all this: two separate error bars would need many times the text."""
     base, model = tokens
-    pair = paired.sample_needed(paired.paired_nll(base, model), 0.02)
+    pair = paired.sample_needed(paired.paired_nll(model - base), 0.02)
     apart = (2.8 * math.hypot(base.std(), model.std()) / 0.02) ** 2
     assert apart > 100 * pair
 
@@ -233,16 +233,12 @@ def test_pairing_saves_tokens(tokens):
 
 
 @pytest.mark.parametrize("call", [
-    lambda: paired.paired_nll([1.0, 2.0], [1.0]),
-    lambda: paired.paired_nll([1.0], [1.0]),
-    lambda: paired.paired_nll([1.0, 2.0]),
-    lambda: paired.paired_nll([1.0, math.nan], [1.0, 2.0]),
-    lambda: paired.paired_nll([1.0, 2.0], [1.0, 2.5], block=2),
-    lambda: paired.paired_nll([1.0, 2.0], [1.0, 2.5], confidence=95),
+    lambda: paired.paired_nll([1.0]),
+    lambda: paired.paired_nll([1.0, math.nan]),
+    lambda: paired.paired_nll([1.0, 2.0], block=2),
     lambda: paired.mcnemar([True, False], [True]),
     lambda: paired.mcnemar([0.3, 0.7], [0.1, 0.9]),
     lambda: paired.non_inferior(paired.mcnemar([1, 0, 1], [1, 0, 0]), 0),
-    lambda: paired.non_inferior(paired.mcnemar([1, 0, 1], [1, 0, 0]), 0.1, alpha=5),
     lambda: paired.non_inferior(paired.mcnemar([1, 0, 1], [1, 0, 0]), 2),  # two points are 0.02
     lambda: paired.sample_needed(paired.mcnemar([1, 0, 1], [1, 0, 0]), -1),
 ])  # fmt: skip
@@ -253,6 +249,6 @@ def test_bad_input_is_one_sentence(call):
 
 
 def test_sentences(tokens):
-    found = paired.paired_nll(*tokens)
+    found = paired.paired_nll(tokens[1] - tokens[0])
     assert "nats per token" in str(found) and "95 % interval" in str(found)
     assert "NOT shown" in str(paired.non_inferior(found, 0.001)) and " shown" in str(paired.non_inferior(found, 0.1))

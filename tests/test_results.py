@@ -42,7 +42,7 @@ def test_folder_is_named_after_the_gpu(gpu, folder):
 
 @pytest.mark.parametrize("rows, said", [
     ([], "rows: List should have at least 1 item"), ([{}], "rows 0: .*at least 1 item"), ([3], "rows 0"),
-    ([{"ms": math.nan}], "rows 0 ms: numbers must be finite"), ([{"ms": 1}, {"ms": math.inf}], "rows 1 ms: .*finite"),
+    ([{"ms": math.nan}], "rows 0: ms: numbers must be finite"), ([{"ms": 1}, {"ms": math.inf}], "rows 1: ms: .*finite"),
     ([{"ms": [1]}], "rows are flat"), ([{"ms": {"b": 1}}], "rows are flat"),
     ([{"ms per step": 1}], "'ms per step' is no column"), ([{"ms_of": 1}], "no column"),
 ])  # fmt: skip
@@ -84,8 +84,8 @@ def test_missing_and_damaged_files_are_one_sentence(tmp_path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_committed_results_follow_the_schema(path):
     data = results.validate(json.loads(path.read_text("utf-8")))
-    assert data["name"] == path.stem and results.machine_folder(data["machine"]) == path.parent.name
-    assert data["profile"] == ("full" if path.parent.name != "cpu" else data["profile"])
+    assert data.name == path.stem and results.machine_folder(data.machine) == path.parent.name
+    assert data.profile == ("full" if path.parent.name != "cpu" else data.profile)
 
 
 def test_on_gpu_takes_the_first_gpu_that_has_the_results(tmp_path):

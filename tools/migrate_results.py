@@ -105,7 +105,8 @@ def main() -> int:
         data["rows"] = rows
         data["migrated"] = "2026-11-26: columns renamed by tools/migrate_results.py; values as recorded"
         order = ["name", "created", "commit", "profile", "migrated", "machine", "versions", "rows"]
-        files.write_text(path, results.dumps(results.validate({key: data[key] for key in order})))
+        results.validate(data)
+        files.write_text(path, results.dumps({key: data[key] for key in order}))
         print(f"{path.parent.name}/{path.name}: {len(data['rows'])} rows")
     return 0
 

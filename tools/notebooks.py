@@ -20,7 +20,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 from qtutor import QtutorError, files
@@ -31,12 +31,9 @@ NOTEBOOKS = files.ROOT / "notebooks"
 CONTENTS = "00_start_here"
 SETUP = "import qtutor\nqtutor.setup()"
 TAGS = {"nav", "setup", "parameters", "exercise", "solution", "recipe"}
-METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
-}
+METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"}}  # fmt: skip
 MAX_LINES, MAX_RECIPE_LINES, MAX_PNG, MAX_FILE = 40, 30, 200_000, 1_500_000
-RESTORE = "git checkout notebooks"
 
 _PATH = re.compile(r"(?<![\w:/.<~-])/(?:root|home|tmp|work|Users)\b|[A-Z]:\\Users")
 _SOURCE_PATH = re.compile(r"(?<![\w:/.<~-])/(?:root|home|work|Users)/")  # /tmp is nobody's: a cell may use it
@@ -47,9 +44,6 @@ _WARNING = re.compile(r"\b[A-Z]\w*Warning: |\bWARNING\b")
 _MEASURED = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)?\s?"
                        r"(?:ms\b|tok(?:ens)?/s|TFLOP|GiB used|J/token|x faster|× faster|times faster)")  # fmt: skip
 _WIDGET = "application/vnd.jupyter.widget-view+json"
-
-
-# ------------------------------------------------------------------------------------------------ topics and numbers
 
 
 def names(folder=None) -> list[str]:
@@ -94,11 +88,9 @@ def in_step(text: str, order: list[str]) -> str:
 def with_map(text: str, folder=None, without: str = "") -> str:
     """``text`` with the rows ``| 04 | [title](04_topic.ipynb) | what it is about |`` of its map as the files are.
 
-    What a row says about a notebook stays; a notebook that has no row yet gets one that says nothing.  ``without``:
-    the name of the notebook that the map stands in.
+    What a row says stays; a new notebook gets one that says nothing.  ``without``: the one that the map stands in.
     """
-    rows = list(_ROW.finditer(text))
-    if not rows:
+    if not (rows := list(_ROW.finditer(text))):
         return text
     folder, about = Path(folder or NOTEBOOKS), {row[2]: row[3] for row in rows}
     lines = [f"| {name[:2]} | [{title(folder / f'{name}.ipynb')}]({rows[0][1]}{name}.ipynb) | "
@@ -116,10 +108,7 @@ def pages(root) -> dict[Path, str]:
 
 
 def renumber(folder=None) -> dict[str, str]:
-    """Number the files 00, 01, ... in the order of their names; bring titles, links, maps and pages in step.
-
-    Returns {old name: new name} of the files that were renamed.
-    """
+    """Number the files 00, 01, ... in order, bring titles, links, maps and pages in step; return {old: new name}."""
     folder = Path(folder or NOTEBOOKS)
     found = sorted(path.stem for path in folder.glob("[0-9][0-9]*_*.ipynb"))
     topics = [topic(name) for name in found]
@@ -137,20 +126,15 @@ def renumber(folder=None) -> dict[str, str]:
     return renamed
 
 
-# ------------------------------------------------------------------------------------------------------- their parts
-
-
 def _read(path):
     import nbformat
 
     path = Path(path)
     try:
         nb = nbformat.read(path, as_version=4)
-    except FileNotFoundError:
-        raise QtutorError(f"There is no notebook '{path.name}': run 'python -m tools.notebooks list'.") from None
     except Exception as error:  # nbformat raises its own and json's errors
         shown = " ".join(str(error).split())[:120]
-        raise QtutorError(f"'{path.name}' is no notebook ({shown}): restore it with '{RESTORE}'.") from None
+        raise QtutorError(f"'{path.name}' cannot be read ({shown}): 'git checkout notebooks' restores it.") from None
     nb.nbformat_minor = 5
     return nb
 
@@ -158,17 +142,14 @@ def _read(path):
 def title(path) -> str:
     """The notebook's title without its number, from the heading ``# NN · Title``; "" where there is none."""
     cells = files.read_json(path, "notebook").get("cells", [])
-    found = [re.search(r"^# \d\d · (.+)$", "".join(cell["source"]), re.M) for cell in cells
-             if cell["cell_type"] == "markdown"]  # fmt: skip
-    return next((match[1].strip() for match in found if match), "")
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    match = re.search(r"^# \d\d · (.+)$", text, re.M)
+    return match[1].strip() if match else ""
 
 
 def tags(cell) -> list:
     """The tags of a cell, an empty list where it has none."""
     return cell.get("metadata", {}).get("tags", [])
-
-
-# --------------------------------------------------------------------------------------------------- canonical form
 
 
 def navigation(path) -> str:
@@ -281,19 +262,16 @@ def dumps(nb) -> str:
 def restore(path) -> bool:
     """Bring one notebook into canonical form, in place; return whether the file changed."""
     text = dumps(canonical(_read(path), path))
-    if text == Path(path).read_text("utf-8"):
-        return False
-    files.write_text(path, text)
-    return True
-
-
-# ---------------------------------------------------------------------------------------------------------- running
+    changed = text != Path(path).read_text("utf-8")
+    if changed:
+        files.write_text(path, text)
+    return changed
 
 
 def execute(path, timeout: float = 600) -> float:
     """Run a notebook from top to bottom with this interpreter, keep its outputs in canonical form; return seconds.
 
-    ``timeout`` is in seconds a cell.  Raises QtutorError where a cell fails; the file then stays as it was.
+    ``timeout`` is in seconds a cell.  Where a cell fails, the file stays as it was.
     """
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
@@ -314,19 +292,13 @@ def execute(path, timeout: float = 600) -> float:
     client.on_cell_start = lambda cell, cell_index: at.update(cell=cell_index)
     try:
         client.execute()
-    except CellExecutionError as error:
-        said = f"{error.ename}: {(error.evalue.splitlines() or [''])[0]}"
-        raise QtutorError(f"{path.stem}, cell {at.get('cell')}: {said}: open the notebook and correct that "
-                          "cell.") from None  # fmt: skip
-    except (CellTimeoutError, DeadKernelError) as error:
-        raise QtutorError(f"{path.stem}, cell {at.get('cell')}: {str(error).splitlines()[0]}: open the notebook and "
-                          "make that cell shorter.") from None  # fmt: skip
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        said = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
+        raise QtutorError(f"{path.stem}, cell {at.get('cell')}: {said.splitlines()[0]}: open the notebook and correct "
+                          "that cell.") from None  # fmt: skip
     seconds = time.perf_counter() - start
     files.write_text(path, dumps(canonical(nb, path)))
     return seconds
-
-
-# --------------------------------------------------------------------------------------------------------- checking
 
 
 def _opening(nb, path):
@@ -362,15 +334,9 @@ def _opening(nb, path):
         yield "there are pictures, but no '**What you should see.**'"
 
 
-@dataclass(frozen=True)
-class Asked:
-    """An exercise as it stands in a notebook: its cell, the name and the answer it checks, its folded solution."""
-
-    cell: int
-    source: str
-    name: str  # "" where the cell checks nothing
-    answer: str  # the expression that the check gets, usually "answer"
-    solution: str  # the fenced Python blocks of the cell that follows
+#: An exercise in a notebook: number and source of its cell, the name it checks ("" where it checks nothing), the
+#: expression that the check gets (usually "answer"), the fenced Python blocks of the folded solution that follows.
+Asked = namedtuple("Asked", "cell source name answer solution")
 
 
 def exercises(path) -> list[Asked]:
@@ -379,10 +345,7 @@ def exercises(path) -> list[Asked]:
     for number, cell in enumerate(cells):
         if "exercise" not in tags(cell):
             continue
-        try:
-            calls = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
-        except SyntaxError:
-            calls = []
+        calls = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
         calls = [call for call in calls if ast.unparse(call.func).split(".")[-1] == "check" and len(call.args) == 2]
         after = cells[number + 1].source if number + 1 < len(cells) else ""
         folded = re.search(r"<details>(.*)</details>", after, re.S)
@@ -476,9 +439,6 @@ def check(path) -> list[str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------ the command
-
-
 def main(argv: list[str]) -> int:
     """``list | check | restore | run | time | renumber``; return 1 where ``check`` or ``time`` finds something."""
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__.splitlines()[0])
@@ -499,16 +459,16 @@ def main(argv: list[str]) -> int:
         return int(any(row["notebook"] in asked and row.get("not_run") for row in files.read_json(written)["rows"]))
     status = 0
     for path in paths:
+        print(f"{path.stem}: ", end="", flush=True)
         if options.action == "list":
-            print(f"{path.stem:<28} {title(path)}")
+            print(title(path))
         elif options.action == "check":
             found = check(path)
             status |= bool(found)
-            print(f"{path.stem}: " + ("ok" if not found else "".join(f"\n  {line}" for line in found)))
+            print("\n  ".join(["", *found]) if found else "ok")
         elif options.action == "restore":
-            print(f"{path.stem}: {'restored' if restore(path) else 'unchanged'}")
+            print("restored" if restore(path) else "unchanged")
         else:
-            print(f"{path.stem}: ", end="", flush=True)
             print(f"{execute(path, options.limit):.1f} s", flush=True)
     return status
 

@@ -14,6 +14,8 @@ from qtutor.rigs import fp8_layers as rig
 from qtutor.rigs import techniques
 from qtutor.rigs.decoding import FixedCache, llama_logits
 
+from .train_course_model import learning_rate
+
 
 def _save(name: str, rows: list[dict], full: bool):
     return results.save(name, rows, profile="full" if full else "quick")
@@ -186,7 +188,7 @@ def loss_run(precision: str, seed: int, ids, held_out, steps: int, batch_size: i
     replay, loss = measure.captured(passes)
     found, running = [], torch.zeros((), device="cuda")
     for step in tqdm(range(1, steps + 1), desc=f"{precision}, seed {seed}", leave=False):
-        optimizer.param_groups[0]["lr"] = course_model.learning_rate(step - 1, steps, rate)
+        optimizer.param_groups[0]["lr"] = learning_rate(step - 1, steps, rate)
         replay()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()

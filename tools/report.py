@@ -18,8 +18,8 @@ import math
 import os
 import re
 import statistics
+from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import qtutor
@@ -28,9 +28,6 @@ from qtutor import QtutorError, files, results
 from . import command, keep, notebooks, runs, topic
 
 PAGE = "data/results/README.md"
-
-
-# --------------------------------------------------------------------------------------------------- what there is
 
 
 def _cuda() -> bool:
@@ -49,16 +46,9 @@ NEEDS = {
 }
 
 
-@dataclass(frozen=True)
-class About:
-    """What is known about results before they are measured: topic of the notebook that shows them, what they need (a
-    key of NEEDS), the module of tools whose RECORDS has their function, and what they show."""
-
-    topic: str
-    needs: str
-    by: str
-    shows: str
-
+#: What is known about results before they are measured: topic of the notebook that shows them, what they need (a key
+#: of NEEDS), the module of tools whose RECORDS has their function, and what they show.
+About = namedtuple("About", "topic needs by shows")
 
 RESULTS = {
     "fp8_loss": About("fp8_training", "fp8", "record_fp8", "Loss curves of the course model, trained from nothing in "
@@ -91,10 +81,7 @@ RESULTS = {
 
 
 def recorded(directory=None) -> list[tuple[str, results.Results]]:
-    """All recorded results: (folder of the machine, Results), GPUs first, in the order of RESULTS.
-
-    Raises QtutorError for a file that does not follow the schema or lies in a folder that is none of a machine.
-    """
+    """All recorded results: (folder of the machine, Results), GPUs first, in the order of RESULTS."""
     names, machines = list(RESULTS), list(results.MACHINES)
     found = [(path.parent.name, results.load(path.stem, path.parent.name, directory))
              for path in Path(directory or results.RESULTS).glob("*/*.json")]  # fmt: skip
@@ -111,23 +98,17 @@ def missing(directory=None) -> dict[str, About]:
     return {name: about for name, about in RESULTS.items() if name not in there}
 
 
-# ------------------------------------------------------------------------------------------------------- headlines
-
-
-def matching(data: results.Results, **where) -> list[dict]:
-    """The rows whose columns equal ``where``; raises LookupError where there is none."""
+def matching(data: results.Results, most: float = math.inf, **where) -> list[dict]:
+    """The rows whose columns equal ``where``; raises LookupError where there is none, or more than ``most``."""
     rows = [row for row in data.rows if all(row.get(key) == value for key, value in where.items())]
-    if not rows:
-        raise LookupError("no row with " + ", ".join(f"{key} = {value}" for key, value in where.items()))
+    if not 0 < len(rows) <= most:
+        raise LookupError(f"{len(rows)} rows with " + ", ".join(f"{key} = {value}" for key, value in where.items()))
     return rows
 
 
 def one(data: results.Results, **where) -> dict:
-    """The only row whose columns equal ``where``; raises LookupError where there is none or more than one."""
-    rows = matching(data, **where)
-    if len(rows) > 1:
-        raise LookupError(f"{len(rows)} rows with " + ", ".join(f"{key} = {value}" for key, value in where.items()))
-    return rows[0]
+    """The only row whose columns equal ``where``."""
+    return matching(data, most=1, **where)[0]
 
 
 def mean(data: results.Results, column: str, **where) -> float:
@@ -143,14 +124,7 @@ def times(ratio: float) -> str:
 def percent(change: float, digits: int = 0) -> str:
     """A relative change with its sign, typographic minus: 0.064 -> "+6 %", -0.4 -> "−40 %"."""
     shown = f"{100 * change:+.{digits}f}"
-    if float(shown) == 0:
-        shown = shown[1:]
-    return shown.replace("-", "−") + " %"
-
-
-def nats(difference: float, error: float) -> str:
-    """A difference with its standard error, typographic minus."""
-    return f"{difference:+.3f}".replace("-", "−") + f" ± {error:.3f}"
+    return (shown if float(shown) else shown[1:]).replace("-", "−") + " %"
 
 
 def _training(data) -> str:
@@ -183,7 +157,8 @@ def _loss(data) -> str:
     for recipe in dict.fromkeys(recipe for recipe, _ in final if recipe != "BF16"):
         gaps = [final[recipe, seed] - final["BF16", seed] for seed in seeds if (recipe, seed) in final]
         error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-        said.append(f"{recipe.removeprefix('FP8 ')} **{nats(statistics.fmean(gaps), error)}**")
+        shown = f"{statistics.fmean(gaps):+.3f} ± {error:.3f}".replace("-", "−")
+        said.append(f"{recipe.removeprefix('FP8 ')} **{shown}**")
     return (f"held-out loss after {last:,} steps, FP8 minus BF16, nats per token: {', '.join(said)} "
             f"(course model; {len(seeds)} seeds, paired, ± standard error)")  # fmt: skip
 
@@ -228,8 +203,7 @@ def _types(data) -> str:
     said = []
     for kind in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q2_K"):
         if row := rows.get(kind):
-            bold = "**" if kind == "Q6_K" else ""
-            change = percent(row["perplexity_ratio"] - 1, 2).removesuffix(" %")
+            bold, change = "**" if kind == "Q6_K" else "", percent(row["perplexity_ratio"] - 1, 2).removesuffix(" %")
             said.append(f"{bold}{kind} {change} ± {100 * row['perplexity_ratio_se']:.2f} %{bold} "
                         f"({row['bits_per_weight']:.1f} bits)")  # fmt: skip
     return "perplexity of the course model: " + ", ".join(said)
@@ -259,10 +233,8 @@ def _tradeoff(data) -> str:
 
 def _llama70b(data) -> str:
     said = []
-    for kind in ("Q8_0", "Q6_K", "Q4_K_M"):
-        row = next((row for row in data.rows if row["kind"] == "model" and row["type"] == kind), None)
-        if row is None:
-            continue
+    models = {row["type"]: row for row in data.rows if row["kind"] == "model"}
+    for kind, row in [(kind, models[kind]) for kind in ("Q8_0", "Q6_K", "Q4_K_M") if kind in models]:
         if not row["fits"]:
             said.append(f"{kind} does not fit")
             continue
@@ -297,19 +269,15 @@ def headlines(directory=None) -> list[tuple[str, str, results.Results, str]]:
 
     The first GPU that has the results answers, else the CPU: two machines never meet in one answer.
     """
-    found, everything = [], recorded(directory)
-    for question, name, function in HEADLINES:
-        for machine, data in [(machine, data) for machine, data in everything if data.name == name][:1]:
-            try:
-                answer = function(data)
-            except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
-                raise QtutorError(f"Results '{machine}/{name}' do not answer '{question}' ({type(error).__name__}: "
-                                  f"{error}): bring tools/report.py in step with them.") from None  # fmt: skip
-            found += [(question, machine, data, answer)] if answer else []
+    found, first = [], {data.name: (machine, data) for machine, data in reversed(recorded(directory))}
+    for question, (machine, data), function in [(q, first[name], f) for q, name, f in HEADLINES if name in first]:
+        try:
+            answer = function(data)
+        except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise QtutorError(f"Results '{machine}/{data.name}' do not answer '{question}' ({type(error).__name__}: "
+                              f"{error}): bring tools/report.py in step with them.") from None  # fmt: skip
+        found += [(question, machine, data, answer)] if answer else []
     return found
-
-
-# ---------------------------------------------------------------------------------------------------- what is written
 
 
 def _notebook_link(about: About, way: str, folder=None) -> str:
@@ -406,31 +374,27 @@ def documents(root=None, directory=None) -> dict[Path, str]:
     return found
 
 
+def stale(root=None, directory=None) -> dict[Path, str]:
+    """The generated files that differ from what they should hold: {path: text}."""
+    return {path: text for path, text in documents(root, directory).items()
+            if not path.is_file() or path.read_text("utf-8") != text}  # fmt: skip
+
+
 def check(root=None, directory=None) -> list[str]:
     """What is out of step with ``data/results`` and the notebooks: one line each, an empty list when nothing is."""
-    root, found = Path(root or files.ROOT), []
+    root = Path(root or files.ROOT)
     directory = directory or root / "data" / "results"
-    for path, text in documents(root, directory).items():
-        if not path.is_file() or path.read_text("utf-8") != text:
-            found.append(f"{path.relative_to(root)} is out of step: python -m tools.report write")
+    found = [f"{path.relative_to(root)} is out of step: python -m tools.report write"
+             for path in stale(root, directory)]  # fmt: skip
     for line in re.findall(r"^\| \d\d \| .* \|  \|$", (root / "README.md").read_text("utf-8"), re.M):
         found.append(f"README.md's map does not say what this notebook is about: {line}")
-    undescribed = {data.name for _, data in recorded(directory)} - set(RESULTS)
-    found += [f"results '{name}' are not described: add them to RESULTS in tools/report.py"
-              for name in sorted(undescribed)]  # fmt: skip
-    return found
+    return found + [f"results '{name}' are not described: add them to RESULTS in tools/report.py"
+                    for name in sorted({data.name for _, data in recorded(directory)} - set(RESULTS))]  # fmt: skip
 
 
 def write(root=None, directory=None) -> list[Path]:
     """Write the generated files that changed; return their paths."""
-    changed = []
-    for path, text in documents(root, directory).items():
-        if not path.is_file() or path.read_text("utf-8") != text:
-            changed.append(files.write_text(path, text))
-    return changed
-
-
-# ---------------------------------------------------------------------------------------------------------- recording
+    return [files.write_text(path, text) for path, text in stale(root, directory).items()]
 
 
 def can_record(name: str) -> bool:
@@ -444,10 +408,9 @@ def recorder(name: str) -> Callable:
 
 
 def record(only=(), full: bool | None = None) -> int:
-    """Measure what this machine can, or only results of some names; write the tables; say what came out.
+    """Measure what this machine can, or only results of some names; write the tables; return the exit status.
 
-    ``full``: at the size of a GPU (True) or of a laptop (False); by default as the profile says.  One that fails does
-    not stop the others.  Returns the exit status.
+    ``full``: at the size of a GPU (True) or of a laptop (False); by default as the profile says.
     """
     if unknown := [name for name in only if name not in RESULTS]:
         raise QtutorError(f"There are no results {unknown[0]!r}: choose from {', '.join(RESULTS)}.")
@@ -475,9 +438,6 @@ def record(only=(), full: bool | None = None) -> int:
     for path in write():
         print(f"written: {path}")
     return 1 if failed else 0
-
-
-# -------------------------------------------------------------------------------------------------------- the command
 
 
 def main(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ lines "to run" in notebooks and README are written from these rows.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -16,6 +17,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import psutil
+import pynvml
+
 from qtutor import files, profile, results
 
 from . import keep, topic
@@ -23,24 +27,17 @@ from . import keep, topic
 NAME = "notebook_runs"
 
 
-# ---------------------------------------------------------------------------------------------------------- measuring
-
-
 def _gpus() -> list:
     """NVML's handles of the GPUs; none where there is no GPU or nobody to ask."""
     try:
-        import pynvml
-
         pynvml.nvmlInit()
         return [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
-    except Exception:  # no package, no driver, no GPU
+    except pynvml.NVMLError:  # no driver, no GPU
         return []
 
 
 def _gpu_bytes(gpus, processes=None) -> int:
     """Bytes in use on the GPUs, by all or by some processes: 0 for these where a container hides their ids."""
-    import pynvml
-
     if processes is None:
         return sum(pynvml.nvmlDeviceGetMemoryInfo(gpu).used for gpu in gpus)
     ids = {process.pid for process in processes}
@@ -50,21 +47,15 @@ def _gpu_bytes(gpus, processes=None) -> int:
 
 def _resident_bytes(processes) -> int:
     """Bytes that processes hold in memory; pages that two of them share count twice."""
-    import psutil
-
     total = 0
     for process in processes:
-        try:
+        with contextlib.suppress(psutil.Error):  # it has ended
             total += process.memory_info().rss
-        except psutil.Error:
-            continue  # it has ended
     return total
 
 
 def timed(path: Path, limit_s: float, jobs: int = 1) -> dict:
     """Run one notebook, in place, while ``jobs`` share the machine; return its row."""
-    import psutil
-
     row, gpus = {"notebook": topic(path)}, _gpus()
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
     before, peak, start = _gpu_bytes(gpus) if gpus else 0, 0, time.perf_counter()
@@ -77,11 +68,8 @@ def timed(path: Path, limit_s: float, jobs: int = 1) -> dict:
                 kernel = process.children(recursive=True)
             except psutil.Error:
                 continue  # it has just ended
-            if not gpus:
-                used = _resident_bytes(kernel)
-            else:
-                used = _gpu_bytes(gpus, kernel) or (_gpu_bytes(gpus) - before if jobs == 1 else 0)
-            peak = max(peak, used)
+            on_gpus = gpus and (_gpu_bytes(gpus, kernel) or (_gpu_bytes(gpus) - before if jobs == 1 else 0))
+            peak = max(peak, on_gpus if gpus else _resident_bytes(kernel))
             if time.perf_counter() - start > limit_s:
                 for one in [*kernel, process]:
                     one.kill()
@@ -111,13 +99,13 @@ def _earlier() -> dict[str, dict]:
 def measure(paths=None, jobs: int = 1, limit_s: float = 1800) -> Path:
     """Run notebooks, all by default and ``jobs`` at a time, and record what each took; return the file.
 
-    It is written after every notebook and has a row for each from the start, so that a run that is cut short leaves
-    what it has.  Notebooks that share cores and GPU with others take longer: ``jobs`` says so in their rows.
+    It is written after every notebook and has a row for each from the start: a run that is cut short leaves what it
+    has.  Notebooks that share cores and GPU with others take longer: ``jobs`` says so in their rows.
     """
     there = sorted((files.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    paths, earlier = list(paths or there), _earlier()
-    rows = {topic(path): earlier.get(topic(path), {"notebook": topic(path), "not_run": "it was not asked for"})
-            for path in there}  # fmt: skip
+    paths = list(paths or there)
+    rows = {topic(path): {"notebook": topic(path), "not_run": "it was not asked for"} for path in there}
+    rows |= {name: row for name, row in _earlier().items() if name in rows}
     rows |= {topic(path): {"notebook": topic(path), "not_run": "the run was cut short"} for path in paths}
     with tempfile.TemporaryDirectory(prefix="qtutor-runs-") as folder, ThreadPoolExecutor(jobs) as pool:
         copies = Path(shutil.copytree(paths[0].parent, Path(folder) / "notebooks"))
@@ -137,9 +125,6 @@ def record(full: bool) -> Path:
 
 
 RECORDS = {NAME: record}
-
-
-# ------------------------------------------------------------------------------------------------ what is said of it
 
 
 def spoken(seconds: float) -> str:

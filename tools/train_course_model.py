@@ -30,6 +30,12 @@ END_OF_TEXT = "<|endoftext|>"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay_share: float = 0.6) -> float:
+    """Warm-up, plateau, then a straight line to zero over the last ``decay_share`` of the steps (arXiv 2405.18392)."""
+    decay_from = int(steps * (1 - decay_share))
+    return peak * min(1.0, (step + 1) / warmup, (steps - step) / max(1, steps - decay_from))
+
+
 def train_tokenizer(documents: list[str], folder: Path, vocab_size: int = course_model.VOCABULARY):
     """Train a byte-level BPE tokenizer (GPT-2's pre-tokenization) on ``documents`` and save it into ``folder``.
 
@@ -151,7 +157,7 @@ def train(out: Path, ids, valid_ids=None, precision: str = "bf16", steps: int = 
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not progress, desc=precision, unit="step")
     for step in bar:
         for group in (group for opt in opts for group in opt.param_groups):
-            group["lr"] = course_model.learning_rate(step, steps, rate)
+            group["lr"] = learning_rate(step, steps, rate)
         batch = next(stream)
         with torch.autocast(DEVICE, torch.bfloat16):
             with products():

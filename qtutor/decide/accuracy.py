@@ -130,7 +130,7 @@ class Accuracy:
     loglik: np.ndarray = field(repr=False, compare=False)  # (n, choices): of the endings, in nats
 
     def row(self) -> dict:
-        """The columns of results.COLUMNS; the accuracy is ``acc_norm``."""
+        """The columns of results.VOCABULARY; the accuracy is ``acc_norm``."""
         return {"accuracy": self.acc_norm, "accuracy_se": self.acc_norm_se, "accuracy_n": self.n}
 
     def __str__(self) -> str:

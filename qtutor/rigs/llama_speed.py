@@ -148,7 +148,7 @@ def _measure_here(path, type: str, job: dict, say) -> None:
         row = {"fits": True, "file_bytes": model.gguf.file_bytes, "weights_gib": weights / GIB,
                "read_bytes_per_token": weights - (embedding if untied else 0), "load_s": load_s,
                "gpu_used_loaded_gib": used(), "idle_watts": idle, "ctx": job["ctx"],
-               "energy_source": energy.source_of("cuda") if gpu else None, **model.memory()}  # fmt: skip
+               "energy_source": energy.source_of("cuda").name if gpu else None, **model.memory()}  # fmt: skip
         run, prompt, n = Run(model), job["prompt"], job["generate"]
         run.prefill(prompt)
         model.clear()

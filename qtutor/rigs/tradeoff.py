@@ -61,7 +61,7 @@ def _phase(name: str, call, tokens: int, seconds: float, where: str, clock=None,
     """
     timing, used = energy.timed(call, 1, 3, seconds, where, clock=clock, before=before)
     column, joules = f"{name}_tokens_per_s", f"joules_per_{name}_token"
-    row = {column: timing.per_second(tokens), f"{column}_low": 1000 * tokens / timing.p90,
+    row = {column: 1000 * tokens / timing.median_ms, f"{column}_low": 1000 * tokens / timing.p90,
            f"{column}_high": 1000 * tokens / timing.p10, "energy_source": used.source}  # fmt: skip
     spent = used.per(timing.n * tokens)
     if spent is None:

@@ -93,7 +93,7 @@ def test_joules_of_a_phase(monkeypatch):
     """A counter of 300 W: joules a token are watts over speed; where the counter's steps weigh too much, None."""
     monkeypatch.setattr(energy.measure, "synchronize", lambda device=None: None)
     clock = energy.time.perf_counter
-    monkeypatch.setattr(energy, "_source", lambda device: energy._Source("played", 0.01, lambda: 300 * clock()))
+    monkeypatch.setattr(energy, "source_of", lambda device: energy._Source("played", 0.01, lambda: 300 * clock()))
     found = llama_speed._phase("decode", lambda: energy.time.sleep(0.06), 6, True, repeats=3)
     assert found["decode_watts"] == pytest.approx(300, rel=0.1)
     assert found["joules_per_decode_token"] == pytest.approx(300 / found["decode_tokens_per_s"], rel=0.1)

@@ -74,7 +74,7 @@ def test_pytorch_step_alone():
 def test_energy_of_a_counter_comes_with_its_steps(monkeypatch):
     """Joules from a counter that moves in steps of 0.1 s come with that much doubt."""
     read = itertools.count(0.0, 30.0).__next__
-    monkeypatch.setattr(energy, "_source", lambda device: energy._Source("NVML energy counter", 0.1, read))
+    monkeypatch.setattr(energy, "source_of", lambda device: energy._Source("NVML energy counter", 0.1, read))
     row = tradeoff._phase("decode", lambda: time.sleep(0.02), 2, seconds=0.7, where="cpu")
     assert row["energy_source"] == "NVML energy counter"
     low, middle, high = (row[f"joules_per_decode_token{end}"] for end in ("_low", "", "_high"))

@@ -56,7 +56,7 @@ def test_recording(tmp_path):
         assert row["windows"] == 2 and row["calibration_tokens"] == 256 and len(row["text"]) == 12
         for key in ("perplexity", "kld_mean", "kld_p999", "delta_p_rms", "same_top"):
             assert row[key + "_se"] >= 0
-    assert results.validate(data)["profile"] == "quick" and data["name"] == "gguf_quality"
+    assert results.validate(data).profile == "quick" and data["name"] == "gguf_quality"
 
 
 @needs_llamacpp

@@ -37,9 +37,9 @@ def test_the_cells_are_run_at_the_size_asked_for(tmp_path, monkeypatch, capsys, 
     assert [path.stem for path in paths] == list(record_ptq.RECORDS) and os.environ.get("QTUTOR_PROFILE") == before
     methods, backends = (results.validate(files.read_json(path)) for path in paths)
     text = "a22cf1ad9a10"
-    assert methods["rows"] == [{"bits": 1 + full, "method": "GPTQ", "kld_mean": 0.5, "text": text}]
-    assert backends["rows"] == [{"backend": "torchao", "bits_per_weight": 8.125, "file_mb": None, "text": text}]
-    assert methods["profile"] == ("full" if full else "quick") and capsys.readouterr().out == ""
+    assert methods.rows == [{"bits": 1 + full, "method": "GPTQ", "kld_mean": 0.5, "text": text}]
+    assert backends.rows == [{"backend": "torchao", "bits_per_weight": 8.125, "file_mb": None, "text": text}]
+    assert methods.profile == ("full" if full else "quick") and capsys.readouterr().out == ""
 
 
 def test_the_notebook_has_what_is_recorded():

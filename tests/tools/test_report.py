@@ -162,7 +162,7 @@ def save_for(directory: Path, machine: str, name: str, rows: list, device: str) 
     data = {"name": name, "created": "2030-01-01T00:00:00+00:00", "commit": "abc", "profile": "full",
             "machine": {"device": device}, "versions": {"python": "3.12"}, "rows": rows}  # fmt: skip
     (directory / machine).mkdir(parents=True, exist_ok=True)
-    (directory / machine / f"{name}.json").write_text(results.dumps(results.validate(data)), "utf-8")
+    (directory / machine / f"{name}.json").write_text(results.dumps(data), "utf-8")
 
 
 def test_headlines_of_what_a_gpu_records_later(tmp_path):
@@ -211,7 +211,7 @@ def test_inference_headline_against_pandas():
 def test_helpers():
     assert report.percent(0.064) == "+6 %" and report.percent(-0.4) == "−40 %"
     assert report.percent(-0.0001, 2) == "−0.01 %" and report.percent(-0.000001) == "0 %"
-    data = results.Results("demo", [{"a": 1, "b": 2}, {"a": 1, "b": 4}], {}, {}, "", "quick", "")
+    data = results.Results.model_construct(rows=[{"a": 1, "b": 2}, {"a": 1, "b": 4}])
     assert report.one(data, b=4) == {"a": 1, "b": 4} and report.mean(data, "b", a=1) == statistics.fmean([2, 4])
     for call in (lambda: report.one(data, a=1), lambda: report.one(data, a=2), lambda: report.mean(data, "b", a=2)):
         with pytest.raises(LookupError, match="a = 1|a = 2|b = 2"):

@@ -62,7 +62,7 @@ def save(tmp_path, machine, device, seconds, profile):
     data = {"name": runs.NAME, "created": "2030-01-01T00:00:00+00:00", "commit": "abc", "profile": profile,
             "machine": {"device": device, "cores": 2}, "versions": {"python": "3.12"}, "rows": rows}  # fmt: skip
     (tmp_path / machine).mkdir(parents=True, exist_ok=True)
-    (tmp_path / machine / f"{runs.NAME}.json").write_text(results.dumps(results.validate(data)), "utf-8")
+    (tmp_path / machine / f"{runs.NAME}.json").write_text(results.dumps(data), "utf-8")
 
 
 def test_what_is_said_of_the_runs(tmp_path, monkeypatch):
