@@ -1,9 +1,8 @@
 """From a Hugging Face Llama checkpoint to one GGUF file, step by step.
 
-GGUF is the file that llama.cpp reads: a header, a table of key-value metadata (architecture,
-hyper-parameters, the whole tokenizer), a table of tensors (name, shape, type, offset), then the tensor
-data itself, each tensor at a multiple of 32 bytes so that the file can be memory-mapped and used as is.
-Nothing else is needed to run the model, which is why one file is enough to share one.
+GGUF is the file that llama.cpp reads: a header, key-value metadata (architecture, hyper-parameters, the whole
+tokenizer), a table of tensors (name, shape, type, offset), then the tensor data itself, each tensor at a multiple of 32
+bytes so that the file can be memory-mapped and used as is.
 
 Converting a Llama takes four steps, and each is a function below:
 
@@ -15,9 +14,7 @@ Converting a Llama takes four steps, and each is a function below:
 4. write the tokenizer       the vocabulary, the merges, which tokens are special, the chat template, and ``pre``:
    the name of the regular expression that splits text before the merges, which llama.cpp has compiled in
 
-Every tensor of the checkpoint is accounted for: one that the file has no place for is refused by name.
-
-The format is specified at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the reference
+Every tensor of the checkpoint is accounted for: one that the file has no place for is refused by name.  The reference
 converter is ``convert_hf_to_gguf.py`` in llama.cpp.
 """
 
@@ -27,43 +24,33 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType, TokenType, size_label
 
 from . import QtutorError, files
 
-DTYPES = ("f32", "f16", "bf16")
+DTYPES = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "bf16": LlamaFileType.MOSTLY_BF16}
 CONVERTER = "use llama.cpp's convert_hf_to_gguf.py"
 
 # llama.cpp's names for the pre-tokenizer regular expressions that Llama-family tokenizers use.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLIT_REGEX = {
-    _CONTRACTIONS + r"\p{N}{1,3}" + _TAIL: "llama-bpe",
-    _CONTRACTIONS + r"\p{N}" + _TAIL: "qwen2",
-}
+_SPLIT_REGEX = {_CONTRACTIONS + r"\p{N}{1,3}" + _TAIL: "llama-bpe", _CONTRACTIONS + r"\p{N}" + _TAIL: "qwen2"}
 _LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
 _TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _ROPE_NEEDS = {
-    "linear": ("factor",),
+    "default": (), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-# ------------------------------------------------------------------------------------------ names and rows
+}  # fmt: skip
 
 
 def gguf_name(hf_name: str) -> str | None:
@@ -82,71 +69,59 @@ def gguf_name(hf_name: str) -> str | None:
 
 
 def permute(weight: torch.Tensor, n_head: int) -> torch.Tensor:
-    """Reorder the rows of a q or k projection from halves (Hugging Face) to pairs (llama.cpp).
+    """Reorder the rows of a q or k projection, (n_head * d, ...), from halves (Hugging Face) to pairs (llama.cpp).
 
     Within each head of ``d`` rows, row ``i`` and row ``i + d/2`` are rotated together by Hugging Face's
-    ``rotate_half``; llama.cpp rotates rows ``2i`` and ``2i + 1``.  ``weight`` is (n_head * d, ...); so is
-    the result.  Same as ``LlamaModel.permute`` in llama.cpp's converter.
+    ``rotate_half``; llama.cpp rotates rows ``2i`` and ``2i + 1``.  Same as ``LlamaModel.permute`` in its converter.
     """
     half = weight.shape[0] // n_head // 2
     return weight.reshape(n_head, 2, half, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-# ----------------------------------------------------------------------------------------- reading a model
-
-
 @dataclass(frozen=True)
-class Source:
+class _Source:
     """A checkpoint: its configuration, its tensors' names, how to read one, and what to call it."""
 
     config: dict
     names: set
-    read: object
+    read: Callable[[str], torch.Tensor]
     where: str
     folder: Path | None = None
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file of a checkpoint; raises QtutorError where there is none."""
+def _read_json(path: Path) -> dict:
     found = files.read_json(path)
     if not isinstance(found, dict):
         raise QtutorError(f"{path.name} holds no JSON object: restore it from the original.")
     return found
 
 
-def _open_folder(folder: Path) -> Source:
+def _open_folder(folder: Path) -> _Source:
     """Open a checkpoint folder without building the model: safetensors are read tensor by tensor."""
     from safetensors import safe_open
 
     if not folder.is_dir():
         raise QtutorError(f"There is no model folder at '{folder}': give the path of a saved model.")
-    config, index, names = read_json(folder / "config.json"), folder / "model.safetensors.index.json", None
-    shards = ["model.safetensors"]
-    if index.exists() and not (folder / shards[0]).exists():  # as transformers: a single file comes first
-        names = read_json(index).get("weight_map")
+    config, index = _read_json(folder / "config.json"), folder / "model.safetensors.index.json"
+    shards = {"model.safetensors"}
+    if index.exists() and not (folder / "model.safetensors").exists():  # as transformers: a single file comes first
+        names = _read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
             raise QtutorError(f"{index.name} does not say which file holds which tensor: save the model again.")
-        shards = sorted(set(names.values()))
+        shards = set(names.values())
     where_is: dict[str, object] = {}
-    for file in shards:
+    for file in sorted(shards):
         if not (folder / file).is_file():
             raise QtutorError(f"{folder.name}/ has no {file}: save the model with safetensors first.")
         try:
             handle = safe_open(folder / file, framework="pt")
-            where_is.update(dict.fromkeys(handle.keys(), handle))
         except Exception as err:  # the Rust library has no class of its own for each
             raise QtutorError(f"{file} is damaged ({_first_line(err)}): copy or save the model again.") from None
-
-    def read(name: str) -> torch.Tensor:
-        try:
-            return where_is[name].get_tensor(name)
-        except Exception as err:
-            raise QtutorError(f"{name} cannot be read ({_first_line(err)}): save the model again.") from None
-
-    return Source(config, set(where_is), read, folder.name, folder)
+        where_is.update(dict.fromkeys(handle.keys(), handle))
+    return _Source(config, set(where_is), lambda name: where_is[name].get_tensor(name), folder.name, folder)
 
 
-def _open_model(model) -> Source:
+def _open_model(model) -> _Source:
     """Wrap a model object; torchao tensors are read through ``dequantize()``."""
     state = model.state_dict()
     fake = next((name for name, module in model.named_modules() if hasattr(module, "weight_fake_quant")), None)
@@ -161,14 +136,11 @@ def _open_model(model) -> Source:
             tensor = tensor.dequantize()
         return tensor.detach()
 
-    return Source(model.config.to_dict(), set(state), read, type(model).__name__)
+    return _Source(model.config.to_dict(), set(state), read, type(model).__name__)
 
 
 def _first_line(err: Exception) -> str:
     return str(err).strip().split("\n")[0].rstrip(".")
-
-
-# ------------------------------------------------------------------------------------------ hyperparameters
 
 
 def hyperparameters(config: dict) -> dict:
@@ -185,39 +157,31 @@ def hyperparameters(config: dict) -> dict:
     try:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         hyper = {
-            "layers": int(config["num_hidden_layers"]),
-            "hidden": hidden,
-            "ffn": int(config["intermediate_size"]),
-            "heads": heads,
-            "kv_heads": int(config.get("num_key_value_heads") or heads),
-            "head_dim": int(config.get("head_dim") or hidden // heads),
-            "vocab": int(config["vocab_size"]),
-            "ctx": int(config["max_position_embeddings"]),
-            "eps": float(config["rms_norm_eps"]),
-            "tied": bool(config.get("tie_word_embeddings", False)),
-        }
+            "layers": int(config["num_hidden_layers"]), "hidden": hidden, "ffn": int(config["intermediate_size"]),
+            "heads": heads, "kv_heads": int(config.get("num_key_value_heads") or heads),
+            "head_dim": int(config.get("head_dim") or hidden // heads), "vocab": int(config["vocab_size"]),
+            "ctx": int(config["max_position_embeddings"]), "eps": float(config["rms_norm_eps"]),
+        }  # fmt: skip
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as err:
         raise QtutorError(f"config.json lacks a usable {err}: it does not describe a Llama model.") from None
-    for key, value in hyper.items():
-        if key != "tied" and not 0 < value < math.inf:
-            raise QtutorError(f"config.json has {key} = {value}: it does not describe a Llama model.")
     # transformers 5 keeps RoPE settings in rope_parameters; checkpoints saved before have two keys
     settings = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
     if not all(isinstance(one, dict) for one in settings):
         raise QtutorError("The RoPE settings in config.json are no JSON object: restore it from the original.")
     rope = settings[0] | settings[1]
-    kind = hyper["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "linear", "llama3"):
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in _ROPE_NEEDS:
         raise QtutorError(f"RoPE scaling {kind!r} is not known here: {CONVERTER}.")
     rope["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-    for key in ("rope_theta", *_ROPE_NEEDS.get(kind, ())):
+    for key in ("rope_theta", *_ROPE_NEEDS[kind]):
         try:
-            rope[key] = float(rope[key])
+            hyper[key] = float(rope[key])
         except (KeyError, TypeError, ValueError):
-            rope[key] = math.nan
-        if not 0 < rope[key] < math.inf:
-            raise QtutorError(f"The RoPE settings in config.json have no usable {key}: restore it from the original.")
-    return hyper | {"rope": rope, "theta": rope["rope_theta"]}
+            hyper[key] = math.nan
+    for key, value in hyper.items():
+        if not 0 < value < math.inf:
+            raise QtutorError(f"config.json has {key} = {value}: it does not describe a Llama model.")
+    return hyper | {"tied": bool(config.get("tie_word_embeddings", False)), "rope_type": kind}
 
 
 def expected(hyper: dict, names=()) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -225,16 +189,14 @@ def expected(hyper: dict, names=()) -> dict[str, tuple[str, tuple[int, ...]]]:
 
     ``names``: of the checkpoint's tensors; biases that are among them (attention_bias, mlp_bias) are expected too.
     """
-    d, f, q, kv = (hyper["hidden"], hyper["ffn"], hyper["heads"] * hyper["head_dim"],
-                   hyper["kv_heads"] * hyper["head_dim"])  # fmt: skip
-    shapes = {"input_layernorm": (d,), "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d),
-              "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, q), "post_attention_layernorm": (d,),
-              "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}  # fmt: skip
+    d, f, dim = hyper["hidden"], hyper["ffn"], hyper["head_dim"]
+    q, kv = hyper["heads"] * dim, hyper["kv_heads"] * dim
+    shapes = [(d,), (q, d), (kv, d), (kv, d), (d, q), (d,), (f, d), (f, d), (d, f)]  # in the order of _LAYER_NAMES
     wanted = {"model.embed_tokens.weight": (hyper["vocab"], d), "model.norm.weight": (d,)}
     if not hyper["tied"]:
         wanted["lm_head.weight"] = (hyper["vocab"], d)
     for layer in range(hyper["layers"]):
-        for stem, shape in shapes.items():
+        for stem, shape in zip(_LAYER_NAMES, shapes, strict=True):
             base = f"model.layers.{layer}.{stem}"
             wanted[f"{base}.weight"] = shape
             if f"{base}.bias" in names:
@@ -242,7 +204,7 @@ def expected(hyper: dict, names=()) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {gguf_name(name): (name, shape) for name, shape in wanted.items()}
 
 
-def _account(source: Source, hyper: dict) -> dict:
+def _account(source: _Source, hyper: dict) -> dict:
     """:func:`expected` of the checkpoint; refuses one that lacks a tensor or has one that GGUF has no place for."""
     wanted = expected(hyper, source.names)
     names = {hf for hf, _ in wanted.values()}
@@ -265,20 +227,16 @@ def _rope_freqs(hyper: dict) -> np.ndarray:
 
     In float32 throughout, as in llama.cpp's converter: in float64 the last bit of some would be another.
     """
-    rope, dim = hyper["rope"], hyper["head_dim"]
-    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-    old = rope["original_max_position_embeddings"]
-    wavelength = 2 * math.pi / (1 / hyper["theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    factor, low, high, old = (hyper[key] for key in _ROPE_NEEDS["llama3"])
+    dim = hyper["head_dim"]
+    wavelength = 2 * math.pi / (1 / hyper["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     smooth = (old / wavelength - low) / (high - low)
     middle = 1 / ((1 - smooth) / factor + smooth)
     scaled = torch.where(wavelength < old / high, 1.0, torch.where(wavelength > old / low, factor, middle))
     return scaled.float().numpy()
 
 
-# -------------------------------------------------------------------------------------------------- tokenizer
-
-
-def _tokenizer_json(source: Source, tokenizer) -> dict:
+def _tokenizer_json(source: _Source, tokenizer) -> dict:
     """The tokenizer as the dict that ``tokenizer.json`` holds (the `tokenizers` library's own format)."""
     if tokenizer is None and source.folder is None:
         raise QtutorError("A model object has no tokenizer: pass tokenizer=..., or export from a folder.")
@@ -287,14 +245,14 @@ def _tokenizer_json(source: Source, tokenizer) -> dict:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists():
             raise QtutorError(f"{path.parent.name}/ has no {path.name}: save a fast tokenizer into the model folder.")
-        return read_json(path)
+        return _read_json(path)
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not hasattr(backend, "to_str"):
         raise QtutorError("This tokenizer has no tokenizer.json behind it: use a fast (Rust) tokenizer.")
     return json.loads(backend.to_str())
 
 
-def _chat_template(source: Source, tokenizer) -> str | list | None:
+def _chat_template(source: _Source, tokenizer) -> str | list | None:
     """The Jinja template that turns messages into a prompt, where there is one; several have names: a list of dicts.
 
     A folder keeps it in chat_template.jinja, or (saved before transformers 4.50) in tokenizer_config.json.
@@ -302,7 +260,7 @@ def _chat_template(source: Source, tokenizer) -> str | list | None:
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
         folder = source.folder if tokenizer is None else Path(tokenizer)
         jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        found = read_json(config).get("chat_template") if config.is_file() else None
+        found = _read_json(config).get("chat_template") if config.is_file() else None
         if found is None and jinja.is_file():
             try:
                 found = jinja.read_text(encoding="utf-8")
@@ -338,22 +296,6 @@ def pre_tokenizer_name(tokenizer: dict) -> str:
                       f"{CONVERTER}.")  # fmt: skip
 
 
-def _vocabulary(tok: dict, n_vocab: int) -> tuple[list[str], list[int]]:
-    """Token strings by id, and GGUF's token type of each (1 normal, 3 control, 4 user-defined, 5 unused)."""
-    from gguf import TokenType
-
-    tokens = {int(i): text for text, i in tok["model"]["vocab"].items()}
-    types = dict.fromkeys(tokens, TokenType.NORMAL)
-    for added in tok.get("added_tokens", []):
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-    if max(tokens) >= n_vocab:
-        raise QtutorError(f"The tokenizer has ids up to {max(tokens)} but the model only {n_vocab} embeddings: they do "
-                          "not belong together.")  # fmt: skip
-    return ([tokens.get(i, f"[PAD{i}]") for i in range(n_vocab)],
-            [int(types.get(i, TokenType.UNUSED)) for i in range(n_vocab)])  # fmt: skip
-
-
 def add_tokenizer(writer, tok: dict, config: dict, n_vocab: int) -> None:
     """Write a byte-level BPE tokenizer (the dict of tokenizer.json) into the metadata of a GGUFWriter."""
     from tokenizers import Tokenizer
@@ -362,14 +304,20 @@ def add_tokenizer(writer, tok: dict, config: dict, n_vocab: int) -> None:
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise QtutorError(f"Only byte-level BPE tokenizers can be exported here: {CONVERTER}.")
     try:
-        tokens, types = _vocabulary(tok, n_vocab)
+        tokens = {int(i): (text, TokenType.NORMAL) for text, i in model["vocab"].items()}
+        for one in tok.get("added_tokens", []):
+            tokens[one["id"]] = one["content"], TokenType.CONTROL if one["special"] else TokenType.USER_DEFINED
+        if max(tokens) >= n_vocab:
+            raise QtutorError(f"The tokenizer has ids up to {max(tokens)} but the model only {n_vocab} embeddings: "
+                              "they do not belong together.")  # fmt: skip
+        rows = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(n_vocab)]
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         if not merges:
             raise ValueError("it has no merges")
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre_tokenizer_name(tok))
-        writer.add_token_list(tokens)
-        writer.add_token_types(types)
+        writer.add_token_list([text for text, _ in rows])
+        writer.add_token_types([int(kind) for _, kind in rows])
         writer.add_token_merges(merges)
         special = {}
         for name in ("bos", "eos", "pad"):
@@ -386,9 +334,6 @@ def add_tokenizer(writer, tok: dict, config: dict, n_vocab: int) -> None:
     except Exception as err:  # a part is missing or of another kind; the Rust library has no narrower class
         raise QtutorError(f"The tokenizer cannot be used ({type(err).__name__}: {_first_line(err)}): save it "
                           "again.") from None  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------- writing
 
 
 def _prepare(tensor: torch.Tensor, name: str, hyper: dict, dtype: str) -> np.ndarray:
@@ -411,20 +356,15 @@ def _prepare(tensor: torch.Tensor, name: str, hyper: dict, dtype: str) -> np.nda
     return half.numpy()
 
 
-def add_metadata(writer, hyper: dict, dtype: str, name: str, folder: Path | None = None, license: str | None = None):
-    """Write a Llama's hyper-parameters into a GGUFWriter; the licence is that of the folder's model card by default."""
-    from gguf import LlamaFileType, RopeScalingType
-
+def add_metadata(writer, hyper: dict, dtype: str, name: str, folder: Path | None = None) -> None:
+    """Write a Llama's hyper-parameters into a GGUFWriter, with the licence that the folder's model card names."""
     card = folder / "README.md" if folder else None
-    if not license and card and card.is_file():
-        front = card.read_text(encoding="utf-8", errors="replace").split("---")
-        match = re.search(r"^license:\s*([\w.\-]+)", front[1], re.M) if len(front) > 2 else None
-        license = match[1] if match else None
+    front = card.read_text(encoding="utf-8", errors="replace").split("---") if card and card.is_file() else []
+    if len(front) > 2 and (found := re.search(r"^license:\s*([\w.\-]+)", front[1], re.M)):
+        writer.add_license(found[1])
     writer.add_type("model")
     writer.add_name(name)
-    if license:
-        writer.add_license(license)
-    writer.add_file_type(LlamaFileType[{"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}[dtype]])
+    writer.add_file_type(DTYPES[dtype])
     writer.add_quantization_version(2)
     writer.add_block_count(hyper["layers"])
     writer.add_context_length(hyper["ctx"])
@@ -435,45 +375,41 @@ def add_metadata(writer, hyper: dict, dtype: str, name: str, folder: Path | None
     writer.add_key_length(hyper["head_dim"])
     writer.add_value_length(hyper["head_dim"])
     writer.add_layer_norm_rms_eps(hyper["eps"])
-    writer.add_rope_freq_base(hyper["theta"])
+    writer.add_rope_freq_base(hyper["rope_theta"])
     writer.add_rope_dimension_count(hyper["head_dim"])
     if hyper["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(hyper["rope"]["factor"]))
+        writer.add_rope_scaling_factor(hyper["factor"])
     writer.add_vocab_size(hyper["vocab"])
 
 
-def _write(partial: Path, source: Source, dtype: str, tokenizer, name: str, license) -> None:
-    from gguf import GGMLQuantizationType as T
-    from gguf import GGUFWriter, size_label
+def _write(partial: Path, source: _Source, dtype: str, tokenizer, name: str) -> None:
     from tqdm.auto import tqdm
 
     hyper = hyperparameters(source.config)
     tok, chat = _tokenizer_json(source, tokenizer), _chat_template(source, tokenizer)
     wanted = _account(source, hyper)
     total = sum(math.prod(shape) for _, shape in wanted.values())
-    matrix = {"f32": (T.F32, np.float32), "f16": (T.F16, np.float16), "bf16": (T.BF16, np.uint8)}[dtype]
+    freqs = _rope_freqs(hyper) if hyper["rope_type"] == "llama3" else None
     writer = GGUFWriter(partial, "llama")
     try:
-        add_metadata(writer, hyper, dtype, name, source.folder, license)
+        add_metadata(writer, hyper, dtype, name, source.folder)
         writer.add_size_label(size_label(total, total, 0, 0))  # e.g. "7.3M", shown by llama.cpp's tools
         add_tokenizer(writer, tok, source.config, hyper["vocab"])
         if chat:
             writer.add_chat_template(chat)
-        extra = {"rope_freqs.weight": _rope_freqs(hyper)} if hyper["rope_type"] == "llama3" else {}
-        for key, array in extra.items():
-            writer.add_tensor_info(key, array.shape, array.dtype, array.nbytes)
+        if freqs is not None:
+            writer.add_tensor_info("rope_freqs.weight", freqs.shape, freqs.dtype, freqs.nbytes)
         for key, (_, shape) in wanted.items():
-            kind, stored = (T.F32, np.float32) if len(shape) == 1 else matrix
-            # for a type that numpy lacks, gguf wants the shape of the bytes
-            shape_in = (*shape[:-1], shape[-1] * 2) if kind == T.BF16 else shape
-            size = math.prod(shape_in) * np.dtype(stored).itemsize
-            writer.add_tensor_info(key, shape_in, np.dtype(stored), size, raw_dtype=kind)
+            stored, kind = np.dtype(np.float16 if dtype == "f16" and len(shape) > 1 else np.float32), None
+            if dtype == "bf16" and len(shape) > 1:  # numpy lacks the type, and gguf wants the shape of the bytes
+                stored, kind, shape = np.dtype(np.uint8), GGMLQuantizationType.BF16, (*shape[:-1], 2 * shape[-1])
+            writer.add_tensor_info(key, shape, stored, math.prod(shape) * stored.itemsize, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for array in extra.values():
-            writer.write_tensor_data(array)
+        if freqs is not None:
+            writer.write_tensor_data(freqs)
         # one tensor in memory at a time: a 7B model converts on a laptop
         for key, (hf, shape) in tqdm(wanted.items(), desc="export", leave=False, disable=total < 100e6):
             tensor = source.read(hf)
@@ -484,22 +420,18 @@ def _write(partial: Path, source: Source, dtype: str, tokenizer, name: str, lice
         writer.close()
 
 
-def export(model, path, dtype: str = "f32", tokenizer=None, *, name: str | None = None,
-           license: str | None = None) -> Path:
+def export(model, path, dtype: str = "f32", tokenizer=None, *, name: str | None = None) -> Path:
     """Write a Hugging Face Llama as a GGUF file that llama.cpp runs, and return its path.
 
     ``model`` is a folder (config.json, safetensors, tokenizer.json; nothing is executed and no model is built) or a
     ``LlamaForCausalLM``.  ``dtype`` is the type of the matrices: ``"f32"``, ``"f16"`` or ``"bf16"``; 1-D tensors stay
     F32.  ``tokenizer`` is a fast tokenizer, a ``tokenizers.Tokenizer`` or a path, and is required with a model object.
-    ``name`` and ``license`` go to the metadata; by default the folder's name and the model card's licence.
-
-    The file appears under ``path`` only when it is complete.  Raises QtutorError for another architecture, a missing or
-    unsuitable tokenizer, missing, unexpected, quantized or misshapen tensors, NaN, and a target that cannot be written.
+    ``name`` goes to the metadata, by default the folder's.  The file appears only when it is complete.
     """
     if dtype not in DTYPES:
         raise QtutorError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}: quantize afterwards.")
     source = _open_folder(Path(model)) if isinstance(model, (str, os.PathLike)) else _open_model(model)
     name = name or (source.folder.resolve().name if source.folder else source.where)
     with files.whole(path) as partial:
-        _write(partial, source, dtype, tokenizer, name, license)
+        _write(partial, source, dtype, tokenizer, name)
     return Path(path)

@@ -1,8 +1,7 @@
 """GGUF files: which types there are, what a file holds, and whether native code may open it.
 
-A GGUF file is a header, metadata (key and value), a table of tensors (name, shape, type, offset) and the bytes of the
-tensors.
-Its types come in two layers.  A *tensor type* (:data:`GGML`) says how many weights share a block of how many bytes; a
+A GGUF file is a header, metadata (key and value), a table of tensors (name, shape, type, offset) and their bytes.  Its
+types come in two layers.  A *tensor type* (:data:`GGML`) says how many weights share a block of how many bytes; a
 *file type* (:data:`TYPES`), such as Q4_K_M, is a recipe that gives each tensor a tensor type.
 
     found = gguf_file.check_gguf("model.gguf")
@@ -27,8 +26,6 @@ import numpy as np
 
 from . import QtutorError, files
 
-# ------------------------------------------------------------------------------------------------------------- types
-
 
 class Block(NamedTuple):
     """A tensor type: its number in files, and how many weights a block holds in how many bytes."""
@@ -50,9 +47,8 @@ _NAMES = {block.number: name for name, block in GGML.items()}
 class QuantType:
     """One llama.cpp file type: a recipe that gives each tensor a tensor type.
 
-    ``ftype`` is llama.cpp's number of it, ``base`` the tensor type of most matrices and ``bpw`` its bits per weight,
-    scales included; the file of a mixture comes out higher (:func:`bits_per_weight` measures it).
-    ``needs_imatrix``: without an importance matrix llama.cpp refuses, because the result would be noise.
+    ``ftype`` is llama.cpp's number of it, ``base`` the tensor type of most matrices.  ``needs_imatrix``: without an
+    importance matrix llama.cpp refuses, because the result would be noise.
     """
 
     name: str
@@ -63,6 +59,7 @@ class QuantType:
 
     @property
     def bpw(self) -> float:
+        """Bits per weight of ``base``, scales included; a mixture's file has more (:func:`bits_per_weight`)."""
         return 8 * GGML[self.base].nbytes / GGML[self.base].weights
 
 
@@ -72,8 +69,7 @@ def _quant_type(name: str) -> QuantType:
     mixtures = {"IQ3_M": "IQ3_S", "IQ3_XS": "IQ3_S", "IQ2_M": "IQ2_S", "IQ2_S": "IQ2_XS"}
     base = mixtures.get(name) or (name[:4] if "_K" in name else name)
     needs = name.startswith(("IQ1", "IQ2")) or name in ("IQ3_XS", "IQ3_XXS", "Q2_K_S")
-    # llama.cpp's own MXFP4 file type is for mixtures of experts and turns a dense model into Q8_0; naming the matrices
-    # inside the layers gets the block formats into a file all the same
+    # llama.cpp's own MXFP4 type is for mixtures of experts and turns a dense model into Q8_0: name the matrices instead
     overrides = ((r"blk\..*\.weight$", name),) if name in ("MXFP4", "NVFP4") else ()
     return QuantType(name, ftype, base, needs, overrides)
 
@@ -86,19 +82,14 @@ _ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
 
 
 def file_type(name: str) -> QuantType:
-    """The file type called ``name``, in any case and with llama-quantize's short names; QtutorError for another."""
+    """The file type called ``name``, in any case and with llama-quantize's short names."""
     key = str(name).upper()
-    key = _ALIASES.get(key, key)
-    if key not in TYPES:
+    if (key := _ALIASES.get(key, key)) not in TYPES:
         raise QtutorError(f"There is no quantization type {name!r}: choose one of {', '.join(TYPES)}.")
     return TYPES[key]
 
 
-# ----------------------------------------------------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A row of the tensor table.  ``shape`` is row-major as in numpy: (rows, columns); ``nbytes`` as stored."""
 
     name: str
@@ -157,22 +148,24 @@ class _Reader(gguf.GGUFReader):
 
 def read(path: Path) -> Gguf:
     """Read a file in this process, which is for files that are trusted; any exception means that it is damaged."""
-    reader = _Reader(path)
-    if reader.byte_order == "S":
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start[:4] != b"GGUF":
+        raise ValueError("it does not begin with the letters GGUF")
+    if start[4:6] == b"\0\0":
         raise ValueError("it is big-endian")
+    reader = _Reader(path)
     meta = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     if not isinstance(meta.get("general.architecture"), str):
         raise ValueError("it does not name its architecture")
     return Gguf(path, meta, tuple(reader.table), int(reader.data_offset), len(reader.data))
 
 
-# --------------------------------------------------------------------------------------------------- looking first
-
 DAMAGED, SECONDS = 42, 120  #: what the child says with its exit status, and how long it may take
+NOT_HERE = "llama.cpp does not run on this processor (illegal instruction): reinstall it with README.md's CMAKE_ARGS."
 _known: dict = {}  # stamp of a file -> what is in it
 _trusted: set = set()  # stamps of files that this process wrote
-computed: set = set()  # with what models a child has computed here: quantized (True) or not
-kernels = {"plain": False}  #: plain: llama.cpp's fastest kernels end the process here, so do without them
+computed: set = set()  #: whether a child has computed here with a quantized model (True), with another (False)
 
 
 def _stamp(path) -> tuple:
@@ -186,73 +179,52 @@ def trust(path) -> Path:
     return Path(path)
 
 
-def check_gguf(path) -> Gguf:
+def check_gguf(path, to_compute: bool = False) -> Gguf:
     """What is in a GGUF file that native code may open; a file is looked at once.
 
     A child process opens it first: it reads the whole structure, and where it is a model lets llama.cpp load it,
     compute a few tokens and plan a quantization.  If a damaged or hostile file ends that process, or keeps it busy, the
-    notebook goes on.  Values are not judged: a flipped bit inside a weight is a slightly different model.
-
-    Raises QtutorError with one sentence.
+    notebook goes on.  Values are not judged: a flipped bit inside a weight is a slightly different model.  Files of ours
+    need a child only before the first quantized and the first other model computes (``to_compute``): a build may hold
+    instructions that the processor lacks.
     """
     path = Path(path)
-    if path.is_dir():
-        raise QtutorError(f"'{path}' is a folder: give the path of a .gguf file.")
-    try:
-        stamp = _stamp(path)
-        with open(path, "rb") as file:
-            start = file.read(8)
-    except FileNotFoundError:
-        raise QtutorError(f"There is no file '{path}': export or quantize the model first.") from None
-    except OSError as err:
-        raise QtutorError(f"'{path}' cannot be read ({err.strerror or err}): check the path.") from None
-    if stamp not in _known:
+    if not path.is_file():
+        raise QtutorError(f"'{path}' is a folder: give the path of a .gguf file." if path.is_dir() else
+                          f"There is no file '{path}': export or quantize the model first.")  # fmt: skip
+    stamp = _stamp(path)
+    if (found := _known.get(stamp)) is None:
         if stamp not in _trusted:
-            other = "it does not begin with the letters GGUF" if start[:4] != b"GGUF" else None
-            look_first(path, other or ("it is big-endian" if start[4:6] == b"\0\0" else None))
+            _look_first(path)
         found = read(path)
         if found.metadata.get("split.count", 1) not in (0, 1):
             raise QtutorError(f"{path.name} is one part of a split model: join it with llama-gguf-split --merge.")
         if stamp not in _trusted and "tokenizer.ggml.model" in found.metadata:
             computed.add(bool(found.quantized))
         _known[stamp] = found
-    return _known[stamp]
-
-
-def look_first(path: Path, why: str | None = None) -> None:
-    """Open a file in a child process; raises QtutorError for what is wrong with it (or for ``why``)."""
-    why = why or _child(path, kernels["plain"])
-    if why == "SIGILL" and not kernels["plain"]:
-        # the repacked kernels use instructions that this machine reports and lacks (seen: AMX in a virtual machine)
-        why = _child(path, plain=True)
-        kernels["plain"] = why is None
-    if why:
-        raise QtutorError(f"{path.name} is not a sound GGUF file: {why}; export, quantize or copy it again.")
-
-
-def compute_first(found: Gguf) -> None:
-    """Let a child compute with the first model of its kind, quantized or not, before this process does."""
-    if bool(found.quantized) not in computed:
-        look_first(found.path)
+    if to_compute and bool(found.quantized) not in computed:
+        _look_first(path)
         computed.add(bool(found.quantized))
+    return found
 
 
-def _child(path: Path, plain: bool) -> str | None:
-    """What is wrong with a file, as the middle of a sentence, or None."""
-    found = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(files.ROOT), os.environ.get("PYTHONPATH")])),
-                          "OPENBLAS_NUM_THREADS": "1"}  # fmt: skip
-    command = [sys.executable, "-m", "qtutor.llamacpp", os.fspath(path), *(["plain"] if plain else [])]
+def _look_first(path: Path) -> None:
+    """Open a file in a child process, which is :mod:`qtutor.llamacpp` as a program."""
+    places = os.pathsep.join(filter(None, [str(files.ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": places, "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "qtutor.llamacpp", os.fspath(path)]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=found, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=env, check=False)
     except subprocess.TimeoutExpired:
-        return f"it keeps a reader busy for more than {SECONDS} s"
-    if done.returncode == DAMAGED:
-        return done.stdout.decode("utf-8", "replace").strip()
-    if done.returncode == -getattr(signal, "SIGILL", 0):
-        return "SIGILL"
-    if done.returncode:
-        return "llama.cpp ends the process that opens it, so it is damaged, or this build does not work here"
-    return None
+        status, why = None, f"it keeps a reader busy for more than {SECONDS} s"
+    else:
+        status, why = done.returncode, done.stdout.decode("utf-8", "replace").strip()
+    if status == -signal.SIGILL:
+        raise QtutorError(NOT_HERE)
+    if status not in (0, None, DAMAGED):
+        why = "llama.cpp ends the process that opens it, so it is damaged, or this build does not work here"
+    if status != 0:
+        raise QtutorError(f"{path.name} is not a sound GGUF file: {why}; export, quantize or copy it again.")
 
 
 def tensor_table(path) -> list[dict]:

@@ -23,9 +23,7 @@ import sys
 import tempfile
 import time
 
-from . import QtutorError, gguf_file, llamacpp
-
-# -------------------------------------------------------------------------------------------------------- the server
+from . import QtutorError, llamacpp
 
 _NEEDS = {"fastapi": "fastapi", "uvicorn": "uvicorn", "sse_starlette": "sse-starlette",
           "starlette_context": "starlette-context", "pydantic_settings": "pydantic-settings",
@@ -37,21 +35,13 @@ _STRAY = ("API_KEY", "CONFIG_FILE", "SSL_KEYFILE", "SSL_CERTFILE", "ROOT_PATH", 
 # The watch ends the server with the process that started it, even where that was killed and could not say goodbye.
 _CHILD = """
 import os, runpy, sys, threading, time
-parent, plain = int(sys.argv.pop(1)), sys.argv.pop(1) == "True"
+parent = int(sys.argv.pop(1))
 def watch():
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(0)
 if sys.platform != "win32":
     threading.Thread(target=watch, daemon=True).start()
-if plain:  # see qtutor.gguf_file.kernels
-    from llama_cpp import llama_cpp as api
-    usual = api.llama_model_default_params
-    def without_repacking():
-        params = usual()
-        params.use_extra_bufts = False
-        return params
-    api.llama_model_default_params = without_repacking
 runpy.run_module("llama_cpp.server", run_name="__main__", alter_sys=True)
 """
 
@@ -65,33 +55,21 @@ def available() -> tuple[bool, str]:
     return ok, "" if ok else why
 
 
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on at this moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 class Server:
     """llama-cpp-python's server for one GGUF file, on a free port of this machine only.  Use it in a ``with`` block.
 
     ``url`` is where an OpenAI client points its ``base_url``: ``http://127.0.0.1:<port>/v1``.  ``alias`` is the
-    model's name in requests.  Raises QtutorError for a file that is not sound, where packages are missing, and where
-    the server does not answer within ``timeout`` seconds; nothing is left running then.
+    model's name in requests.  Where the server does not answer within ``timeout`` seconds, nothing is left running.
     """
 
-    def __init__(self, path, ctx: int = 512, threads: int | None = None, *, alias: str = "model", timeout: float = 60,
-                 gpu_layers: int | None = None):
+    def __init__(self, path, ctx: int = 512, threads: int | None = None, *, alias: str = "model", timeout: float = 60):
         ok, why = available()
         if not ok:
             raise QtutorError(why)
-        found = llamacpp.check_gguf(path)
-        gguf_file.compute_first(found)
+        found = llamacpp.check_gguf(path, to_compute=True)
         self.path, self.alias, self.timeout = found.path.resolve(), alias, timeout
         self._options = ["--model", self.path, "--model_alias", alias, "--n_ctx", ctx, "--host", "127.0.0.1",
                          "--n_threads", threads or llamacpp.n_threads(), "--verbose", "False"]  # fmt: skip
-        if gpu_layers is not None:
-            self._options += ["--n_gpu_layers", gpu_layers]
         self.process, self.port, self._log = None, None, None
 
     @property
@@ -103,31 +81,28 @@ class Server:
         """Start the server and wait until it answers."""
         if self.process is not None:
             return self
-        for attempt in range(3):  # between our look and its start another program may take the port
-            self.port = free_port()
-            self._log = tempfile.TemporaryFile()  # noqa: SIM115 - not a pipe: a full one would block the server
-            env = {key: value for key, value in os.environ.items() if key.upper() not in _STRAY}
-            env |= {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-            command = [sys.executable, "-W", "ignore", "-c", _CHILD, os.getpid(),
-                       gguf_file.kernels["plain"], *self._options, "--port", self.port]
-            self.process = subprocess.Popen([str(part) for part in command], stdin=subprocess.DEVNULL,
-                                            stdout=self._log, stderr=self._log, env=env)  # fmt: skip
-            atexit.register(self.stop)
-            try:
-                if self._answers():
-                    return self
-                said = self._said()
-            except BaseException:  # an interrupt, too, must leave nothing running
-                self.stop()
-                raise
+        with socket.socket() as sock:  # a port that nobody listens on at this moment
+            sock.bind(("127.0.0.1", 0))
+            self.port = sock.getsockname()[1]
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - not a pipe: a full one would block the server
+        env = {key: value for key, value in os.environ.items() if key.upper() not in _STRAY}
+        env |= {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+        command = [sys.executable, "-W", "ignore", "-c", _CHILD, os.getpid(), *self._options, "--port", self.port]
+        self.process = subprocess.Popen([str(part) for part in command], stdin=subprocess.DEVNULL, stdout=self._log,
+                                        stderr=self._log, env=env)  # fmt: skip
+        atexit.register(self.stop)
+        try:
+            if self._answers():
+                return self
+            self._log.seek(0)
+            said = self._log.read()[-4000:].decode("utf-8", "replace").split("\n")
+        except BaseException:  # an interrupt, too, must leave nothing running
             self.stop()
-            if "address already in use" not in said.lower() or attempt == 2:
-                break
-        lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it gave no reason"]
-        last = " ".join(lines[-1].split())[:160].rstrip(".")
-        command = f"python -m llama_cpp.server --model {self.path.name}"
-        raise QtutorError(f"The server did not start within {self.timeout:g} s ({last}): run '{command}' in a "
-                          "terminal to see why.")  # fmt: skip
+            raise
+        self.stop()
+        last = " ".join(next(filter(str.strip, reversed(said)), "it gave no reason").split())[:160].rstrip(".")
+        raise QtutorError(f"The server did not start within {self.timeout:g} s ({last}): run 'python -m "
+                          f"llama_cpp.server --model {self.path.name}' in a terminal to see why.")  # fmt: skip
 
     def _answers(self) -> bool:
         """Wait for the first answer; False where the process ends or the time is up."""
@@ -143,10 +118,6 @@ class Server:
                     pass
                 time.sleep(0.1)
         return False
-
-    def _said(self) -> str:
-        self._log.seek(0)
-        return self._log.read()[-4000:].decode("utf-8", "replace")
 
     def stop(self) -> None:
         """End the server and wait until it is gone; harmless when repeated."""
@@ -168,7 +139,3 @@ class Server:
 
     def __exit__(self, *_) -> None:
         self.stop()
-
-    def __repr__(self) -> str:
-        where = f"at {self.url}" if self.process is not None else "stopped"
-        return f"Server({self.path.name}, {where})"

@@ -60,8 +60,7 @@ def test_completions_chat_and_stream_are_what_the_model_says(path):
                 lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
         assert lines.pop() == "[DONE]"
         assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == expected
-        assert str(port) in repr(server)
-    assert gone(process, port) and "stopped" in repr(server)
+    assert gone(process, port)
     server.stop()
 
 
@@ -125,8 +124,3 @@ def test_settings_of_the_environment_do_not_reach_the_server(path, monkeypatch):
     monkeypatch.setenv("PORT", "1")
     with serve.Server(path, ctx=32, threads=1) as server, httpx.Client(trust_env=False) as client:
         assert client.get(f"{server.url}/models").status_code == 200
-
-
-def test_ports():
-    port = serve.free_port()
-    assert 1024 < port < 65536 and nobody_listens(port) and os.getpid()
