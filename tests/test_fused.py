@@ -21,7 +21,7 @@ SHAPES = [(64, 8192), (4096, 32), (777, 40), (16, 28672), (9, 65536), (500, 64)]
 
 
 def hard(shape, dtype) -> torch.Tensor:
-    """Rows of many sizes; one all zero, one with a single huge value, one subnormal, one with NaN, one with infinity."""
+    """Rows of many sizes: all zero, one huge value, subnormal, with NaN, with infinity."""
     torch.manual_seed(0)
     x = torch.randn(shape, device="cuda") * torch.rand(shape[0], 1, device="cuda").exp()
     x[0], x[1], x[1, 3] = 0, 0, 1e30

@@ -1,7 +1,6 @@
 """serve: the server answers as the model does, and is gone afterwards, whatever happened."""
 
 import json
-import os
 import signal
 import socket
 import subprocess

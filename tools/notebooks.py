@@ -47,7 +47,7 @@ _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def names(folder=None) -> list[str]:
-    """Names of the notebooks, in order: ``["00_start_here", "01_number_formats", ...]``."""
+    """Names of the notebooks, in order: ``["00_start_here", ...]``."""
     return [path.stem for path in sorted(Path(folder or NOTEBOOKS).glob("[0-9][0-9]_*.ipynb"))]
 
 

@@ -80,7 +80,7 @@ def _still_float(answer):
     prepared = fake_quant.prepare(model(), "int4", group_size=32)
     expect(list(answer(prepared)) == ["1", "3"],
            "A prepared layer is fake-quantized: its weight is float. It is a *subclass* of nn.Linear.")  # fmt: skip
-    expect(list(answer(packed.convert(prepared))) == [], "After our convert no nn.Linear is left, and so nothing is float.")
+    expect(list(answer(packed.convert(prepared))) == [], "After our convert no nn.Linear is left: nothing is float.")
     quantized = model()
     quantize_(quantized, Int8WeightOnlyConfig(), filter_fn=lambda m, name: name == "3")
     torchao = "torchao keeps the nn.Linear and puts a tensor with .qdata into it, whose dtype *says* float32."
