@@ -9,13 +9,13 @@ Both need a number that no program can measure: what an hour of the machine cost
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
 
-from .. import QtutorError
+from .. import QtutorError, files
 
 JOULES_PER_KWH = 3.6e6
 
@@ -108,14 +108,15 @@ class CarbonGrid:
 
 @cache
 def grids() -> list[CarbonGrid]:
-    """All grids, from the cleanest to the dirtiest: codecarbon's table and the world's mean.
+    """All grids, from the cleanest to the dirtiest: codecarbon's table, where it is installed, and the world's mean.
 
     Yearly means of a whole country: the hour and the place within it can differ by a factor of several.
     """
-    table = resources.files("codecarbon") / "data/private_infra/global_energy_mix.json"
-    source = "Our World in Data and Ember, in codecarbon's global_energy_mix.json"
+    spec, source = find_spec("codecarbon"), "Our World in Data and Ember, in codecarbon's global_energy_mix.json"
+    path = Path(spec.origin).parent / "data/private_infra/global_energy_mix.json" if spec else None
+    table = files.read_json(path) if path else {}
     found = [CarbonGrid(code, row["country_name"], float(row["carbon_intensity"]), int(row["year"]), source)
-             for code, row in json.loads(table.read_text("utf-8")).items() if row.get("carbon_intensity")]  # fmt: skip
+             for code, row in table.items() if row.get("carbon_intensity")]  # fmt: skip
     world = CarbonGrid("WLD", "World", 475.0, 2018,
                        "IEA, https://www.iea.org/reports/global-energy-co2-status-report-2019/emissions")  # fmt: skip
     return sorted([*found, world], key=lambda g: g.grams_per_kwh)
