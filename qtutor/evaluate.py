@@ -247,7 +247,7 @@ def _per_token(base: Tensor, logits: Tensor, true: Tensor) -> tuple[Tensor, ...]
 
 
 def compare(base, logits, targets) -> Comparison:
-    """Compare a model's logits with its base model's, both (n, vocab) or iterables of such pieces (:func:`iter_logits`),
+    """Compare a model's logits with its base's, both (n, vocab) or iterables of such pieces (:func:`iter_logits`),
     on the true tokens (n,) (:func:`targets_of`)."""
     parts = [[x.cpu().numpy() for x in _per_token(*piece)] for piece in _in_step(base, logits, np.asarray(targets))]
     nll, base_nll, kld, same_top = (np.concatenate(column) for column in zip(*parts, strict=True))
