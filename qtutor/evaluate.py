@@ -247,8 +247,8 @@ def _per_token(base: Tensor, logits: Tensor, true: Tensor) -> tuple[Tensor, ...]
 
 
 def compare(base, logits, targets) -> Comparison:
-    """Compare a model's logits with its base model's, both (n, vocab) or iterables of such pieces, on the true tokens
-    (n,): see :func:`iter_logits` and :func:`targets_of`."""
+    """Compare a model's logits with its base's, both (n, vocab) or iterables of such pieces (:func:`iter_logits`),
+    on the true tokens (n,) (:func:`targets_of`)."""
     parts = [[x.cpu().numpy() for x in _per_token(*piece)] for piece in _in_step(base, logits, np.asarray(targets))]
     nll, base_nll, kld, same_top = (np.concatenate(column) for column in zip(*parts, strict=True))
     perplexity, base_perplexity = math.exp(nll.mean()), math.exp(base_nll.mean())

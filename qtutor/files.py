@@ -63,4 +63,4 @@ def read_json(path, what: str = "file"):
     except OSError:
         raise QtutorError(f"There is no {what} '{path}': check the path.") from None
     except ValueError:
-        raise QtutorError(f"The {what} '{path}' is damaged: it is not JSON.") from None
+        raise QtutorError(f"The {what} '{path}' is damaged (not JSON): restore it or make it again.") from None

@@ -129,8 +129,8 @@ def captured(fn: Callable[[], object]):
 
 
 def bandwidth(device=None, gib: float | None = None) -> dict[str, float]:
-    """Memory bandwidth that a simple kernel gets, GB/s (10^9 bytes): of a copy (bytes read plus written) and of
-    reading (a sum) of a tensor of ``gib``, beyond every cache: the best of several runs, and the better of both."""
+    """Memory bandwidth that a simple kernel gets, GB/s (10^9 bytes): of a copy (bytes read plus bytes written) and of
+    reading (a sum) of a tensor of ``gib`` (beyond all caches), the best of several runs, and the better of both."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     n = int((gib or (4 if device.type == "cuda" else 0.25)) * GIB) // 4
     a, b = torch.ones(n, device=device), torch.empty(n, device=device)  # zeros could be one page, mapped n times

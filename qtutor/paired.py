@@ -81,8 +81,8 @@ class Verdict:
 def paired_nll(change, block: int = 1) -> Paired:
     """How much worse does the model predict the same text, in nats per token?  Positive: worse.
 
-    ``change`` is a Comparison (:func:`qtutor.evaluate.compare_models`), or the model's negative log-likelihood minus the
-    base's (n,).  ``block`` consecutive tokens are averaged before testing; one window has ``ctx - 1``.
+    ``change`` is a Comparison (:func:`qtutor.evaluate.compare_models`), or the model's negative log-likelihood less the
+    base's, token by token (n,).  ``block`` consecutive tokens are averaged before testing; one window has ``ctx - 1``.
     The ratio of the perplexities is ``exp(difference)``, and its interval ``exp(low)`` to ``exp(high)``.
     """
     values = np.asarray(getattr(change, "token_dnll", change), dtype=np.float64)
