@@ -236,8 +236,9 @@ def _rope_freqs(hyper: dict) -> np.ndarray:
     return scaled.float().numpy()
 
 
-def _tokenizer_json(source: _Source, tokenizer) -> dict:
-    """The tokenizer as the dict that ``tokenizer.json`` holds (the `tokenizers` library's own format)."""
+def _tokenizer_of(source: _Source, tokenizer) -> tuple[dict, str | list | None]:
+    """The tokenizer as ``tokenizer.json`` holds it, and the chat template where there is one: Jinja, or (where several
+    have names) a list of dicts.  A folder keeps it in chat_template.jinja, once in tokenizer_config.json."""
     if tokenizer is None and source.folder is None:
         raise QtutorError("A model object has no tokenizer: pass tokenizer=..., or export from a folder.")
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
@@ -245,32 +246,21 @@ def _tokenizer_json(source: _Source, tokenizer) -> dict:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists():
             raise QtutorError(f"{path.parent.name}/ has no {path.name}: save a fast tokenizer into the model folder.")
-        return _read_json(path)
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if not hasattr(backend, "to_str"):
-        raise QtutorError("This tokenizer has no tokenizer.json behind it: use a fast (Rust) tokenizer.")
-    return json.loads(backend.to_str())
-
-
-def _chat_template(source: _Source, tokenizer) -> str | list | None:
-    """The Jinja template that turns messages into a prompt, where there is one; several have names: a list of dicts.
-
-    A folder keeps it in chat_template.jinja, or (saved before transformers 4.50) in tokenizer_config.json.
-    """
-    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
-        folder = source.folder if tokenizer is None else Path(tokenizer)
-        jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        found = _read_json(config).get("chat_template") if config.is_file() else None
-        if found is None and jinja.is_file():
+        found, jinja, config = _read_json(path), *map(path.with_name, ("chat_template.jinja", "tokenizer_config.json"))
+        chat = _read_json(config).get("chat_template") if config.is_file() else None
+        if chat is None and jinja.is_file():
             try:
-                found = jinja.read_text(encoding="utf-8")
+                chat = jinja.read_text(encoding="utf-8")
             except (OSError, ValueError) as err:
                 raise QtutorError(f"{jinja.name} cannot be read ({err}): restore it from the original.") from None
     else:
-        found = getattr(tokenizer, "chat_template", None)
-    if isinstance(found, dict):
-        found = [{"name": name, "template": text} for name, text in found.items()]
-    return found or None
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if not hasattr(backend, "to_str"):
+            raise QtutorError("This tokenizer has no tokenizer.json behind it: use a fast (Rust) tokenizer.")
+        found, chat = json.loads(backend.to_str()), getattr(tokenizer, "chat_template", None)
+    if isinstance(chat, dict):
+        chat = [{"name": name, "template": text} for name, text in chat.items()]
+    return found, chat
 
 
 def pre_tokenizer_name(tokenizer: dict) -> str:
@@ -366,28 +356,23 @@ def add_metadata(writer, hyper: dict, dtype: str, name: str, folder: Path | None
     writer.add_name(name)
     writer.add_file_type(DTYPES[dtype])
     writer.add_quantization_version(2)
-    writer.add_block_count(hyper["layers"])
-    writer.add_context_length(hyper["ctx"])
-    writer.add_embedding_length(hyper["hidden"])
-    writer.add_feed_forward_length(hyper["ffn"])
-    writer.add_head_count(hyper["heads"])
-    writer.add_head_count_kv(hyper["kv_heads"])
-    writer.add_key_length(hyper["head_dim"])
-    writer.add_value_length(hyper["head_dim"])
-    writer.add_layer_norm_rms_eps(hyper["eps"])
-    writer.add_rope_freq_base(hyper["rope_theta"])
-    writer.add_rope_dimension_count(hyper["head_dim"])
+    for field, key in {
+        "block_count": "layers", "context_length": "ctx", "embedding_length": "hidden", "feed_forward_length": "ffn",
+        "head_count": "heads", "head_count_kv": "kv_heads", "key_length": "head_dim", "value_length": "head_dim",
+        "layer_norm_rms_eps": "eps", "rope_freq_base": "rope_theta", "rope_dimension_count": "head_dim",
+        "vocab_size": "vocab",
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{field}")(hyper[key])
     if hyper["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(hyper["factor"])
-    writer.add_vocab_size(hyper["vocab"])
 
 
 def _write(partial: Path, source: _Source, dtype: str, tokenizer, name: str) -> None:
     from tqdm.auto import tqdm
 
     hyper = hyperparameters(source.config)
-    tok, chat = _tokenizer_json(source, tokenizer), _chat_template(source, tokenizer)
+    tok, chat = _tokenizer_of(source, tokenizer)
     wanted = _account(source, hyper)
     total = sum(math.prod(shape) for _, shape in wanted.values())
     freqs = _rope_freqs(hyper) if hyper["rope_type"] == "llama3" else None

@@ -480,8 +480,8 @@ class Model:
     def generate(self, prompt, max_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
         """Continue ``prompt`` (text or token ids) and return the new text only.
 
-        ``temperature=0`` takes the likeliest token (greedy); above, samples from softmax(logits/temperature).  Ends at an
-        end-of-text token, at ``max_tokens``, or when the context is full.
+        ``temperature=0`` takes the likeliest token (greedy); above, samples from softmax(logits/temperature).  Ends at
+        an end-of-text token, at ``max_tokens``, or when the context is full.
         """
         ids = self._ids(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
         if not 0 < len(ids) < self.ctx:
