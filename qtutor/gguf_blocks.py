@@ -18,8 +18,8 @@ import numpy as np
 from . import QtutorError, llamacpp
 from .gguf_file import GGML
 
-# Format -> fields in the order of their bytes: (name, bytes, role, what it is), as in ggml/src/ggml-common.h.  Roles:
-# "codes" (the low bits or the only ones), "high" (more bits of the codes), "signs", "scales", "d" (scales of the block).
+# Format -> fields in the order of their bytes: (name, bytes, role, what it is), as in ggml-common.h.  Roles:
+# "codes" (the low bits or the only ones), "high" (more bits of the codes), "signs", "scales", "d" (scale of the block).
 LAYOUT: dict[str, tuple[tuple[str, int, str, str], ...]] = {
     "Q8_0": (("d", 2, "d", "scale, float16"), ("qs", 32, "codes", "32 codes of 8 bits, signed")),
     "Q4_0": (("d", 2, "d", "scale, float16"), ("qs", 16, "codes", "32 codes of 4 bits")),
