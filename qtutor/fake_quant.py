@@ -43,7 +43,6 @@ class FakeQuantizer(nn.Module):
             observer puts it.
 
     Any x -> the same shape and dtype.  While ``observing`` is set, x feeds the observer and goes through untouched.
-    Raises QtutorError for a static quantizer that has seen no data, and for options that exclude each other.
     """
 
     def __init__(self, target="int8", granularity=None, group_size=None, symmetric=True, observer=None,
@@ -159,18 +158,13 @@ class FakeQuantEmbedding(nn.Embedding):
 
 
 class FakeQuantNorm(nn.Module):
-    """A norm (or any module with a vector of weights) that sees its ``weight`` through a fake quantizer.
-
-    Norm weights are a thousandth of a model and sensitive: libraries leave them in float.
-    """
+    """A norm that sees its ``weight`` through a fake quantizer (libraries leave it in float: it is small)."""
 
     def __init__(self, norm: nn.Module, weight: FakeQuantizer):
         super().__init__()
         self.norm, self.weight_fake_quant = norm, weight
 
-    @property
-    def weight(self) -> nn.Parameter:
-        return self.norm.weight
+    weight = property(lambda self: self.norm.weight)
 
     def forward(self, *args, **kwargs):
         return torch.func.functional_call(self.norm, {"weight": self.weight_fake_quant(self.weight)}, args, kwargs)
@@ -204,8 +198,7 @@ def prepare(model, weight="int4", activation=None, group_size=None, skip=None, o
             head and norms are quantized only if named here: ``{"embed_tokens": "Q8_0", "lm_head": "Q8_0"}``.
         learned: train the scales of the weights, too (LSQ); make the optimizer after prepare then.
 
-    Raises QtutorError, and leaves the model unchanged, where there is nothing to prepare, no layer has a name that is
-    given, group_size does not divide a layer, weights are NaN, or two layers share a weight and not a quantizer.
+    Where it raises QtutorError, it leaves the model unchanged.
     """
     skip_named = [skip] if isinstance(skip, str) else ["lm_head", "embed_tokens"] if skip is None else list(skip)
     overrides = overrides or {}
@@ -272,12 +265,7 @@ def fake_quantizers(model: nn.Module) -> Iterator[FakeQuantizer]:
 
 @contextlib.contextmanager
 def calibrate(model: nn.Module):
-    """Inside, the model runs in full precision while its static quantizers watch; on leaving, ranges are frozen.
-
-        with calibrate(model), torch.no_grad():
-            for batch in calibration_batches:
-                model(batch)
-    """
+    """Inside, the model runs in full precision while its static quantizers watch; on leaving, ranges are frozen."""
     quantizers = list(fake_quantizers(model))
     static = [q for q in quantizers if q.observer is not None]
     if not static:

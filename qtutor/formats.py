@@ -47,10 +47,8 @@ GRANULARITIES = ("tensor", "channel", "token", "group")
 class FloatFormat:
     """A sign bit, exponent bits and mantissa bits; the grid is symmetric about zero.
 
-    Args:
-        bias: value = 1.mantissa * 2**(exponent - bias), or 0.mantissa * 2**(1 - bias).
-        specials: "none" (every code is a number), "nan" (E4M3: only all ones is NaN),
-            or "ieee" (E5M2: the top exponent means infinity and NaN).
+    ``bias``: value = 1.mantissa * 2**(exponent - bias), or 0.mantissa * 2**(1 - bias).  ``specials``: "none" (every
+    code is a number), "nan" (E4M3: only all ones is NaN) or "ieee" (E5M2: the top exponent means infinity and NaN).
     """
 
     name: str
@@ -77,10 +75,7 @@ class FloatFormat:
             ones -= 2.0**-self.mantissa_bits
         return ones * 2.0**self.max_exponent
 
-    @property
-    def min(self) -> float:
-        """Smallest (most negative) number, -max."""
-        return -self.max
+    min = property(lambda self: -self.max)
 
     @property
     def min_normal(self) -> float:
@@ -192,21 +187,15 @@ def get(fmt):
 
 
 def round_to(x: torch.Tensor, fmt) -> torch.Tensor:
-    """Return the grid points of ``fmt`` (or its name) nearest to ``x``, float32: ties to even, saturating, no scale.
-
-    Raises QtutorError where ``x`` contains NaN.
-    """
+    """Return the grid points of ``fmt`` (or its name) nearest to ``x``, float32: ties to even, saturating, no scale."""
     return get(fmt).round(_checked(x))
 
 
 def to_blocks(x: torch.Tensor, granularity: str, group_size: int | None = None) -> torch.Tensor:
     """View ``x`` as (n_blocks, values per block): the values in one row share one scale.
 
-    ``granularity``, where a vector is one row:
-        "tensor": all of it;
-        "channel": one output feature, a row of a weight of shape (out, in);
-        "token": one position of an activation, all dimensions but the last;
-        "group": ``group_size`` neighbours along the last dimension, which must divide it (else QtutorError).
+    ``granularity``: "tensor"; "channel": one output feature, a row of a weight of shape (out, in); "token": a position
+    of an activation, all dimensions but the last; "group": ``group_size`` neighbours along the last dimension.
     """
     if granularity not in GRANULARITIES:
         raise QtutorError(f"There is no granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}.")
@@ -319,8 +308,6 @@ def quantize(x: torch.Tensor, fmt, granularity: str = "tensor", group_size: int 
     Args:
         fmt: a format or its name.  granularity, group_size: see :func:`to_blocks`.  symmetric: :func:`choose_qparams`.
         scale: your own scale (to clip outliers, say): one number, or one for each block.
-
-    Raises QtutorError for NaN, infinity or nothing in ``x``, and for a scale that is not positive or does not fit.
     """
     fmt, x = get(fmt), _checked(x, to_scale=scale is None)
     blocks, zero_point = to_blocks(x.float(), granularity, group_size), None
@@ -347,7 +334,6 @@ def mxfp8(x: torch.Tensor, fmt=E4M3) -> Quantized:
     """Quantize to MXFP8: blocks of 32 FP8 values share a power of two (:func:`mx_scale`), 8.25 bits per value.
 
     ``x``: tensor (..., columns), columns a multiple of 32.  ``fmt``: E4M3 or E5M2; E2M3 and E3M2 give MXFP6.
-    Raises QtutorError for NaN or infinity in ``x`` and for other shapes.
     """
     x, fmt = _checked(x, to_scale=True), get(fmt)
     blocks = to_blocks(x.float(), "group", 32)
@@ -364,7 +350,7 @@ def nvfp4(x: torch.Tensor) -> Quantized:
     """Quantize to NVFP4: blocks of 16 E2M1 values share an E4M3 scale, all blocks one FP32 scale.
 
     A finer, non-power-of-two scale for half as many values is what it has over MXFP4, for 4.5 bits instead of 4.25.
-    ``x``: tensor (..., columns), columns a multiple of 16.  Raises QtutorError as :func:`mxfp8` does.
+    ``x``: tensor (..., columns), columns a multiple of 16.
 
     Sources: NVIDIA, "Introducing NVFP4"; torchao.prototype.mx_formats.nvfp4_tensor.
     """

@@ -18,9 +18,8 @@ import numpy as np
 from . import QtutorError, llamacpp
 from .gguf_file import GGML
 
-# Format -> fields in the order of their bytes: (name, bytes, role, what it is).  Source: ggml/src/ggml-common.h.
-# Roles: "codes" (the low bits or the only ones), "high" (more bits of the codes), "signs", "scales", "d" (what scales
-# the whole block, minimum included).
+# Format -> fields in the order of their bytes: (name, bytes, role, what it is), as in ggml-common.h.  Roles:
+# "codes" (the low bits or the only ones), "high" (more bits of the codes), "signs", "scales", "d" (scale of the block).
 LAYOUT: dict[str, tuple[tuple[str, int, str, str], ...]] = {
     "Q8_0": (("d", 2, "d", "scale, float16"), ("qs", 32, "codes", "32 codes of 8 bits, signed")),
     "Q4_0": (("d", 2, "d", "scale, float16"), ("qs", 16, "codes", "32 codes of 4 bits")),
@@ -94,10 +93,7 @@ def bits() -> dict[str, dict[str, float]]:
 
 
 def fields(kind: str, block) -> list[dict]:
-    """One row a field of one block (uint8, its bytes): name, bytes from and to, what it is, and the bytes in hex.
-
-    Raises QtutorError for a format that is not in LAYOUT, and for another number of bytes.
-    """
+    """One row a field of one block (uint8, its bytes): name, bytes from and to, what it is, and the bytes in hex."""
     if kind not in LAYOUT:
         raise QtutorError(f"There is no block layout {kind!r}: choose one of {', '.join(LAYOUT)}.")
     at, rows, block = 0, [], np.asarray(block, np.uint8).ravel()
@@ -110,8 +106,6 @@ def fields(kind: str, block) -> list[dict]:
         at += nbytes
     return rows
 
-
-# ----------------------------------------------------------------------------------------------------------- mixtures
 
 KINDS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
@@ -133,10 +127,7 @@ def mixture(src, type: str, imatrix: bool = False) -> tuple[dict[str, list[str]]
 
 
 def in_words(formats: list[str]) -> str:
-    """``["Q6_K", "Q4_K", "Q4_K", "Q6_K"]`` -> ``"Q4_K; Q6_K in 0, 3"``: the commonest format, and where it is not.
-
-    Of two that are equally common, the smaller.
-    """
+    """``["Q6_K", "Q4_K", "Q4_K", "Q6_K"]`` -> ``"Q4_K; Q6_K in 0, 3"``: the commonest (or smaller), and the rest."""
     common = max(formats, key=lambda f: (formats.count(f), -bits_of(f)))
     rest = {kind: [str(i) for i, f in enumerate(formats) if f == kind] for kind in formats if kind != common}
     return "; ".join([common, *(f"{kind} in {', '.join(places)}" for kind, places in rest.items())])

@@ -1,10 +1,9 @@
 """From a Hugging Face Llama checkpoint to one GGUF file, step by step.
 
-GGUF is the file that llama.cpp reads: a header, key-value metadata (architecture, hyper-parameters, the whole
-tokenizer), a table of tensors (name, shape, type, offset), then the tensor data itself, each tensor at a multiple of 32
-bytes so that the file can be memory-mapped and used as is.
+GGUF is the file that llama.cpp reads: a header, key-value metadata (hyper-parameters, the whole tokenizer), a table of
+tensors (name, shape, type, offset) and their data, aligned so that the file can be memory-mapped and used as is.
 
-Converting a Llama takes four steps, and each is a function below:
+Converting a Llama takes four steps:
 
 1. rename the tensors       ``model.layers.0.self_attn.q_proj.weight`` -> ``blk.0.attn_q.weight``
 2. permute the q and k rows  Hugging Face rotates the two *halves* of a head against each other, llama.cpp
@@ -90,10 +89,9 @@ class _Source:
 
 
 def _read_json(path: Path) -> dict:
-    found = files.read_json(path)
-    if not isinstance(found, dict):
-        raise QtutorError(f"{path.name} holds no JSON object: restore it from the original.")
-    return found
+    if isinstance(found := files.read_json(path), dict):
+        return found
+    raise QtutorError(f"{path.name} holds no JSON object: restore it from the original.")
 
 
 def _open_folder(folder: Path) -> _Source:
@@ -124,11 +122,10 @@ def _open_folder(folder: Path) -> _Source:
 def _open_model(model) -> _Source:
     """Wrap a model object; torchao tensors are read through ``dequantize()``."""
     state = model.state_dict()
-    fake = next((name for name, module in model.named_modules() if hasattr(module, "weight_fake_quant")), None)
-    packed = next((name for name in state if name.endswith(".codes")), None)
-    if fake or packed:
-        raise QtutorError(f"{fake or packed} is not an ordinary weight: pass fake_quant.bake(model), whose weights lie "
-                          "on the grid that training saw.")  # fmt: skip
+    for name, module in model.named_modules():
+        if hasattr(module, "weight_fake_quant") or f"{name}.codes" in state:
+            raise QtutorError(f"{name} has no ordinary weight: pass packed.bake(model), whose weights lie on the grid "
+                              "that training saw.")  # fmt: skip
 
     def read(name: str) -> torch.Tensor:
         tensor = state[name]
@@ -222,22 +219,20 @@ def _account(source: _Source, hyper: dict) -> dict:
     return wanted
 
 
-def _rope_freqs(hyper: dict) -> np.ndarray:
-    """Llama 3's per-frequency factors (head_dim/2 float32), which llama.cpp reads as a tensor.
-
-    In float32 throughout, as in llama.cpp's converter: in float64 the last bit of some would be another.
-    """
+def _rope_freqs(hyper: dict) -> torch.Tensor:
+    """Llama 3's factor of each frequency, which llama.cpp reads as a tensor; float32 throughout, as its converter."""
     factor, low, high, old = (hyper[key] for key in _ROPE_NEEDS["llama3"])
     dim = hyper["head_dim"]
     wavelength = 2 * math.pi / (1 / hyper["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     smooth = (old / wavelength - low) / (high - low)
     middle = 1 / ((1 - smooth) / factor + smooth)
     scaled = torch.where(wavelength < old / high, 1.0, torch.where(wavelength > old / low, factor, middle))
-    return scaled.float().numpy()
+    return scaled.float()
 
 
-def _tokenizer_json(source: _Source, tokenizer) -> dict:
-    """The tokenizer as the dict that ``tokenizer.json`` holds (the `tokenizers` library's own format)."""
+def _tokenizer_of(source: _Source, tokenizer) -> tuple[dict, str | list | None]:
+    """The tokenizer as ``tokenizer.json`` holds it, and the chat template where there is one: Jinja, or (where several
+    have names) a list of dicts.  A folder keeps it in chat_template.jinja, once in tokenizer_config.json."""
     if tokenizer is None and source.folder is None:
         raise QtutorError("A model object has no tokenizer: pass tokenizer=..., or export from a folder.")
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
@@ -245,39 +240,28 @@ def _tokenizer_json(source: _Source, tokenizer) -> dict:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists():
             raise QtutorError(f"{path.parent.name}/ has no {path.name}: save a fast tokenizer into the model folder.")
-        return _read_json(path)
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if not hasattr(backend, "to_str"):
-        raise QtutorError("This tokenizer has no tokenizer.json behind it: use a fast (Rust) tokenizer.")
-    return json.loads(backend.to_str())
-
-
-def _chat_template(source: _Source, tokenizer) -> str | list | None:
-    """The Jinja template that turns messages into a prompt, where there is one; several have names: a list of dicts.
-
-    A folder keeps it in chat_template.jinja, or (saved before transformers 4.50) in tokenizer_config.json.
-    """
-    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
-        folder = source.folder if tokenizer is None else Path(tokenizer)
-        jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        found = _read_json(config).get("chat_template") if config.is_file() else None
-        if found is None and jinja.is_file():
+        found, jinja, config = _read_json(path), *map(path.with_name, ("chat_template.jinja", "tokenizer_config.json"))
+        chat = _read_json(config).get("chat_template") if config.is_file() else None
+        if chat is None and jinja.is_file():
             try:
-                found = jinja.read_text(encoding="utf-8")
+                chat = jinja.read_text(encoding="utf-8")
             except (OSError, ValueError) as err:
                 raise QtutorError(f"{jinja.name} cannot be read ({err}): restore it from the original.") from None
     else:
-        found = getattr(tokenizer, "chat_template", None)
-    if isinstance(found, dict):
-        found = [{"name": name, "template": text} for name, text in found.items()]
-    return found or None
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if not hasattr(backend, "to_str"):
+            raise QtutorError("This tokenizer has no tokenizer.json behind it: use a fast (Rust) tokenizer.")
+        found, chat = json.loads(backend.to_str()), getattr(tokenizer, "chat_template", None)
+    if isinstance(chat, dict):
+        chat = [{"name": name, "template": text} for name, text in chat.items()]
+    return found, chat
 
 
 def pre_tokenizer_name(tokenizer: dict) -> str:
     """llama.cpp's name (``tokenizer.ggml.pre``) for the pre-tokenizer of a byte-level BPE ``tokenizer.json``.
 
-    Text is cut by a regular expression before merges apply.  llama.cpp has these compiled in under a name;
-    the wrong name gives other tokens on digits, newlines or contractions, and quietly worse output.
+    Text is cut by a regular expression before merges apply.  llama.cpp has these compiled in under a name; the wrong
+    name gives other tokens on digits, newlines or contractions, and quietly worse output.
     """
     steps = tokenizer.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
@@ -288,10 +272,9 @@ def pre_tokenizer_name(tokenizer: dict) -> str:
             return "gpt-2"
         if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and regex:
             return "smollm"
-        if kinds == ["Split", "ByteLevel"] and not regex:
-            name = _SPLIT_REGEX.get(steps[0].get("pattern", {}).get("Regex"))
-            if name:
-                return name
+        split = steps[0].get("pattern", {}).get("Regex")
+        if kinds == ["Split", "ByteLevel"] and not regex and split in _SPLIT_REGEX:
+            return _SPLIT_REGEX[split]
     raise QtutorError(f"llama.cpp's name for this pre-tokenizer ({' + '.join(map(str, kinds))}) is not known here: "
                       f"{CONVERTER}.")  # fmt: skip
 
@@ -350,10 +333,9 @@ def _prepare(tensor: torch.Tensor, name: str, hyper: dict, dtype: str) -> np.nda
         return x.numpy()
     if dtype == "bf16":  # numpy has no bfloat16: hand over the same bits as bytes, the last axis doubled
         return x.to(torch.bfloat16).view(torch.uint8).numpy()
-    half = x.to(torch.float16)
-    if not torch.isfinite(half).all():
+    if x.abs().max() >= 65520:  # would round to infinity
         raise QtutorError(f"{name} has values beyond float16's 65504: export with dtype='bf16' or 'f32'.")
-    return half.numpy()
+    return x.to(torch.float16).numpy()
 
 
 def add_metadata(writer, hyper: dict, dtype: str, name: str, folder: Path | None = None) -> None:
@@ -366,31 +348,27 @@ def add_metadata(writer, hyper: dict, dtype: str, name: str, folder: Path | None
     writer.add_name(name)
     writer.add_file_type(DTYPES[dtype])
     writer.add_quantization_version(2)
-    writer.add_block_count(hyper["layers"])
-    writer.add_context_length(hyper["ctx"])
-    writer.add_embedding_length(hyper["hidden"])
-    writer.add_feed_forward_length(hyper["ffn"])
-    writer.add_head_count(hyper["heads"])
-    writer.add_head_count_kv(hyper["kv_heads"])
-    writer.add_key_length(hyper["head_dim"])
-    writer.add_value_length(hyper["head_dim"])
-    writer.add_layer_norm_rms_eps(hyper["eps"])
-    writer.add_rope_freq_base(hyper["rope_theta"])
-    writer.add_rope_dimension_count(hyper["head_dim"])
+    for field, key in {
+        "block_count": "layers", "context_length": "ctx", "embedding_length": "hidden", "feed_forward_length": "ffn",
+        "head_count": "heads", "head_count_kv": "kv_heads", "key_length": "head_dim", "value_length": "head_dim",
+        "layer_norm_rms_eps": "eps", "rope_freq_base": "rope_theta", "rope_dimension_count": "head_dim",
+        "vocab_size": "vocab",
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{field}")(hyper[key])
     if hyper["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(hyper["factor"])
-    writer.add_vocab_size(hyper["vocab"])
 
 
 def _write(partial: Path, source: _Source, dtype: str, tokenizer, name: str) -> None:
     from tqdm.auto import tqdm
 
     hyper = hyperparameters(source.config)
-    tok, chat = _tokenizer_json(source, tokenizer), _chat_template(source, tokenizer)
+    tok, chat = _tokenizer_of(source, tokenizer)
     wanted = _account(source, hyper)
     total = sum(math.prod(shape) for _, shape in wanted.values())
-    freqs = _rope_freqs(hyper) if hyper["rope_type"] == "llama3" else None
+    if hyper["rope_type"] == "llama3":
+        wanted = {"rope_freqs.weight": ("", (hyper["head_dim"] // 2,))} | wanted
     writer = GGUFWriter(partial, "llama")
     try:
         add_metadata(writer, hyper, dtype, name, source.folder)
@@ -398,8 +376,6 @@ def _write(partial: Path, source: _Source, dtype: str, tokenizer, name: str) -> 
         add_tokenizer(writer, tok, source.config, hyper["vocab"])
         if chat:
             writer.add_chat_template(chat)
-        if freqs is not None:
-            writer.add_tensor_info("rope_freqs.weight", freqs.shape, freqs.dtype, freqs.nbytes)
         for key, (_, shape) in wanted.items():
             stored, kind = np.dtype(np.float16 if dtype == "f16" and len(shape) > 1 else np.float32), None
             if dtype == "bf16" and len(shape) > 1:  # numpy lacks the type, and gguf wants the shape of the bytes
@@ -408,11 +384,9 @@ def _write(partial: Path, source: _Source, dtype: str, tokenizer, name: str) -> 
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if freqs is not None:
-            writer.write_tensor_data(freqs)
         # one tensor in memory at a time: a 7B model converts on a laptop
         for key, (hf, shape) in tqdm(wanted.items(), desc="export", leave=False, disable=total < 100e6):
-            tensor = source.read(hf)
+            tensor = source.read(hf) if hf else _rope_freqs(hyper)
             if tuple(tensor.shape) != shape:
                 raise QtutorError(f"{hf} is {tuple(tensor.shape)} but config.json says {shape}: restore the original.")
             writer.write_tensor_data(_prepare(tensor, key, hyper, dtype))

@@ -184,8 +184,8 @@ def check_gguf(path, to_compute: bool = False) -> Gguf:
 
     A child process opens it first: it reads the whole structure, and where it is a model lets llama.cpp load it,
     compute a few tokens and plan a quantization.  If a damaged or hostile file ends that process, or keeps it busy, the
-    notebook goes on.  Values are not judged: a flipped bit inside a weight is a slightly different model.  Our own
-    files need a child only before the first quantized and the first other model computes (``to_compute``): a build may hold
+    notebook goes on.  Values are not judged: a flipped bit in a weight is a slightly different model.  Files of ours
+    need a child only before the first quantized and the first other model computes (``to_compute``): a build may hold
     instructions that the processor lacks.
     """
     path = Path(path)

@@ -51,8 +51,8 @@ def native():
     """Import llama_cpp's ctypes bindings once, send its log to :data:`log`, start the backend."""
     if _keep_alive:
         return _keep_alive[0]
-    # OpenMP threads that wait by spinning keep the core from whoever has work to do: on two busy cores that
-    # made llama.cpp five times slower.  libgomp reads this when it is loaded; the reader's own value wins.
+    # OpenMP threads that wait by spinning made llama.cpp five times slower on two busy cores.  libgomp reads this when
+    # it is loaded; the reader's own value wins.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         import llama_cpp.llama_cpp as lib
@@ -310,7 +310,6 @@ class Model:
         self.on_gpu = bool(lib.llama_supports_gpu_offload()) and params.n_gpu_layers != 0
         if self.on_gpu:
             params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # read through pinned buffers: faster than page faults of a map
-        self._check_memory(int(ctx), int(sequences))
         log.clear()
         self._model = lib.llama_model_load_from_file(os.fsencode(self.gguf.path), params)
         if not self._model:
@@ -318,9 +317,15 @@ class Model:
         self._weight_buffers = _BUFFER.findall("".join(log))
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.n_vocab = lib.llama_vocab_n_tokens(self._vocab)
-        self._new_context(int(ctx), int(sequences))
+        try:
+            self.resize(ctx, sequences)
+        except QtutorError:
+            self.close()
+            raise
 
-    def _check_memory(self, ctx: int, sequences: int) -> None:
+    def resize(self, ctx: int, sequences: int = 1) -> None:
+        """Make another context on the same weights; every token is forgotten."""
+        lib, ctx, sequences = self._open(), int(ctx), int(sequences)
         if ctx < 1 or sequences < 1:
             raise QtutorError(f"A context of {sequences} x {ctx} tokens is none: give at least 1.")
         kind, meta = GGML[self.kv_type], self.gguf.metadata
@@ -329,16 +334,10 @@ class Model:
         if not self.on_gpu and need > psutil.virtual_memory().available:
             raise QtutorError(f"A context of {sequences} x {ctx} tokens needs {need / 2**30:.1f} GiB beside the "
                               "weights: make ctx smaller.")  # fmt: skip
-
-    def resize(self, ctx: int, sequences: int = 1) -> None:
-        """Make another context on the same weights; every token is forgotten."""
-        self._open()
-        self._check_memory(ctx, sequences)
-        self.lib.llama_free(self._ctx)
-        self._new_context(ctx, sequences)
-
-    def _new_context(self, ctx: int, sequences: int) -> None:
-        lib, self.ctx, self.sequences = self.lib, ctx, sequences
+        if self._ctx:
+            lib.llama_free(self._ctx)
+            self._ctx = None
+        self.ctx, self.sequences = ctx, sequences
         params = lib.llama_context_default_params()
         params.n_seq_max, params.no_perf = sequences, True
         params.n_ctx = params.n_batch = ctx * sequences
@@ -388,7 +387,7 @@ class Model:
         self._ctx = self._model = None
 
     def _open(self):
-        if not self._ctx:
+        if not self._model:
             raise QtutorError("This model is closed: open it again with llamacpp.Model(path).")
         return self.lib
 
@@ -492,11 +491,7 @@ class Model:
         self.clear()
         while len(out) < max_tokens and past < self.ctx:
             logits, past = self._decode(ids[None], past, -1)[0], past + len(ids)
-            token = int(logits.argmax())
-            if temperature > 0:
-                z = logits.astype(np.float64) / temperature
-                p = np.exp(z - z.max())
-                token = int(rng.choice(len(p), p=p / p.sum()))
+            token = int((logits + temperature * rng.gumbel(size=len(logits))).argmax())  # Gumbel's trick
             if self.lib.llama_vocab_is_eog(self._vocab, token):
                 break
             out.append(token)

@@ -23,9 +23,6 @@ def convert(model):
 
     All layers are built, and each dequantized weight compared with the fake-quantized one, before the first is
     replaced, in place.  Weights that were shared are stored once.  Returns the model (a new layer for a layer).
-
-    Raises QtutorError where there is nothing to convert (never silently!), for NaN weights, and for a static activation
-    quantizer that never saw data.
     """
 
     def stored_layer(name, module, made):
@@ -44,7 +41,7 @@ def bake(model):
     """Replace each fake-quantized or converted layer by a plain float layer, its weight on the points of the grid.
 
     Activation quantizers are dropped.  Weights that were shared stay shared.  The model is smaller by nothing, but any
-    exporter can read it, and quantizing it again to the same format changes no value.  Returns and raises as convert.
+    exporter can read it, and quantizing it again to the same format changes no value.
     """
 
     def float_layer(name, module, made):
@@ -126,10 +123,7 @@ class StoredWeight(nn.Module):
         scale = self.scale.float() if self.global_scale is None else self.scale.float() * self.global_scale
         return (blocks * scale).to(self.dtype).view(self.shape)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points."""
-        return sum(t.numel() * t.element_size() for t in self.buffers())
+    nbytes = property(lambda self: sum(t.nbytes for t in self.buffers()))
 
 
 class _Stored(nn.Module):
@@ -221,7 +215,7 @@ def weight_bytes(model: nn.Module) -> list[dict]:
             if hasattr(weight, "qdata"):  # torchao's tensor subclasses name their parts so
                 parts = [getattr(weight, part, None) for part in ("qdata", "scale", "zero_point", "per_tensor_scale")]
                 kind = f"torchao {type(weight).__name__}"
-            size, weights = sum(t.numel() * t.element_size() for t in parts if t is not None), weight.numel()
+            size, weights = sum(t.nbytes for t in parts if t is not None), weight.numel()
         else:
             continue
         if id(key) not in seen:

@@ -25,9 +25,7 @@ import time
 
 from . import QtutorError, llamacpp
 
-_NEEDS = {"fastapi": "fastapi", "uvicorn": "uvicorn", "sse_starlette": "sse-starlette",
-          "starlette_context": "starlette-context", "pydantic_settings": "pydantic-settings",
-          "httpx": "httpx"}  # fmt: skip
+_NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings", "httpx")
 # The server also reads its settings from the environment: a stray API_KEY there would lock everybody out.
 _STRAY = ("API_KEY", "CONFIG_FILE", "SSL_KEYFILE", "SSL_CERTFILE", "ROOT_PATH", "CHAT_FORMAT", "CLIP_MODEL_PATH",
           "LORA_PATH", "LORA_BASE", "DRAFT_MODEL", "HF_MODEL_REPO_ID", "HF_TOKENIZER_CONFIG_PATH", "MODEL",
@@ -48,7 +46,7 @@ runpy.run_module("llama_cpp.server", run_name="__main__", alter_sys=True)
 
 def available() -> tuple[bool, str]:
     """``(True, "")`` where the server can run, else ``(False, why in one sentence)``."""
-    missing = [package for module, package in _NEEDS.items() if importlib.util.find_spec(module) is None]
+    missing = [name.replace("_", "-") for name in _NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         return False, f"The server needs {', '.join(missing)}: pip install 'llama-cpp-python[server]' httpx."
     ok, why = llamacpp.available()

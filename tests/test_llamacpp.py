@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import forked
 import gguf
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ def has_tool(name):
 
 
 needs_quantize = pytest.mark.skipif(not has_tool("llama-quantize"), reason="llama-quantize is not installed")
+needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="it forks")
 needs_imatrix_tool = pytest.mark.skipif(not has_tool("llama-imatrix"), reason="llama-imatrix is not installed")
 
 
@@ -407,7 +409,8 @@ def everything(path, tmp_path):
             model.logits([0, 1, 2])
             model.generate("The", 2)
         llamacpp.plan(path, "Q4_0")
-        llamacpp.quantize(path, tmp_path / "out.gguf", "Q4_0")
+        if not llamacpp.check_gguf(path).quantized:
+            llamacpp.quantize(path, tmp_path / "out.gguf", "Q4_0")
     except QtutorError as err:
         assert "\n" not in str(err)
         return False
@@ -533,8 +536,10 @@ def damaged(data, header, rng):
     return data
 
 
-def test_two_hundred_damaged_files(q4, f32, tmp_path):
+@needs_fork
+def test_two_hundred_damaged_files(q4, f32, tmp_path, monkeypatch):
     """The process that runs this test is the one that would die."""
+    monkeypatch.setattr(gguf_file.subprocess, "run", forked.run)
     refusals = 0
     for seed in range(210):
         source = (q4, f32)[seed % 2]
@@ -546,8 +551,10 @@ def test_two_hundred_damaged_files(q4, f32, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_bit_flips_never_take_the_process_down(q4, tmp_path):
+@needs_fork
+def test_bit_flips_never_take_the_process_down(q4, tmp_path, monkeypatch):
     """Flips among counts, keys, hyper-parameters and the tensor table: refused in a sentence, or harmless."""
+    monkeypatch.setattr(gguf_file.subprocess, "run", forked.run)
     data = q4.read_bytes()
     vocabulary = range(data.find(b"tokenizer.ggml.tokens") + 60, data.find(b"tokenizer.ggml.bos_token_id"))
     places = [i for i in range(llamacpp.check_gguf(q4).data_offset) if i not in vocabulary]

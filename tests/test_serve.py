@@ -111,7 +111,7 @@ def test_what_cannot_be_served_is_one_sentence(path, tmp_path, monkeypatch):
     broken = serve.Server(path)
     broken._options += ["--no_such_option", "1"]
     refused("did not start", broken.start)
-    monkeypatch.setitem(serve._NEEDS, "no_such_module", "no-such-package")
+    monkeypatch.setattr(serve, "_NEEDS", ("no_such_package",))
     refused("no-such-package", lambda: serve.Server(path))
 
 
