@@ -37,11 +37,8 @@ class QtutorError(RuntimeError):
 
 
 def profile() -> str:
-    """Return ``"quick"`` or ``"full"``: the size at which the notebooks run.
-
-    ``QTUTOR_PROFILE`` decides where it is set; otherwise a CUDA GPU gets the full size and
-    everything else the quick one.
-    """
+    """Return ``"quick"`` or ``"full"``: the size at which the notebooks run.  ``QTUTOR_PROFILE`` decides where it is
+    set; otherwise a CUDA GPU gets the full size and everything else the quick one."""
     chosen = os.environ.get("QTUTOR_PROFILE", "").strip().lower()
     if chosen in ("quick", "full"):
         return chosen

@@ -32,7 +32,6 @@ def one_line(error: BaseException) -> str:
 
 # A check of the doctor yields (what, found) for each thing that works, and raises what does not.
 def check_python():
-    """The interpreter's version is one that the dependencies support."""
     yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         raise QtutorError("the course needs 3.11, 3.12 or 3.13")
@@ -118,7 +117,6 @@ def check_model():
 
 
 def check_jupyter():
-    """JupyterLab, the widgets and a kernel are installed."""
     from jupyter_client.kernelspec import KernelSpecManager
 
     KernelSpecManager().get_kernel_spec("python3")  # raises where there is none
@@ -126,7 +124,6 @@ def check_jupyter():
 
 
 def check_notebooks():
-    """The notebooks are there and can be read."""
     if not (NOTEBOOKS / START_PAGE).is_file():
         raise QtutorError(f"{START_PAGE} is missing")
     yield "notebooks", f"{len([files.read_json(path, 'notebook') for path in notebook_paths()])} here"

@@ -88,10 +88,8 @@ def check_folder(where: Path) -> None:
 
 
 def load(dtype=None, device=None):
-    """Load the model in use for inference: a Hugging Face causal language model in eval mode.
-
-    ``dtype`` of the weights is torch.float32 by default (the file holds bfloat16), ``device`` the CPU.
-    """
+    """Load the model in use for inference: a Hugging Face causal language model in eval mode.  ``dtype`` of the weights
+    is torch.float32 by default (the file holds bfloat16), ``device`` the CPU."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -175,10 +175,8 @@ def track_energy(device=None) -> Iterator[Energy]:
 
 def timed(fn, warmup: int = 3, repeats: int = 5, seconds: float = 1.0, device=None, clock=None,
           before=None) -> tuple[measure.Timing, Energy]:  # fmt: skip
-    """:func:`measure.time_ms` together with the energy of exactly the calls that were timed.
-
-    The energy is read on ``device``, the time on ``clock``: "cpu" for a library that waits for its own work.
-    """
+    """:func:`measure.time_ms` together with the energy of exactly the calls that were timed.  The energy is read on
+    ``device``, the time on ``clock``: "cpu" for a library that waits for its own work."""
     measure.time_ms(fn, warmup, 0, clock or device, before=before)
     with track_energy(device) as used:
         timing = measure.time_ms(fn, 0, repeats, clock or device, seconds, before)

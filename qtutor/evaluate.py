@@ -132,10 +132,8 @@ def iter_logits(source, tokens, ctx: int = 512, *, second_half_only: bool = Fals
 
 
 def logits_of(source, tokens, ctx: int = 512, **options) -> Tensor:
-    """All scored logits, to keep as the base of many comparisons: float32 (n_scored, vocab), on the CPU.
-
-    ``options`` are those of :func:`iter_logits`.  With a vocabulary of 4,096 a token takes 16 KiB.
-    """
+    """All scored logits, to keep as the base of many comparisons: float32 (n_scored, vocab), on the CPU.  ``options``
+    are those of :func:`iter_logits`.  With a vocabulary of 4,096 a token takes 16 KiB."""
     return torch.cat([part.float().cpu() for part in iter_logits(source, tokens, ctx, **options)])
 
 
@@ -192,10 +190,8 @@ class Perplexity:
 
 
 def score(logits, targets) -> Perplexity:
-    """Perplexity of logits (n, vocab), or an iterable of such pieces, against the true tokens (n,).
-
-    The error is the delta method's, as in llama.cpp: ``se(exp(m)) = exp(m) * se(m)``.
-    """
+    """Perplexity of logits (n, vocab), or an iterable of such pieces, against the true tokens (n,).  The error is the
+    delta method's, as in llama.cpp: ``se(exp(m)) = exp(m) * se(m)``."""
     nll = np.concatenate([token_nll(*piece).cpu().numpy() for piece in _in_step(logits, np.asarray(targets))])
     mean = float(nll.mean())
     return Perplexity(math.exp(mean), math.exp(mean) * standard_error(nll), mean, len(nll), nll)

@@ -57,10 +57,7 @@ class FloatFormat:
     bias: int
     specials: str = "none"
 
-    @property
-    def bits(self) -> int:
-        """Bits per value, sign included."""
-        return 1 + self.exponent_bits + self.mantissa_bits
+    bits = property(lambda self: 1 + self.exponent_bits + self.mantissa_bits)  # of a value, sign included
 
     @property
     def max_exponent(self) -> int:
@@ -76,16 +73,8 @@ class FloatFormat:
         return ones * 2.0**self.max_exponent
 
     min = property(lambda self: -self.max)
-
-    @property
-    def min_normal(self) -> float:
-        """Smallest positive number with all its mantissa bits."""
-        return 2.0 ** (1 - self.bias)
-
-    @property
-    def min_subnormal(self) -> float:
-        """Smallest positive number."""
-        return 2.0 ** (1 - self.bias - self.mantissa_bits)
+    min_normal = property(lambda self: 2.0 ** (1 - self.bias))  # the smallest positive one with all its mantissa bits
+    min_subnormal = property(lambda self: 2.0 ** (1 - self.bias - self.mantissa_bits))  # the smallest positive one
 
     @cached_property
     def _table(self) -> torch.Tensor:
@@ -260,10 +249,8 @@ def mx_scale(amax: torch.Tensor, fmt: FloatFormat, no_clipping: bool = False) ->
 
 
 def nvfp4_scales(amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return NVFP4's scales: of each block (E4M3 numbers) and of the tensor (FP32), float32; the product counts.
-
-    The tensor's is ``amax / (448 * 6)``, so that the block scales fill E4M3's range.
-    """
+    """Return NVFP4's scales: of each block (E4M3 numbers) and of the tensor (FP32), float32; the product counts.  The
+    tensor's is ``amax / (448 * 6)``, so that the block scales fill E4M3's range."""
     whole = amax.max() / (E4M3.max * E2M1.max)
     whole = torch.where(whole > 0, whole, 1.0).clamp(min=2.0**-120)  # smaller, and its reciprocal overflows
     # Tiny blocks take E4M3's smallest normal number: a scale that is zero would make them NaN.
@@ -331,10 +318,8 @@ def quantize_dequantize(x: torch.Tensor, fmt, granularity: str = "tensor", group
 
 
 def mxfp8(x: torch.Tensor, fmt=E4M3) -> Quantized:
-    """Quantize to MXFP8: blocks of 32 FP8 values share a power of two (:func:`mx_scale`), 8.25 bits per value.
-
-    ``x``: tensor (..., columns), columns a multiple of 32.  ``fmt``: E4M3 or E5M2; E2M3 and E3M2 give MXFP6.
-    """
+    """Quantize to MXFP8: blocks of 32 FP8 values share a power of two (:func:`mx_scale`), 8.25 bits per value.  ``x``:
+    tensor (..., columns), columns a multiple of 32.  ``fmt``: E4M3 or E5M2; E2M3 and E3M2 give MXFP6."""
     x, fmt = _checked(x, to_scale=True), get(fmt)
     blocks = to_blocks(x.float(), "group", 32)
     scale = mx_scale(blocks.abs().amax(1, keepdim=True), fmt)

@@ -111,10 +111,8 @@ KINDS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn
 
 
 def mixture(src, type: str, imatrix: bool = False) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """What ``type`` chooses for the GGUF file ``src``, by llama.cpp's dry run; nothing is written.
-
-    Returns ``({"attn_q": [format of layer 0, of layer 1, ...], ...}, {"token_embd": format, ...})``.
-    """
+    """What ``type`` chooses for the GGUF file ``src``, by llama.cpp's dry run; nothing is written.  Returns
+    ``({"attn_q": [format of layer 0, of layer 1, ...], ...}, {"token_embd": format, ...})``."""
     layers: dict[str, dict[int, str]] = {kind: {} for kind in KINDS}
     others = {}
     for tensor in llamacpp.plan(src, type, imatrix=imatrix):

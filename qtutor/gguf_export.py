@@ -182,10 +182,8 @@ def hyperparameters(config: dict) -> dict:
 
 
 def expected(hyper: dict, names=()) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """GGUF name -> (Hugging Face name, shape), in the order in which they are written.
-
-    ``names``: of the checkpoint's tensors; biases that are among them (attention_bias, mlp_bias) are expected too.
-    """
+    """GGUF name -> (Hugging Face name, shape), in the order in which they are written.  ``names``: of the checkpoint's
+    tensors; biases that are among them (attention_bias, mlp_bias) are expected too."""
     d, f, dim = hyper["hidden"], hyper["ffn"], hyper["head_dim"]
     q, kv = hyper["heads"] * dim, hyper["kv_heads"] * dim
     shapes = [(d,), (q, d), (kv, d), (kv, d), (d, q), (d,), (f, d), (f, d), (d, f)]  # in the order of _LAYER_NAMES

@@ -205,10 +205,8 @@ _PLAN = re.compile(r"\] +(\S+) +- \[[\d, ]+\], type = +(\w+), size = +[\d.]+ MiB
 
 
 def plan(src, type: str, imatrix: bool = False) -> list[Tensor]:
-    """The tensor table (without offsets) of what :func:`quantize` would write: a dry run.
-
-    ``imatrix`` says whether there would be one: a few types choose other tensor types when there is.
-    """
+    """The tensor table (without offsets) of what :func:`quantize` would write: a dry run.  ``imatrix`` says whether
+    there would be one: a few types choose other tensor types when there is."""
     kind, source = file_type(type), check_gguf(src)
     fake = {t.name: np.ones(t.shape[-1], np.float32) for t in source.tensors if len(t.shape) == 2} if imatrix else None
     _run_quantize(source.path, os.devnull, kind, fake, None, dry_run=True)
@@ -464,10 +462,8 @@ class Model:
         return found
 
     def logits(self, tokens, first: int = 0) -> np.ndarray:
-        """Logits after each token of one window, from an empty cache: float32, (n - first, vocab), n <= ctx.
-
-        ``first`` leaves out the positions before it, which saves their share of the output matrix.
-        """
+        """Logits after each token of one window, from an empty cache: float32, (n - first, vocab), n <= ctx.  ``first``
+        leaves out the positions before it, which saves their share of the output matrix."""
         ids = self._ids(tokens)
         if not 0 < len(ids) <= self.ctx:
             raise QtutorError(f"logits() takes 1 to {self.ctx} tokens and got {len(ids)}: cut windows, or raise ctx.")

@@ -113,9 +113,7 @@ def compare_ms(calls: dict[str, Callable[[], object]], warmup: int = 3, repeats:
 
 def captured(fn: Callable[[], object]):
     """Record ``fn()`` into a CUDA graph, whose kernels one call launches; return (its replay, what ``fn`` returned).
-
-    Each replay reads and writes the tensors of the recorded call: fill its inputs in place, read its result.
-    """
+    Each replay reads and writes the tensors of the recorded call: fill its inputs in place, read its result."""
     side = torch.cuda.Stream()  # warm-up on a side stream, as PyTorch's notes on CUDA graphs ask for
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -153,10 +151,8 @@ class Memory:
 
 @contextmanager
 def track_memory(device=None) -> Iterator[Memory]:
-    """Measure the peak memory of a block: ``with track_memory() as memory: ...; memory.added``.
-
-    On a GPU exactly (PyTorch counts its tensors), on the CPU by sampling the process's resident size every 5 ms.
-    """
+    """Measure the peak memory of a block: ``with track_memory() as memory: ...; memory.added``.  On a GPU exactly
+    (PyTorch counts its tensors), on the CPU by sampling the process's resident size every 5 ms."""
     memory = Memory()
     if on_gpu(device):
         torch.cuda.synchronize(device)

@@ -85,9 +85,7 @@ class PercentileObserver(_SampleObserver):
 
 class MSEObserver(_SampleObserver):
     """Static range with the least mean squared quantization error, of ``steps`` shrunken copies of [min, max].
-
-    Clipping a few large values makes the grid finer for all the others: at few bits that pays.
-    """
+    Clipping a few large values makes the grid finer for all the others: at few bits that pays."""
 
     def __init__(self, steps: int = 80, smallest: float = 0.2, max_samples: int = 1 << 14):
         super().__init__(max_samples)

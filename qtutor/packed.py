@@ -200,10 +200,8 @@ def unpack_codes(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
 
 
 def weight_bytes(model: nn.Module) -> list[dict]:
-    """Where the bytes are: for each layer ``layer, kind, bytes, bits_per_weight``; a shared weight counts once.
-
-    Linear layers always (torchao's too), embeddings and norms where they are quantized.
-    """
+    """Where the bytes are: for each layer ``layer, kind, bytes, bits_per_weight``; a shared weight counts once.  Linear
+    layers always (torchao's too), embeddings and norms where they are quantized."""
     rows, seen = [], set()
     for name, module in model.named_modules():
         if isinstance(module, _Stored):

@@ -61,10 +61,8 @@ class Paired:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``passed``: the loss is smaller than ``margin``, at LEVEL; ``p`` is of the opposite hypothesis.
-
-    ``bound`` is the largest loss that the data leave possible: a one-sided bound at ``1 - LEVEL``.
-    """
+    """``passed``: the loss is smaller than ``margin``, at LEVEL; ``p`` is of the opposite hypothesis.  ``bound`` is the
+    largest loss that the data leave possible: a one-sided bound at ``1 - LEVEL``."""
 
     passed: bool
     p: float

@@ -92,10 +92,8 @@ def annotate(ax, xs, ys, labels, fontsize: float = 8.5, color="0.25") -> list:
 
 
 def quality_vs_bits(ax, bits, values, errors=None, labels=None, color=None, marker: str = "o", label=None):
-    """Draw quality (lower is better) against bits per weight: one point with its error bar for each format.
-
-    ``labels`` name the points, placed so that they do not cover each other; ``label`` names the series in the legend.
-    """
+    """Draw quality (lower is better) against bits per weight: one point with its error bar for each format.  ``labels``
+    name the points, placed so that they do not cover each other; ``label`` names the series in the legend."""
     ax.errorbar(bits, values, yerr=errors, fmt=marker, color=color or PALETTE[0], ms=5, capsize=2.5, lw=1.2,
                 label=label)  # fmt: skip
     ax.set_xlabel("bits per weight")
@@ -107,9 +105,7 @@ def quality_vs_bits(ax, bits, values, errors=None, labels=None, color=None, mark
 
 def plain_ticks(axis, span: float = 10) -> None:
     """Ticks of a logarithmic axis (``ax.xaxis``) as people write numbers; ``span``: its largest value by its least.
-
-    They stand at 1, 2 and 5 below two decades, at 1 and 3 below three, and at the powers of ten beyond.
-    """
+    They stand at 1, 2 and 5 below two decades, at 1 and 3 below three, and at the powers of ten beyond."""
     if span < 1000:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 100 else (1, 3)))
         axis.set_major_formatter("{x:,.10g}")

@@ -23,10 +23,8 @@ SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  #
 
 
 def linears(model) -> dict:
-    """Name -> layer: every linear layer of a causal language model except its output head.
-
-    Some libraries' quantized layers are no ``nn.Linear``: what has ``in_features`` and ``out_features`` counts as one.
-    """
+    """Name -> layer: every linear layer of a causal language model except its output head.  Some libraries' quantized
+    layers are no ``nn.Linear``: what has ``in_features`` and ``out_features`` counts as one."""
 
     def linear(module):
         return all(isinstance(getattr(module, side, None), int) for side in ("in_features", "out_features"))

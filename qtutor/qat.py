@@ -56,9 +56,7 @@ def recovered(ptq: float, qat: float, original: float) -> float:
 
 def load_q4_0(path=Q4_0_FILE):
     """The course model after QAT on llama.cpp's Q4_0 grid (head and embedding: Q8_0), as a float model on that grid.
-
-    Raises QtutorError where the file is missing, damaged, or for another model than the one in use.
-    """
+    Raises QtutorError where the file is missing, damaged, or for another model than the one in use."""
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 

@@ -192,10 +192,8 @@ def versions() -> dict:
 
 
 def commit() -> str:
-    """The commit of this checkout, with ``+`` when files of the package or the model differ from it.
-
-    Outside a checkout (a copy of the files on a GPU machine): what ``QTUTOR_COMMIT`` says, else ``unknown``.
-    """
+    """The commit of this checkout, with ``+`` when files of the package or the model differ from it.  Outside a
+    checkout (a copy of the files on a GPU machine): what ``QTUTOR_COMMIT`` says, else ``unknown``."""
     run = partial(subprocess.check_output, cwd=files.ROOT, text=True, timeout=20, stderr=subprocess.DEVNULL)
     try:
         changed = run(["git", "status", "--porcelain", "--untracked-files=no", "--", "qtutor", "data/model"]).strip()

@@ -34,8 +34,6 @@ import torch
 from . import QtutorError, formats
 from .formats import E2M1, E2M3, E3M2, E4M3, E5M2, INT2, INT4, INT5, INT8, FloatFormat
 
-# ----------------------------------------------------------------------------------------- targets
-
 
 @dataclass(frozen=True)
 class Target:
@@ -57,14 +55,8 @@ class Target:
     def __str__(self):
         return self.name
 
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-        return self.fmt.bits
-
-    @property
-    def is_float(self) -> bool:
-        return isinstance(self.fmt, FloatFormat)
+    bits = property(lambda self: self.fmt.bits)  # of a code
+    is_float = property(lambda self: isinstance(self.fmt, FloatFormat))
 
     @property
     def straight(self) -> bool:
@@ -103,9 +95,6 @@ TARGETS = {target.name.upper(): target for target in (
     Target("Q4_0", INT4, -8, 7, "gguf", 32, "up"),
     Target("TQ2_0", INT2, -1, 1, "gguf", 256, "away"),
 )}  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------- grids
 
 
 class Grid(NamedTuple):
@@ -160,9 +149,6 @@ def _gguf_grid(exact: torch.Tensor) -> Grid:
     """Codes are found with the exact scale and mean the stored one, which has 16 bits."""
     stored = exact.to(torch.float16)
     return Grid(stored.float(), inverse=torch.where(exact == 0, 0.0, 1.0 / exact), parts=(stored,))
-
-
-# ------------------------------------------------------------------ the straight-through estimator
 
 
 def on_grid(blocks: torch.Tensor, grid: Grid, target: Target) -> torch.Tensor:
@@ -248,16 +234,14 @@ def _round_float(y: torch.Tensor, fmt: FloatFormat) -> torch.Tensor:
 
 
 def _like(value, x: torch.Tensor) -> torch.Tensor:
-    """``value`` as a float32 (float64 for float64 x) tensor on the device of x, with at least one dimension.
-
-    (A tensor without dimensions would not promote bfloat16 to float32.)
-    """
+    """``value`` as a float32 (float64 for float64 x) tensor on the device of x, with at least one dimension.  (A tensor
+    without dimensions would not promote bfloat16 to float32.)"""
     value = torch.as_tensor(value, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     return value if value.ndim else value[None]
 
 
 def fake_quantize(x, scale, zero_point=None, quant_min: int = -128, quant_max: int = 127) -> torch.Tensor:
-    """Quantize and dequantize ``x`` on an integer grid, with the straight-through gradient.
+    """Quantize and dequantize ``x`` on an integer grid, with the straight-through gradient; shape and dtype stay.
 
     Args:
         x: float32 or bfloat16 tensor of any shape.
@@ -266,11 +250,7 @@ def fake_quantize(x, scale, zero_point=None, quant_min: int = -128, quant_max: i
         zero_point: None (symmetric) or integers, one or as many as ``scale``: the code that stands for 0.0.
         quant_min, quant_max: first and last code, e.g. -8 and 7 for signed 4 bits.
 
-    Returns:
-        Tensor of the shape and dtype of ``x``.  The arithmetic is float32 (codes up to 8 bits are exact).
-
-    Raises:
-        QtutorError: scale does not fit x, or the range of codes is empty.
+    The arithmetic is float32 (codes up to 8 bits are exact).
     """
     if quant_min >= quant_max:
         raise QtutorError(f"quant_min ({quant_min}) must be smaller than quant_max ({quant_max}).")

@@ -84,10 +84,8 @@ def _install_emulation() -> None:
 
 @functools.cache
 def activate() -> Status:
-    """Make Transformer Engine importable on this machine, real where it can run, else emulated.
-
-    Call it before the first ``import transformer_engine``; further calls return the same status.
-    """
+    """Make Transformer Engine importable on this machine, real where it can run, else emulated.  Call it before the
+    first ``import transformer_engine``; further calls return the same status."""
     try:
         version = metadata.version("transformer_engine")
     except metadata.PackageNotFoundError:

@@ -151,10 +151,8 @@ def summarize(items: Sequence[Item], loglik) -> Accuracy:
 
 
 def encode(tokenizer, context: str, ending: str) -> tuple[list[int], int]:
-    """Token ids of passage and ending together, and how many of them are the passage's.
-
-    As the harness does it: the two are tokenized as one text, for the ending's first token includes the space.
-    """
+    """Token ids of passage and ending together, and how many of them are the passage's.  As the harness does it: the
+    two are tokenized as one text, for the ending's first token includes the space."""
 
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]

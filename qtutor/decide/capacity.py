@@ -250,11 +250,8 @@ def kv_bytes(model, context: int, kv_type: str = "F16", users: int = 1) -> int:
 
 
 def buffer_bytes(model, type: str, context: int, kv_type: str = "F16", users: int = 1) -> int:
-    """Bytes of llama.cpp's compute buffer: activations and logits of up to 512 tokens at work.
-
-    llama.cpp plans it for the stub without allocating (``no_alloc``), for this machine's processor; a GPU's plan
-    differs by some percent.
-    """
+    """Bytes of llama.cpp's compute buffer: activations and logits of up to 512 tokens at work.  llama.cpp plans it for
+    the stub without allocating (``no_alloc``), for this machine's processor; a GPU's plan differs by some percent."""
     return _buffer(_key(model), llamacpp.file_type(type).name, _cells(context, users), str(kv_type).upper(), users)
 
 

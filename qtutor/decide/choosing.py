@@ -80,10 +80,8 @@ class Recording:
         return [row for row in rows if row.get("perplexity_ratio") is not None]
 
     def speeds(self, technique: Technique, model: str) -> tuple[str, str, list[dict]] | None:
-        """(model, device, rows by batch) of a measured shape within twice the size of ``model``; None where none is.
-
-        A small model keeps a fast memory less busy than a large one: 7B says little about 70B.
-        """
+        """(model, device, rows by batch) of a measured shape within twice the size of ``model``; None where none is.  A
+        small model keeps a fast memory less busy than a large one: 7B says little about 70B."""
         name = SAME_FORM[technique.name] if technique.trained else technique.name
         seven = _rows(self.tradeoff, shape="llama2_7b", technique=name)
         seventy = _rows(self.llama70b, kind="batch", type=technique.gguf, fits=True)
@@ -294,10 +292,8 @@ def decide(need: Need, directory=None) -> Decision:
 
 @dataclass
 class Decision:
-    """What :func:`decide` found: the ``front`` (best first) and all ``options``: yes, then unknown, then no.
-
-    ``best`` is the recommended option, None where nothing is known to do.
-    """
+    """What :func:`decide` found: the ``front`` (best first) and all ``options``: yes, then unknown, then no.  ``best``
+    is the recommended option, None where nothing is known to do."""
 
     need: Need
     front: list

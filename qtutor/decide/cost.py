@@ -22,9 +22,7 @@ JOULES_PER_KWH = 3.6e6
 
 def cost_per_million_tokens(tokens_per_s: float, usd_per_hour: float) -> float:
     """US dollars for a million tokens, on a machine that costs ``usd_per_hour`` and is busy all the time.
-
-    ``usd_per_hour / 3600 / tokens_per_s * 1e6``.  A machine that waits half the time costs twice as much a token.
-    """
+    ``usd_per_hour / 3600 / tokens_per_s * 1e6``.  A machine that waits half the time costs twice as much a token."""
     if not (0 < tokens_per_s < math.inf and 0 <= usd_per_hour < math.inf):
         raise QtutorError(f"{tokens_per_s!r} tokens/s at {usd_per_hour!r} USD an hour: give a speed above 0, and a "
                           "price that is not negative.")  # fmt: skip
@@ -109,9 +107,7 @@ class CarbonGrid:
 @cache
 def grids() -> list[CarbonGrid]:
     """All grids, from the cleanest to the dirtiest: codecarbon's table, where it is installed, and the world's mean.
-
-    Yearly means of a whole country: the hour and the place within it can differ by a factor of several.
-    """
+    Yearly means of a whole country: the hour and the place within it can differ by a factor of several."""
     spec, source = find_spec("codecarbon"), "Our World in Data and Ember, in codecarbon's global_energy_mix.json"
     path = Path(spec.origin).parent / "data/private_infra/global_energy_mix.json" if spec else None
     table = files.read_json(path) if path else {}

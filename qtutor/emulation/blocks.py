@@ -100,10 +100,8 @@ class Float8BlockwiseQTensor(BlockTensor):
 
 
 class Float8BlockQuantizer(BlockQuantizer):
-    """One scale for each 1 x 128 (``block_scaling_dim`` 1) or 128 x 128 values (2).
-
-    ``force_pow_2_scales`` rounds scales down to powers of two; an amax counts as at least ``amax_epsilon``.
-    """
+    """One scale for each 1 x 128 (``block_scaling_dim`` 1) or 128 x 128 values (2).  ``force_pow_2_scales`` rounds
+    scales down to powers of two; an amax counts as at least ``amax_epsilon``."""
 
     tensor = Float8BlockwiseQTensor
 

@@ -70,10 +70,8 @@ def _transposed(matrix):
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """Three products of quantized operands: y = x w^T, dx = dy w, dw = dy^T x.
-
-    What is kept for the backward pass is quantized, along the dimension that the backward products sum over.
-    """
+    """Three products of quantized operands: y = x w^T, dx = dy w, dw = dy^T x.  What is kept for the backward pass is
+    quantized, along the dimension that the backward products sum over."""
 
     @staticmethod
     def forward(ctx, weight, inp, bias, module, number, dtype, cached, amax, wide):

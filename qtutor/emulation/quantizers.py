@@ -181,10 +181,8 @@ class Quantizer:
 
 
 class _TensorQuantizer(Quantizer):
-    """One scale for the tensor: ``quantizer(x)`` returns a :class:`Float8Tensor`.
-
-    ``_scale(x, amax)`` returns the scale to quantize ``x`` with and its amax; ``amax``: found before ``x`` was rounded.
-    """
+    """One scale for the tensor: ``quantizer(x)`` returns a :class:`Float8Tensor`.  ``_scale(x, amax)`` returns the
+    scale to quantize ``x`` with and its amax; ``amax``: found before ``x`` was rounded."""
 
     per_tensor = True
 
@@ -208,10 +206,8 @@ class _TensorQuantizer(Quantizer):
 
 
 class Float8Quantizer(_TensorQuantizer):
-    """Delayed scaling: quantize with the given ``scale`` and raise ``amax`` to that of what passes.
-
-    Both are float32 tensors of one element, read and written at each call.
-    """
+    """Delayed scaling: quantize with the given ``scale`` and raise ``amax`` to that of what passes.  Both are float32
+    tensors of one element, read and written at each call."""
 
     def __init__(self, scale: torch.Tensor, amax: torch.Tensor, fp8_dtype: DType):
         self.scale, self.amax, self.dtype = scale, amax, DType(fp8_dtype)
@@ -224,10 +220,8 @@ class Float8Quantizer(_TensorQuantizer):
 
 
 class Float8CurrentScalingQuantizer(_TensorQuantizer):
-    """Current scaling: one pass finds amax (at least ``amax_epsilon``), the next quantizes.
-
-    ``force_pow_2_scales`` rounds the scale down to a power of two.
-    """
+    """Current scaling: one pass finds amax (at least ``amax_epsilon``), the next quantizes.  ``force_pow_2_scales``
+    rounds the scale down to a power of two."""
 
     def __init__(self, fp8_dtype: DType, device=None, *, force_pow_2_scales: bool = False, amax_epsilon: float = 0.0):
         self.dtype, self.force_pow_2_scales, self.amax_epsilon = DType(fp8_dtype), force_pow_2_scales, amax_epsilon
@@ -240,9 +234,7 @@ class Float8CurrentScalingQuantizer(_TensorQuantizer):
 
 def scale_of(amax: torch.Tensor, top: float, largest_scale: float, power_of_two: bool) -> torch.Tensor:
     """``top / amax`` in FP32, ``largest_scale`` where that overflows, 1 where amax is 0 or not finite.
-
-    ``power_of_two``: rounded down to one, by clearing the mantissa.
-    """
+    ``power_of_two``: rounded down to one, by clearing the mantissa."""
     # Not ``top / amax``: torch turns that into reciprocal-and-multiply, which is off by one bit now and then.
     scale = torch.div(torch.full_like(amax, top), amax)
     scale = scale.masked_fill_(scale.isinf(), largest_scale)

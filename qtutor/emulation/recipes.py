@@ -42,10 +42,8 @@ def _is(*names: str):
 
 @dataclass(kw_only=True)
 class Recipe:
-    """Base class of the recipes; the class methods say which one a recipe is.
-
-    ``fp8_dpa`` and ``fp8_mha``, attention in FP8, are not emulated: NotImplementedError.
-    """
+    """Base class of the recipes; the class methods say which one a recipe is.  ``fp8_dpa`` and ``fp8_mha``, attention
+    in FP8, are not emulated: NotImplementedError."""
 
     fp8_dpa: bool = False
     fp8_mha: bool = False
@@ -107,9 +105,7 @@ class Float8BlockScaling(Recipe):
 @dataclass
 class MXFP8BlockScaling(Recipe):
     """One power-of-two scale for each 32 values.  The hardware for it is Blackwell; the emulation runs anywhere.
-
-    ``fp8_format``: ``Format.E4M3`` in both directions, or ``Format.HYBRID``.
-    """
+    ``fp8_format``: ``Format.E4M3`` in both directions, or ``Format.HYBRID``."""
 
     margin: int = 0  # no effect in the real library either
     fp8_format: Format = Format.E4M3
@@ -117,10 +113,8 @@ class MXFP8BlockScaling(Recipe):
 
 @dataclass
 class NVFP4BlockScaling(Recipe):
-    """E2M1 values, one E4M3 scale for each 16.  The hardware for it is Blackwell; the emulation runs anywhere.
-
-    What can be left out: the random Hadamard transform, stochastic rounding of gradients, squares for weights.
-    """
+    """E2M1 values, one E4M3 scale for each 16.  The hardware for it is Blackwell; the emulation runs anywhere.  What
+    can be left out: the random Hadamard transform, stochastic rounding of gradients, squares for weights."""
 
     disable_rht: bool = False
     disable_stochastic_rounding: bool = False

@@ -140,10 +140,8 @@ def answers_table(said: dict[str, str]) -> str:
 
 
 def explorer(models: dict, prompts, max_tokens: int = 24):
-    """A widget: choose or write a prompt, and every model answers it.
-
-    ``models``: name -> an open :class:`qtutor.llamacpp.Model`, the original first; ``prompts``: those to choose from.
-    """
+    """A widget: choose or write a prompt, and every model answers it.  ``models``: name -> an open
+    :class:`qtutor.llamacpp.Model`, the original first; ``prompts``: those to choose from."""
     when_let_go = {"continuous_update": False}
     prompt = ipywidgets.Combobox(value=prompts[0], options=prompts, description="prompt", ensure_option=False,
                                  layout={"width": "95%"}, **when_let_go)  # fmt: skip

@@ -26,9 +26,7 @@ def _short(technique: str) -> str:
 
 def draw(ax, rows, x: str, y: str) -> list[dict]:
     """Draw rows on two axes with their intervals and the front; returns what :func:`qtutor.decide.pareto.judge` said.
-
-    Filled: on the front for sure.  Half-tone: open.  Hollow: dominated for sure.
-    """
+    Filled: on the front for sure.  Half-tone: open.  Hollow: dominated for sure."""
     found = judge(rows, x, y)
     across, up = AXES[x], AXES[y]
     (xs, x_low, x_high), (ys, y_low, y_high) = across.values(found), up.values(found)
@@ -82,10 +80,8 @@ def picture(rows, x: str = "size", y: str = "kld", title: str = "", width: float
 
 
 def relative_picture(series: dict[str, list[dict]], label: str, title: str = "", width: float = 8.5):
-    """Figure: a line for each technique, a marker for each of ``series`` (name -> rows of ``pareto.relative``).
-
-    Right of 1 is more than the 16-bit model of the same runtime, left of it less; bars are the intervals.
-    """
+    """Figure: a line for each technique, a marker for each of ``series`` (name -> rows of ``pareto.relative``).  Right
+    of 1 is more than the 16-bit model of the same runtime, left of it less; bars are the intervals."""
     names = list(dict.fromkeys(row["technique"] for part in series.values() for row in part
                                if row["technique"] != row["against"]))[::-1]  # fmt: skip
     fig, ax = plots.figure(width, 1.6 + 0.3 * len(names))
@@ -105,11 +101,8 @@ def relative_picture(series: dict[str, list[dict]], label: str, title: str = "",
 
 
 def explorer(rows, device: str):
-    """Widget: choose axes, batch and limits, and see what is left of the Pareto front.
-
-    ``rows``: of one machine and one shape, those of :func:`qtutor.decide.pareto.measured`, after ``with_cost`` if cost
-    is to be among the axes.
-    """
+    """Widget: choose axes, batch and limits, and see what is left of the Pareto front.  ``rows``: of one machine and
+    one shape, those of :func:`qtutor.decide.pareto.measured`, after ``with_cost`` if cost is to be among the axes."""
     usable = [name for name in AXES if not np.isnan(AXES[name].values(rows)[0]).all()]
     batches = sorted({row["batch"] for row in rows})
     chosen = {"x": dropdown("across", usable, usable[0]),

@@ -130,9 +130,7 @@ def _rows_of(rows, kind: str) -> list[dict]:
 
 def speed_picture(rows, device: str):
     """Figure: generation speed of each type under its ceiling, prompt speed, and joules a token where measured.
-
-    ``rows``: of kind "model", as the recording ``llama70b`` has them.
-    """
+    ``rows``: of kind "model", as the recording ``llama70b`` has them."""
     models = sorted(_rows_of(rows, "model"), key=lambda row: -row["weights_gib"])
     panels = [("decode_tokens_per_s", "Generation, one sequence", "tokens/s", plots.PALETTE[0]),
               ("prefill_tokens_per_s", f"Prompt, {models[0]['prefill_tokens']} tokens", "tokens/s", plots.PALETTE[2]),

@@ -85,9 +85,7 @@ def outlier_picture(amax: dict, name: str, other: str):
 
 def smooth_picture(alphas, errors: dict, before, after):
     """Figure: SmoothQuant's output error against alpha, and the channels' amax before and after the best alpha.
-
-    ``errors``: label -> one for each alpha; ``before``, ``after``: (channels,) amax of activations and of weights.
-    """
+    ``errors``: label -> one for each alpha; ``before``, ``after``: (channels,) amax of activations and of weights."""
     fig, (left, right) = plots.figure(8.5, 3.5, ncols=2)
     for (label, values), color, marker in zip(errors.items(), plots.PALETTE, "os^", strict=False):
         left.semilogy(alphas, values, marker=marker, ms=4, color=color, label=label)

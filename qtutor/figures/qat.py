@@ -10,10 +10,8 @@ NOTHING_LOST = 0.005  # less than half a percent of perplexity: dividing by it s
 
 
 def ptq_picture(table):
-    """Figure: what rounding alone costs, a line for each scheme, sorted by the stored bits of a weight.
-
-    ``table``: a row a scheme: ``scheme, bits_per_weight, perplexity_ratio, kld_mean`` and the errors (``_se``) of both.
-    """
+    """Figure: what rounding alone costs, a line for each scheme, sorted by the stored bits of a weight.  ``table``: a
+    row a scheme: ``scheme, bits_per_weight, perplexity_ratio, kld_mean`` and the errors (``_se``) of both."""
     from .. import plots
 
     table = table.sort_values(["bits_per_weight", "perplexity_ratio"], ascending=[True, False])

@@ -29,10 +29,8 @@ def llama_logits(model, ids, cache=None, last_only: bool = False):
 
 
 class FixedCache:
-    """Keys and values of ``length`` tokens, random but for the last one: what one decoding step reads.
-
-    It has the one method of transformers' caches that an attention layer calls.
-    """
+    """Keys and values of ``length`` tokens, random but for the last one: what one decoding step reads.  It has the one
+    method of transformers' caches that an attention layer calls."""
 
     def __init__(self, config, batch: int, length: int, device, dtype):
         import torch

@@ -179,9 +179,7 @@ def build(shape: Shape, rung: str):
 
 def timed(step, seconds: float = 1.5, warmup: int = 3) -> dict:
     """Time ``step()`` for about ``seconds``: ms_per_step with percentiles, repeats, joules_per_step, watts and clock.
-
-    The steps run back to back, so that the power limit acts as it does in training.
-    """
+    The steps run back to back, so that the power limit acts as it does in training."""
     timing, used = energy.timed(step, warmup=warmup, repeats=5, seconds=seconds, device="cuda")
     board, n = energy.board("cuda"), timing.n
     row = {"ms_per_step": timing.median_ms, "ms_p10": timing.p10, "ms_p90": timing.p90, "repeats": n,

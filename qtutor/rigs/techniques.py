@@ -43,10 +43,8 @@ def float_model(shape: str = "course", where: str | None = None, dtype=None):
 
 
 def convert(model, technique: str | Technique):
-    """Quantize a BF16 LlamaForCausalLM in place, on its own device, and return it.
-
-    ``technique`` is one that PyTorch runs, or its name.  Raises QtutorError where this machine cannot run it.
-    """
+    """Quantize a BF16 LlamaForCausalLM in place, on its own device, and return it.  ``technique`` is one that PyTorch
+    runs, or its name.  Raises QtutorError where this machine cannot run it."""
     technique = TECHNIQUES[technique] if isinstance(technique, str) else technique
     on_gpu = next(model.parameters()).is_cuda
     if technique.torchao:
