@@ -27,11 +27,13 @@ REINSTALL = "start afresh: 'make clean', then 'make lab'"
 
 
 def one_line(error: BaseException) -> str:
+    """What went wrong, as one line without a traceback."""
     return textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
 
 
 # A check of the doctor yields (what, found) for each thing that works, and raises what does not.
 def check_python():
+    """The interpreter, and whether it is one that the dependencies support."""
     yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         raise QtutorError("the course needs 3.11, 3.12 or 3.13")
@@ -81,8 +83,8 @@ def check_llama_cpp():
     if not works:
         compiler = "" if shutil.which("c++") else " (it needs a C++ compiler: apt-get install build-essential)"
         raise QtutorError(reason + compiler)
-    offload = "with" if importlib.import_module("llama_cpp").llama_supports_gpu_offload() else "without"
-    yield "llama.cpp", f"llama-cpp-python {metadata.version('llama-cpp-python')}, {offload} GPU offload"
+    offload = "with" if llamacpp.native().llama_supports_gpu_offload() else "without"
+    yield "llama.cpp", f"{reason}, {offload} GPU offload"
     tools = [llamacpp.tool(name) for name in ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench")]
     yield "  its tools", ", ".join(Path(tool).name for tool in tools)
 
@@ -117,6 +119,7 @@ def check_model():
 
 
 def check_jupyter():
+    """JupyterLab, the widgets and a kernel."""
     from jupyter_client.kernelspec import KernelSpecManager
 
     KernelSpecManager().get_kernel_spec("python3")  # raises where there is none
@@ -124,6 +127,7 @@ def check_jupyter():
 
 
 def check_notebooks():
+    """The notebooks are there and can be read."""
     if not (NOTEBOOKS / START_PAGE).is_file():
         raise QtutorError(f"{START_PAGE} is missing")
     yield "notebooks", f"{len([files.read_json(path, 'notebook') for path in notebook_paths()])} here"

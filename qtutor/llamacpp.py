@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import importlib.util
 import os
 import re
@@ -33,7 +34,6 @@ import tempfile
 import time
 from collections import deque
 from functools import partial
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def available() -> tuple[bool, str]:
         native()
     except QtutorError as err:
         return False, str(err)
-    return True, f"llama-cpp-python {version('llama-cpp-python')}"
+    return True, f"llama-cpp-python {importlib.import_module('llama_cpp').__version__}"
 
 
 def tool(name: str) -> Path:

@@ -56,6 +56,7 @@ def gemm(m: int, n: int, k: int, seconds: float) -> list[dict]:
 
 
 def record_gemm(full: bool):
+    """``fp8_gemm``: one product in BF16 and FP8, with what the casts cost."""
     rows = []
     for n, k in ((4096, 4096), (11008, 4096), (28672, 8192)) if full else ((4096, 4096),):
         rows += gemm(8192, n, k, 0.8 if full else 0.2)
@@ -107,6 +108,7 @@ def profile(shape: rig.Shape, rung: str, steps: int = 3) -> list[dict]:
 
 
 def record_profile(full: bool):
+    """``fp8_profile``: time of a step by kind of kernel."""
     pairs = itertools.product(("Llama-2-7B", "Llama-2-70B") if full else ("Llama-2-7B",),
                               ("TE BF16", "TE FP8 delayed", "TE FP8 delayed + FP8 weights"))  # fmt: skip
     return _save("fp8_profile", [row for name, rung in pairs for row in profile(rig.SHAPES[name], rung)], full)
@@ -137,6 +139,7 @@ def breakeven(hidden: int, tokens: int) -> list[dict]:
 
 
 def record_breakeven(full: bool):
+    """``fp8_breakeven``: BF16 against FP8 by width and tokens."""
     from tqdm.auto import tqdm
 
     hiddens = (512, 1024, 2048, 4096, 8192) if full else (512, 4096)
@@ -257,6 +260,7 @@ def speed(technique: str, prefill_tokens: int = 2048, length: int = 1024) -> lis
 
 
 def record_inference(full: bool):
+    """``fp8_inference``: quality of the course model, speed and memory of the 7B shape."""
     import torch
     from tqdm.auto import tqdm
 

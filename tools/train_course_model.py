@@ -304,6 +304,7 @@ def make(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """``python -m tools.train_course_model --help``."""
     parser = argparse.ArgumentParser(prog="python -m tools.train_course_model", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=files.ROOT / ".cache" / "course-model", help="folder to write")
     parser.add_argument("--data", type=Path, help="folder with train.npy, valid.npy, meta.json, not docstrings")

@@ -83,6 +83,7 @@ FAMILIES = ("legacy (_0, _1)", "K (super-blocks)", "IQ (codebook)", "ternary, 1 
 
 
 def family(name: str) -> str:
+    """The family that a type is drawn with."""
     if name in ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0"):  # made for models that were trained in one bit or three values
         return FAMILIES[3]
     if name in ("F16", "BF16", "MXFP4", "NVFP4"):

@@ -128,6 +128,7 @@ def te_layers(shape: Shape, layers: int = LAYERS, recipe: str | None = None, fp8
 
 
 def random_batch(shape: Shape):
+    """Inputs for a timed step: random, because zeros are faster and cooler."""
     return torch.randn(shape.batch, shape.sequence, shape.hidden, device="cuda", dtype=torch.bfloat16)
 
 
