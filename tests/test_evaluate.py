@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
 
 import numpy as np
 import pytest
@@ -276,7 +274,7 @@ def test_same_numbers_as_llama_perplexity(ggufs):
 
 @pytest.mark.skipif(not llamacpp.available()[0], reason="llama-cpp-python does not load")
 def test_same_numbers_as_llama_perplexity_as_people_run_it(tmp_path):
-    """The course model in windows of 512, with the F16 cache and fused attention, one thread: as notebook 08 measures.
+    """The course model in windows of 512, with the F16 cache and fused attention, as the notebook on GGUF measures.
 
     Perplexity of the F32 file, then KLD of Q4_0 and of Q3_K_M, each to three digits.
     """
