@@ -83,8 +83,8 @@ def _replaced(model: nn.Module, build, kinds) -> nn.Module:
 
 
 class StoredWeight(nn.Module):
-    """One weight, as buffers: codes (rows, ceil(columns / 8) * bits) uint8; scale (n_blocks, 1) in the weight's dtype or
-    as the format stores it (E8M0, E4M3, float16); NVFP4's global_scale (1, 1); zero_point (n_blocks, 1) int16."""
+    """One weight, as buffers: codes (rows, ceil(columns / 8) * bits) uint8; scale (n_blocks, 1) in the weight's dtype
+    or as the format stores it (E8M0, E4M3, float16); NVFP4's global_scale (1, 1); zero_point (n_blocks, 1) int16."""
 
     def __init__(self, quantizer: FakeQuantizer, weight: torch.Tensor):
         super().__init__()
