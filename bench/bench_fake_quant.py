@@ -13,10 +13,10 @@ the ratios of one round (below 1: ours is faster).  Before that their outputs an
 E4M3 differ: torchao differentiates its scale, too; to us a scale found in the tensor is a constant.)
 
 On a GPU: ten calls at a time between two synchronizations, torch.compile(ours) as well, and GB/s of ours over the
-*fewest* bytes that the work can move: read x, write y, write a mask of one byte, read the gradient, read the mask,
-write the gradient (18 bytes for a float32 value, 10 for a bfloat16; forward only: read x, write y).  The share is that
-of a plain copy on the same machine, bytes read and written.  A second pass over the values (to find the scale, or
-between unfused operations) is time without bytes here: it counts against the implementation.
+bytes of the work: read x, write y; backward read x and the gradient, write the gradient (five times the tensor; forward
+only: twice).  The share is that of a plain copy on the same machine, bytes read and written.  A second pass over the
+values (to find the scale, or between unfused operations) is time without bytes here: it counts against the
+implementation.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def bench(x, upstream, what, case, options, copy) -> tuple[dict, dict]:
     ratios = {other: statistics.median(a / b for a, b in zip(spent["ours"], spent[other], strict=True))
               for other in spent if other != "ours"}  # fmt: skip
     size = x.element_size()
-    least = x.numel() * (2 * size if forward_only else 4 * size + 2)
+    least = x.numel() * size * (2 if forward_only else 5)  # read, write; read two, write
     speed = {name: least / ms / 1e6 for name, ms in median.items()}
     row = dict(device=options.device, shape=f"{x.shape[0]} x {x.shape[1]}", dtype=str(x.dtype).removeprefix("torch."),
                what=what, **{f"{name}_ms": median.get(name) for name in ("ours", "torchao", "torch", "compiled")},

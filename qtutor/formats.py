@@ -336,8 +336,6 @@ def nvfp4(x: torch.Tensor) -> Quantized:
 
     A finer, non-power-of-two scale for half as many values is what it has over MXFP4, for 4.5 bits instead of 4.25.
     ``x``: tensor (..., columns), columns a multiple of 16.
-
-    Sources: NVIDIA, "Introducing NVFP4"; torchao.prototype.mx_formats.nvfp4_tensor.
     """
     x = _checked(x, to_scale=True)
     blocks = to_blocks(x.float(), "group", 16)

@@ -53,11 +53,7 @@ _ROPE_NEEDS = {
 
 
 def gguf_name(hf_name: str) -> str | None:
-    """GGUF's name of a Hugging Face Llama tensor, or None where GGUF does not store it.
-
-    >>> gguf_name("model.layers.3.mlp.down_proj.weight")
-    'blk.3.ffn_down.weight'
-    """
+    """GGUF's name of a Llama's tensor, e.g. blk.3.ffn_down.weight for model.layers.3.mlp.down_proj.weight, or None."""
     stem, _, suffix = hf_name.rpartition(".")
     if stem in _TOP_NAMES:
         return f"{_TOP_NAMES[stem]}.{suffix}"
@@ -175,9 +171,8 @@ def hyperparameters(config: dict) -> dict:
             hyper[key] = float(rope[key])
         except (KeyError, TypeError, ValueError):
             hyper[key] = math.nan
-    for key, value in hyper.items():
-        if not 0 < value < math.inf:
-            raise QtutorError(f"config.json has {key} = {value}: it does not describe a Llama model.")
+    if wrong := [f"{key} = {value}" for key, value in hyper.items() if not 0 < value < math.inf]:
+        raise QtutorError(f"config.json has {wrong[0]}: it does not describe a Llama model.")
     return hyper | {"tied": bool(config.get("tie_word_embeddings", False)), "rope_type": kind}
 
 
@@ -258,8 +253,7 @@ def _tokenizer_of(source: _Source, tokenizer) -> tuple[dict, str | list | None]:
 def pre_tokenizer_name(tokenizer: dict) -> str:
     """llama.cpp's name (``tokenizer.ggml.pre``) for the pre-tokenizer of a byte-level BPE ``tokenizer.json``.
 
-    Text is cut by a regular expression before merges apply.  llama.cpp has these compiled in under a name; the wrong
-    name gives other tokens on digits, newlines or contractions, and quietly worse output.
+    Text is cut by a regular expression before merges apply; the wrong name gives quietly worse output.
     """
     steps = tokenizer.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])

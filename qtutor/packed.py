@@ -83,11 +83,8 @@ def _replaced(model: nn.Module, build, kinds) -> nn.Module:
 
 
 class StoredWeight(nn.Module):
-    """Packed codes and scales of one weight.
-
-    Buffers: codes (rows, ceil(columns / 8) * bits) uint8; scale (n_blocks, 1) in the weight's dtype or as the format
-    stores it (E8M0, E4M3, float16); global_scale (1, 1) of NVFP4; zero_point (n_blocks, 1) int16; or None.
-    """
+    """One weight, as buffers: codes (rows, ceil(columns / 8) * bits) uint8; scale (n_blocks, 1) in the weight's dtype
+    or as the format stores it (E8M0, E4M3, float16); NVFP4's global_scale (1, 1); zero_point (n_blocks, 1) int16."""
 
     def __init__(self, quantizer: FakeQuantizer, weight: torch.Tensor):
         super().__init__()
@@ -200,8 +197,7 @@ def unpack_codes(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
 
 
 def weight_bytes(model: nn.Module) -> list[dict]:
-    """Where the bytes are: for each layer ``layer, kind, bytes, bits_per_weight``; a shared weight counts once.  Linear
-    layers always (torchao's too), embeddings and norms where they are quantized."""
+    """``layer, kind, bytes, bits_per_weight`` of each linear or quantized layer; a shared weight counts once."""
     rows, seen = [], set()
     for name, module in model.named_modules():
         if isinstance(module, _Stored):

@@ -166,14 +166,6 @@ def test_plan_is_what_quantize_then_does(f32, tmp_path, importance, name):
     assert os.listdir(tmp_path) == ["m.gguf"]
 
 
-def test_table_of_types():
-    assert gguf_file.GGML["Q4_K"] == (12, 256, 144) and gguf_file.GGML["Q2_0"] == (42, 64, 18)
-    assert llamacpp.TYPES["Q4_K_M"].bpw == 4.5 and llamacpp.TYPES["Q6_K"].bpw == 6.5625
-    assert llamacpp.TYPES["IQ3_M"].base == "IQ3_S" and llamacpp.TYPES["IQ2_S"].base == "IQ2_XS"
-    assert llamacpp.TYPES["IQ2_XS"].needs_imatrix and not llamacpp.TYPES["IQ4_XS"].needs_imatrix
-    assert llamacpp.file_type("q4_k").name == "Q4_K_M"
-
-
 def test_bits_per_weight_and_tensor_table(f32, q4):
     assert llamacpp.bits_per_weight(f32) == 32
     table = llamacpp.tensor_table(q4)
@@ -184,13 +176,6 @@ def test_bits_per_weight_and_tensor_table(f32, q4):
         assert row["shape"] == tuple(reversed(tensor.shape.tolist())) and row["bytes"] == tensor.n_bytes
     expected = 8 * sum(r["bytes"] for r in table) / sum(r["weights"] for r in table)
     assert llamacpp.bits_per_weight(q4) == expected and 4.5 < expected < 7
-
-
-def test_check_gguf_reads_what_the_gguf_package_reads(q4):
-    ours, reader = llamacpp.check_gguf(q4), gguf.GGUFReader(q4)
-    theirs = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
-    assert ours.metadata == theirs
-    assert [t.offset for t in ours.tensors] == [t.data_offset for t in reader.tensors]
 
 
 # -------------------------------------------------------------------------------------- importance matrix
@@ -428,14 +413,6 @@ def test_truncated_files(q4, tmp_path, fraction):
     assert os.listdir(tmp_path) == ["cut.gguf"]
 
 
-def test_truncated_at_every_byte_of_the_header(q4, tmp_path):
-    data, header = q4.read_bytes(), llamacpp.check_gguf(q4).data_offset
-    for end in [*range(1, 600), *range(600, header, 97), len(data) - 1]:
-        (tmp_path / "cut.gguf").write_bytes(data[:end])
-        with pytest.raises((ValueError, IndexError)):
-            gguf_file.read(tmp_path / "cut.gguf")
-
-
 def test_files_that_are_something_else(tmp_path, f32):
     for content in (b"GGUF", b"GGML" * 100, b"PK\x03\x04" + bytes(500), bytes(1000), b"\xff" * 1000):
         (tmp_path / "x.gguf").write_bytes(content)
@@ -497,23 +474,6 @@ def test_a_key_that_begins_with_a_zero_byte(q4, tmp_path):
     refused("ends the process", llamacpp.quantize, tmp_path / "zero.gguf", tmp_path / "o.gguf", "Q4_0")
 
 
-def test_a_file_that_keeps_its_reader_busy(f32, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_file, "SECONDS", 0.01)
-    shutil.copy(f32, tmp_path / "slow.gguf")
-    refused("busy", llamacpp.check_gguf, tmp_path / "slow.gguf")
-
-
-def test_a_file_is_looked_at_once_and_again_when_it_changes(f32, tmp_path, monkeypatch):
-    looked, look = [], gguf_file._look_first
-    monkeypatch.setattr(gguf_file, "_look_first", lambda path: looked.append(path) or look(path))
-    shutil.copy(f32, tmp_path / "m.gguf")
-    assert llamacpp.check_gguf(tmp_path / "m.gguf") is llamacpp.check_gguf(tmp_path / "m.gguf")
-    assert llamacpp.bits_per_weight(llamacpp.quantize(tmp_path / "m.gguf", tmp_path / "q.gguf", "Q8_0")) > 8
-    assert looked == [tmp_path / "m.gguf"]  # what quantize() wrote is trusted
-    (tmp_path / "q.gguf").write_bytes((tmp_path / "q.gguf").read_bytes()[:5000])
-    refused("q.gguf", llamacpp.check_gguf, tmp_path / "q.gguf")
-
-
 def damaged(data, header, rng):
     """One of seven kinds of damage, mostly in the header: what copying, editing and bad disks do to a file."""
     data, at = bytearray(data), int(rng.integers(0, header if rng.random() < 0.8 else len(data)))
@@ -537,17 +497,17 @@ def damaged(data, header, rng):
 
 
 @needs_fork
-def test_two_hundred_damaged_files(q4, f32, tmp_path, monkeypatch):
+def test_damaged_files(q4, f32, tmp_path, monkeypatch):
     """The process that runs this test is the one that would die."""
     monkeypatch.setattr(gguf_file.subprocess, "run", forked.run)
     refusals = 0
-    for seed in range(210):
+    for seed in range(154):
         source = (q4, f32)[seed % 2]
         rng = np.random.default_rng(seed)
         data = damaged(source.read_bytes(), llamacpp.check_gguf(source).data_offset, rng)
         (tmp_path / "damaged.gguf").write_bytes(data)
         refusals += not everything(tmp_path / "damaged.gguf", tmp_path)
-    assert refusals > 100
+    assert refusals > 80
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -560,13 +520,13 @@ def test_bit_flips_never_take_the_process_down(q4, tmp_path, monkeypatch):
     places = [i for i in range(llamacpp.check_gguf(q4).data_offset) if i not in vocabulary]
     rng = np.random.default_rng(0)
     alive = 0
-    for place in [*range(24), *rng.choice(places, 250)]:
+    for place in [*range(24), *rng.choice(places, 160)]:
         flipped = bytearray(data)
         flipped[place] ^= 1 << rng.integers(8)
         (tmp_path / "flipped.gguf").write_bytes(flipped)
         alive += everything(tmp_path / "flipped.gguf", tmp_path)
         assert not list(tmp_path.glob("*.partial"))
-    assert 0 < alive < 150
+    assert 0 < alive < 100
 
 
 def test_nan_in_the_weights_of_a_file(f32, tmp_path):
