@@ -156,7 +156,7 @@ def test_layernorm_mlp(real, name, activation):
     options = dict(normalization="RMSNorm", activation=activation, params_dtype=torch.bfloat16, device="cuda")
     a, b = pair(real, lambda te: te.LayerNormMLP(256, 512, eps=1e-5, bias=activation == "gelu", **options))
     for number, x, dy in batches((4, 32, 256), (4, 32, 256)):
-        # two casts after each other: a code that falls the other way in the first moves many of the second (seen: 0.025)
+        # two casts in a row: a code that falls the other way in the first moves many of the second (seen: 0.025)
         compare(step(real[0], theirs, a, x, dy), step(emulation, mine, b, x, dy), 2**-5, number)
         for direction, exact in (("fwd", (1, 4)), ("bwd", (2,))):  # weights, and the gradient that comes in
             for (_, scale, history), (_, my_scale, my_history) in zip(states(a, direction), states(b, direction),
