@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import qtutor
-from qtutor import corpus, course_model, evaluate, fake_quant, gguf_export, llamacpp, measure, packed, results
+from qtutor import corpus, course_model, evaluate, fake_quant, files, gguf_export, llamacpp, measure, packed, results
 from qtutor.files import whole
 from qtutor.qat import Q4_0_FILE, Q4_0_TENSORS, SCHEMES, load_q4_0
 from qtutor.rigs.decoding import llama_logits
@@ -166,7 +168,11 @@ def train_q4_0(path=Q4_0_FILE, steps: int = 2500, seed: int = 0) -> None:
     save_q4_0(model, path)
 
 
-RECORDS = {"qat_recovery": record_recovery, "qat_gguf": record_gguf}
+def record_speed(full: bool = True) -> Path:
+    """``fake_quant_speed``: bench/bench_fake_quant.py on a GPU, saved."""
+    rows = [] if full else ["--rows", "256", "--columns", "256", "--rounds", "2"]
+    subprocess.run([sys.executable, files.ROOT / "bench" / "bench_fake_quant.py", "--save", *rows], check=True)
+    return results.RESULTS / results.machine_folder() / "fake_quant_speed.json"
 
-if __name__ == "__main__":
-    train_q4_0()
+
+RECORDS = {"qat_recovery": record_recovery, "qat_gguf": record_gguf, "fake_quant_speed": record_speed}
