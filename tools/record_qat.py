@@ -176,3 +176,6 @@ def record_speed(full: bool = True) -> Path:
 
 
 RECORDS = {"qat_recovery": record_recovery, "qat_gguf": record_gguf, "fake_quant_speed": record_speed}
+
+if __name__ == "__main__":
+    train_q4_0()

@@ -74,8 +74,8 @@ RESULTS = {
                           "in quality, with and without an importance matrix."),
     "llama70b": About("llama2_70b_on_one_gpu", "80 GB", "record_llama70b", "A model of Llama-2-70B's shape in four "
                       "types on one GPU: memory, speed, energy, batch sizes."),
-    "fake_quant_speed": About("fake_quantization", "gpu", "record_qat", "Fake quantization, forward and backward, beside "
-                              "torchao and torch.compile: bytes a second as a share of a copy's."),
+    "fake_quant_speed": About("fake_quantization", "gpu", "record_qat", "Fake quantization, forward and backward, "
+                              "beside torchao and torch.compile: bytes a second as a share of a copy's."),
     "tradeoff": About("measuring_the_tradeoff", "any", "record_tradeoff", "Every technique of the course on one "
                       "machine: size, speed, quality, energy."),
     runs.NAME: About("start_here", "any", "runs", "What a run of each notebook takes: seconds, and memory at most."),
