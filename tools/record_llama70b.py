@@ -111,7 +111,7 @@ def _on_file(types, directory) -> list[dict]:
     return [row for row in rows if row["kind"] != "bandwidth" and row["type"] not in types]
 
 
-def run_tools(path, type: str, job: dict, limit_s: float = 120.0) -> list[dict]:
+def run_tools(path, type: str, job: dict) -> list[dict]:
     """The same tests by llama.cpp's own programs: rows of kind ``tool``, with ``not_run`` for one that fails.
 
     On a GPU machine the PATH is looked at first: it may hold a build for the GPU beside pip's for the CPU.
@@ -126,15 +126,15 @@ def run_tools(path, type: str, job: dict, limit_s: float = 120.0) -> list[dict]:
     }  # fmt: skip
     rows = []
     for name, options in runs.items():
-        try:
-            program = shutil.which(name) or llamacpp.tool(name)
-            done = subprocess.run([program, "-m", os.fspath(path), *options.split()], capture_output=True, text=True,
-                                  timeout=limit_s, check=False)  # fmt: skip
-        except (QtutorError, OSError, subprocess.SubprocessError):
+        try:  # both may end before their log thread has printed the last lines: then they are asked again
+            llamacpp.tool(name)
+        except QtutorError:
             continue
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        found = [_tool_columns(json.loads(line)) for line in lines] if done.returncode == 0 else [
-            {"not_run": f"{name} ended with code {done.returncode}"}]  # fmt: skip
+        try:
+            said, _ = llamacpp.run_tool(name, "-m", os.fspath(path), *options.split(), until=r"(?m)^\{.*\}$")
+            found = [_tool_columns(json.loads(line)) for line in said.splitlines() if line.startswith("{")]
+        except QtutorError as error:
+            found = [{"not_run": str(error)}]
         rows += [{"kind": "tool", "tool": name, "type": type} | columns for columns in found]
     return rows
 
