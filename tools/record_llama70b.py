@@ -112,10 +112,7 @@ def _on_file(types, directory) -> list[dict]:
 
 
 def run_tools(path, type: str, job: dict) -> list[dict]:
-    """The same tests by llama.cpp's own programs: rows of kind ``tool``, with ``not_run`` for one that fails.
-
-    On a GPU machine the PATH is looked at first: it may hold a build for the GPU beside pip's for the CPU.
-    """
+    """The same tests by llama.cpp's own programs: rows of kind ``tool``, with ``not_run`` for one that fails."""
     many = sorted({job["batches"][0], job["batches"][-1]}) if job["batches"] else [1]
     context = (job["batch_prompt"] + job["batch_generate"]) * many[-1]
     same = f"-ngl 99 -fa on -sm none -t {llamacpp.n_threads()}"
