@@ -170,7 +170,7 @@ def on_own_grid(blocks: torch.Tensor, target: Target, symmetric: bool = True, no
 def by_operators(blocks: torch.Tensor, grid: Grid, target: Target) -> torch.Tensor:
     """What :func:`on_grid` computes, in PyTorch's operators: on every device, and under torch.compile."""
     if torch.compiler.is_compiling():  # torch 2.11 compiles a custom autograd.Function to a gradient of zero
-        y, inside = _rounded(blocks.detach(), *grid[:3], target)
+        y, inside = _rounded(blocks.detach(), *grid[:3], target, masked=not target.straight)
         through = blocks if target.straight else torch.where(inside, blocks, 0.0)
         return y + (through - through.detach())  # y + 0, with the gradient of through
     return _FakeQuantize.apply(blocks, *grid[:3], target)
@@ -185,20 +185,21 @@ def _fused(blocks: torch.Tensor):
     return fused if fused.fits(blocks) else None
 
 
-def _rounded(x, scale, zero_point, inverse, target: Target):
-    """(values on the grid, mask of those that lay inside it)."""
+def _rounded(x, scale, zero_point, inverse, target: Target, masked: bool):
+    """(values on the grid, mask of those that lay inside it, or None where it is not ``masked``)."""
     if target.is_float:
         y = x.float() / scale if inverse is None else x.float() * inverse
         # Inside as for integers: what rounds to a number of the format, i.e. up to half a step beyond the largest.
         # (amax / (amax / max) can come out a hair above max, and the largest value must not lose its gradient.)
         half_step = 2.0 ** (target.fmt.max_exponent - target.fmt.mantissa_bits - 1)
-        inside, q = y.abs() <= target.fmt.max + half_step, _round_float(y, target.fmt)
+        inside = y.abs() <= target.fmt.max + half_step if masked else None
+        q = _round_float(y, target.fmt)
     else:
         # Multiply by the reciprocal, as torch and torchao do: x / scale differs in the last bit.
         y = _nearest(x * (1.0 / scale if inverse is None else inverse), target.rounding, target.quant_min)
         y = y if zero_point is None else y.add_(zero_point)
         q = y.clamp(target.quant_min, target.quant_max)
-        inside = q == y  # one byte per value; two compares and an "and" would be three passes
+        inside = q == y if masked else None  # one byte per value; two compares and an "and" would be three passes
         q = q if zero_point is None else q.sub_(zero_point)
     return q.mul_(scale).to(x.dtype), inside
 
@@ -206,9 +207,10 @@ def _rounded(x, scale, zero_point, inverse, target: Target):
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero_point, inverse, target):
-        y, inside = _rounded(x, scale, zero_point, inverse, target)
         ctx.straight = target.straight
-        if ctx.needs_input_grad[0] and not ctx.straight:
+        masked = ctx.needs_input_grad[0] and not ctx.straight
+        y, inside = _rounded(x, scale, zero_point, inverse, target, masked)
+        if masked:
             ctx.save_for_backward(inside)
         return y
 

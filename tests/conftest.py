@@ -48,3 +48,20 @@ def pytest_runtest_setup(item):
 
         if not torch.cuda.is_available():
             pytest.skip("there is no CUDA GPU here")
+
+
+@pytest.fixture(scope="module")
+def base():
+    """The course model."""
+    from qtutor import course_model
+
+    return course_model.load()
+
+
+@pytest.fixture(scope="module")
+def text():
+    """Token ids of the evaluation text: some to train on, others to evaluate on."""
+    from qtutor import corpus, course_model
+
+    ids = corpus.tokens("eval", course_model.load_tokenizer())
+    return ids[:20_000], ids[20_000:22_052]

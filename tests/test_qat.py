@@ -16,18 +16,6 @@ for _noisy in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 
-@pytest.fixture(scope="module")
-def base():
-    return course_model.load()
-
-
-@pytest.fixture(scope="module")
-def text():
-    """Token ids of the evaluation text: some to train on, others to evaluate on."""
-    ids = corpus.tokens("eval", course_model.load_tokenizer())
-    return ids[:20_000], ids[20_000:22_052]
-
-
 def test_recovered():
     assert qat.recovered(30.0, 22.0, 20.0) == pytest.approx(0.8)
     assert qat.recovered(30.0, 19.0, 20.0) > 1 and qat.recovered(30.0, 31.0, 20.0) < 0

@@ -15,11 +15,6 @@ from qtutor.decide import accuracy, gate
 
 
 @pytest.fixture(scope="module")
-def base():
-    return course_model.load()
-
-
-@pytest.fixture(scope="module")
 def tokenizer():
     return course_model.load_tokenizer()
 

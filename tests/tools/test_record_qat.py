@@ -12,20 +12,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import qtutor
-from qtutor import corpus, course_model, evaluate, fake_quant, llamacpp, qat, results
+from qtutor import corpus, evaluate, fake_quant, llamacpp, qat, results
 from tools import notebooks, record_qat
-
-
-@pytest.fixture(scope="module")
-def base():
-    return course_model.load()
-
-
-@pytest.fixture(scope="module")
-def text():
-    """Token ids of the evaluation text: some to train on, others to evaluate on."""
-    ids = corpus.tokens("eval", course_model.load_tokenizer())
-    return ids[:20_000], ids[20_000:22_052]
 
 
 def cells_of_the_lesson(**names):
