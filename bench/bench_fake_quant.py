@@ -12,10 +12,11 @@ All candidates of a line take turns, so that a noisy machine disturbs all alike;
 the ratios of one round (below 1: ours is faster).  Before that their outputs and gradients are compared.  (Those of
 E4M3 differ: torchao differentiates its scale, too; to us a scale found in the tensor is a constant.)
 
-On a GPU: ten calls at a time between two synchronizations, torch.compile(ours) as well, and GB/s of ours over the
-bytes of the work: read x, write y; backward read x and the gradient, write the gradient (five times the tensor; forward
-only: twice).  The share is that of a plain copy on the same machine, bytes read and written.  A second pass over the
-values (to find the scale, or between unfused operations) is time without bytes here: it counts against the
+On a GPU: ten calls at a time between two synchronizations, and torch.compile(ours) as well.  GB/s and the share of a
+plain copy on the same machine (bytes read and written) are of *kernel* time, that is of a CUDA graph of forward and
+backward, played again; a whole call from Python also pays for launches.  Bytes are those of the work: read x, write y;
+backward read x and the gradient, write the gradient (five times the tensor; forward only: twice).  A second pass over
+the values (to find the scale, or between unfused operations) is time without bytes: it counts against the
 implementation.
 """
 
@@ -117,6 +118,15 @@ def time_rounds(calls: dict, rounds: int, warmup: int, device: str) -> dict[str,
     return spent
 
 
+def kernel_ms(run) -> float | None:
+    """Milliseconds that a GPU works on a call, without what launching it from Python costs."""
+    try:
+        replay, _ = measure.captured(run)
+    except RuntimeError:  # a library that waits for the GPU within a call
+        return None
+    return measure.time_ms(replay, repeats=50, device="cuda").median_ms
+
+
 def compiled(function):
     torch._dynamo.reset()  # one quantizer's recompilations are not to count for the next
     return torch.compile(function, dynamic=False)
@@ -157,9 +167,11 @@ def bench(x, upstream, what, case, options, copy) -> tuple[dict, dict]:
               for other in spent if other != "ours"}  # fmt: skip
     size = x.element_size()
     least = x.numel() * size * (2 if forward_only else 5)  # read, write; read two, write
-    speed = {name: least / ms / 1e6 for name, ms in median.items()}
+    kernel = {name: kernel_ms(calls[name]) for name in ("ours", "compiled") if name in calls and on_gpu(x)}
+    speed = {name: least / (kernel.get(name) or ms) / 1e6 for name, ms in median.items()}
     row = dict(device=options.device, shape=f"{x.shape[0]} x {x.shape[1]}", dtype=str(x.dtype).removeprefix("torch."),
                what=what, **{f"{name}_ms": median.get(name) for name in ("ours", "torchao", "torch", "compiled")},
+               **{f"{name}_kernel_ms": kernel.get(name) for name in ("ours", "compiled")},
                gb_per_s=speed["ours"], share_of_copy=speed["ours"] / copy,
                compiled_gb_per_s=speed.get("compiled"),
                compiled_share_of_copy=speed["compiled"] / copy if "compiled" in speed else None)  # fmt: skip

@@ -92,7 +92,8 @@ VOCABULARY = {
         (decode_tokens_per_s over that ceiling), copy_gb_per_s, read_gb_per_s (bandwidth of a copy, read and written; of
         reading), bandwidth_gb_per_s (the larger of both), gb_per_s (bytes that have to move over the time),
         share_of_copy (gb_per_s over copy_gb_per_s), ours_ms, torchao_ms, torch_ms, compiled_ms (of a call),
-        compiled_gb_per_s, compiled_share_of_copy, tflop_per_s, peak_tflop_per_s (of the data sheet), share_of_peak""",
+        ours_kernel_ms, compiled_kernel_ms (on the GPU alone), compiled_gb_per_s, compiled_share_of_copy, tflop_per_s,
+        peak_tflop_per_s (of the data sheet), share_of_peak""",
     "energy": """
         joules_per_step, joules_per_prefill_token, joules_per_decode_token (of the whole device), energy_source
         (NVML or RAPL counter, or estimate), watts, prefill_watts, decode_watts, idle_watts (means), mhz (of the
