@@ -223,6 +223,7 @@ def still_alive(kernel: Kernel) -> None:
     assert not (kernel.folder / "out.gguf").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_one_sentence_and_the_kernel_lives(kernel, case):
     cell, wanted = CASES[case]
@@ -255,6 +256,7 @@ with engine.autocast(enabled=True):
     still_alive(kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["sound.gguf", "q4.gguf"])
 @pytest.mark.parametrize("where", ["header", "anywhere"])
 def test_random_bit_flips_never_end_the_kernel(kernel, source, where):

@@ -51,6 +51,7 @@ def test_the_model_card_tells_what_the_log_holds():
     assert info["log"][0]["loss"] > info["log"][-1]["loss"]
 
 
+@pytest.mark.slow
 def test_the_course_model_is_worth_quantizing(model, tokenizer):
     """Better than gzip -9 and xz -9 on text it never saw, and near what its card says."""
     # A slice is enough to tell a trained model from a broken one; the card's figure is for the whole text.
@@ -108,6 +109,7 @@ def one_sentence(error) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_missing_and_damaged_models_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("QTUTOR_MODEL", str(tmp_path / "nowhere"))
     for call in (course_model.load, course_model.load_tokenizer):

@@ -230,6 +230,7 @@ def ggufs(tiny, tmp_path_factory):
     return folder, base, llamacpp.quantize(base, folder / "q2.gguf", "Q2_K")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not llamacpp.available()[0], reason="llama-cpp-python does not load")
 def test_same_numbers_as_llama_perplexity(ggufs):
     try:
@@ -272,6 +273,7 @@ def test_same_numbers_as_llama_perplexity(ggufs):
     assert 100 * c.perplexity_correlation == pytest.approx(printed("Cor(ln(PPL(Q)), ln(PPL(base)))")[0], abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not llamacpp.available()[0], reason="llama-cpp-python does not load")
 def test_same_numbers_as_llama_perplexity_as_people_run_it(tmp_path):
     """The course model in windows of 512, with the F16 cache and fused attention, as the notebook on GGUF measures.

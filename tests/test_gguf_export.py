@@ -228,6 +228,7 @@ def test_the_record_of_the_converter_has_every_kind_of_model():
     assert record["untied_bias_chat-f32"]["metadata"]["tokenizer.chat_template"] == converter.TEMPLATE
 
 
+@pytest.mark.slow
 def test_chat_template_from_an_object_a_folder_and_an_old_config(folder, tmp_path):
     from transformers import AutoTokenizer
 

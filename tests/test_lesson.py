@@ -67,6 +67,7 @@ def python(code, **env):
     return subprocess.run([sys.executable, "-c", code], env=environ | env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_setup_says_what_is_here_and_nothing_else():
     done = python("import qtutor; qtutor.setup(); qtutor.setup(); import transformer_engine.pytorch as te, os\n"
                   "print(bool(te.Linear), os.environ['HF_HUB_OFFLINE'], os.environ['TOKENIZERS_PARALLELISM'])",
@@ -80,6 +81,7 @@ def test_setup_says_what_is_here_and_nothing_else():
     assert not re.search(r"(^|\s)/\w+/", done.stdout), "no paths of this machine"
 
 
+@pytest.mark.slow
 def test_setup_makes_runs_repeatable_and_respects_threads():
     code = ("import qtutor; qtutor.setup(); import torch, numpy, random\n"
             "print('#', torch.get_num_threads(), torch.rand(1).item(), numpy.random.rand(), random.random())")
@@ -97,6 +99,7 @@ def test_the_hub_is_left_alone_unless_asked_for(model, offline, monkeypatch):
     assert os.environ.get("HF_HUB_OFFLINE") == offline
 
 
+@pytest.mark.slow
 def test_in_a_kernel_an_error_is_one_sentence_and_still_an_error():
     manager = KernelManager(kernel_name="python3")
     manager.start_kernel(env={**os.environ, "QTUTOR_PROFILE": "quick"})

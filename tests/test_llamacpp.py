@@ -100,6 +100,7 @@ def write_imatrix(path, importance, n=256):
     return path
 
 
+@pytest.mark.slow
 @needs_quantize
 @pytest.mark.parametrize("name", [*NEED, *"Q6_K Q5_1 Q5_0 Q4_K_M Q4_1 Q4_0 IQ4_NL IQ4_XS IQ3_M Q2_K".split()])
 def test_same_tensors_as_llama_quantize_with_an_importance_matrix(f32, tmp_path, importance, name):
@@ -402,6 +403,7 @@ def everything(path, tmp_path):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.02, 0.1, 0.5, 0.9, 0.999])
 def test_truncated_files(q4, tmp_path, fraction):
     data = q4.read_bytes()
@@ -449,6 +451,7 @@ def set_tensor_type(path, target, tensor, number):
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, number", [("Q8_0", 8), ("Q4_K", 12), ("IQ2_XXS", 16), ("unknown", 99), ("removed", 4)])
 def test_a_row_that_does_not_fit_its_type(tmp_path, name, number):
     """100 columns are no whole number of blocks; a type that ggml does not have is refused for what it is."""
@@ -464,6 +467,7 @@ def test_a_row_that_does_not_fit_its_type(tmp_path, name, number):
     refused(wanted, llamacpp.plan, bad, "Q8_0")
 
 
+@pytest.mark.slow
 def test_a_key_that_begins_with_a_zero_byte(q4, tmp_path):
     """In C it is an empty text, on which ggml aborts when it writes the quantized file's metadata."""
     data = bytearray(q4.read_bytes())
@@ -496,6 +500,7 @@ def damaged(data, header, rng):
     return data
 
 
+@pytest.mark.slow
 @needs_fork
 def test_damaged_files(q4, f32, tmp_path, monkeypatch):
     """The process that runs this test is the one that would die."""
@@ -511,6 +516,7 @@ def test_damaged_files(q4, f32, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 @needs_fork
 def test_bit_flips_never_take_the_process_down(q4, tmp_path, monkeypatch):
     """Flips among counts, keys, hyper-parameters and the tensor table: refused in a sentence, or harmless."""

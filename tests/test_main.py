@@ -30,6 +30,7 @@ def copy_of_package(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_doctor_passes_here():
     done = qtutor("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,6 +60,7 @@ def test_doctor_survives_a_broken_installation(tmp_path):
             assert "->" in lines[number + 1] or ":" in line, line
 
 
+@pytest.mark.slow
 def test_doctor_finds_a_damaged_model(tmp_path):
     model = tmp_path / "model"
     shutil.copytree(ROOT / "data" / "model", model)

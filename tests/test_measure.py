@@ -80,6 +80,7 @@ print(block.nbytes / measure.GIB, memory.added, memory.peak)
 """
 
 
+@pytest.mark.slow
 def test_memory_sees_an_allocation():
     """In a process of its own: one that ran other tests may give memory back, or reuse what it has, meanwhile."""
     child = [sys.executable, "-W", "ignore", "-c", ALLOCATION]

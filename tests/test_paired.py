@@ -95,6 +95,7 @@ def test_intervals_of_blocks_cover_and_those_of_tokens_do_not():
     assert _rate(covers(1)) < 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [5, 8, 20])
 def test_interval_of_a_few_windows_covers(blocks):
     """A BCa bootstrap of so few means covers 85, 90 and 94 %, at a nominal 95."""
@@ -116,6 +117,7 @@ def test_interval_of_a_difference_of_accuracies_covers():
     assert _rate(trial) == pytest.approx(0.95, abs=0.025)
 
 
+@pytest.mark.slow
 def test_a_loss_as_large_as_the_margin_passes_one_time_in_twenty():
     def trial(rng, loss):
         values = rng.normal(loss, 0.5, 400)
@@ -126,6 +128,7 @@ def test_a_loss_as_large_as_the_margin_passes_one_time_in_twenty():
     assert _rate(lambda rng: trial(rng, -0.2)) > 0.9
 
 
+@pytest.mark.slow
 def test_non_inferior_for_accuracy_has_its_level():
     def trial(rng, lost, gained):
         kind = rng.choice(3, 400, p=[lost, gained, 1 - lost - gained])
@@ -200,6 +203,7 @@ def _power_of_mcnemar(n, lost, gained, runs=4000):
     return np.mean([stats.binomtest(int(b), int(b + c)).pvalue < 0.05 if b + c else False for b, c, _ in counts])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost, gained, loss", [(30, 20, 0.03), (24, 16, 0.05), (6, 2, 0.01)])
 def test_sample_needed_for_answers_gives_the_power_it_promises(lost, gained, loss):
     """McNemar's test is exact, hence cautious: a normal approximation gives a power of 0.73 to 0.78."""

@@ -22,6 +22,7 @@ def test_recovered():
     assert math.isnan(qat.recovered(20.0, 20.0, 20.0))
 
 
+@pytest.mark.slow
 def test_training_with_torchao_gives_the_same_losses_gradients_and_codes(base, text):
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup, quantize_
     from torchao.quantization.qat import QATConfig
@@ -91,6 +92,7 @@ def test_q4_0_file_round_trip(trained, tmp_path):
             qat.load_q4_0(bad)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not llamacpp.available()[0], reason="llama.cpp is not here")
 def test_the_gguf_file_holds_exactly_what_training_saw(base, trained, text, tmp_path):
     import gguf

@@ -38,6 +38,7 @@ def gone(process, port):
     return not psutil.pid_exists(process.pid) and nobody_listens(port)
 
 
+@pytest.mark.slow
 def test_completions_chat_and_stream_are_what_the_model_says(path):
     import httpx
 
@@ -63,6 +64,7 @@ def test_completions_chat_and_stream_are_what_the_model_says(path):
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_quantized_model_is_served(path, tmp_path):
     import httpx
 
@@ -72,6 +74,7 @@ def test_a_quantized_model_is_served(path, tmp_path):
         assert client.post(f"{server.url}/completions", json=ask).json()["usage"]["completion_tokens"] >= 1
 
 
+@pytest.mark.slow
 def test_an_error_in_the_block_stops_the_server(path):
     with pytest.raises(ZeroDivisionError), serve.Server(path, ctx=32, threads=1) as server:
         process, port = server.process, server.port
@@ -79,6 +82,7 @@ def test_an_error_in_the_block_stops_the_server(path):
     assert gone(process, port)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_a_killed_notebook_leaves_no_server(path):
     """SIGKILL: no finally, no atexit; the server notices that its parent is gone."""
@@ -96,6 +100,7 @@ def test_a_killed_notebook_leaves_no_server(path):
     assert nobody_listens(port)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_served_is_one_sentence(path, tmp_path, monkeypatch):
     def refused(match, function):
         with pytest.raises(QtutorError, match=match) as error:
@@ -115,6 +120,7 @@ def test_what_cannot_be_served_is_one_sentence(path, tmp_path, monkeypatch):
     refused("no-such-package", lambda: serve.Server(path))
 
 
+@pytest.mark.slow
 def test_settings_of_the_environment_do_not_reach_the_server(path, monkeypatch):
     import httpx
 

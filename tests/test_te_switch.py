@@ -32,6 +32,7 @@ def test_activate_installs_the_names():
         assert available or reason.endswith("."), name
 
 
+@pytest.mark.slow
 def test_activate_survives_an_installation_without_its_gpu_library(tmp_path):
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").write_text("raise RuntimeError('no GPU library')\n")

@@ -109,6 +109,7 @@ def test_summary_by_hand():
 # -------------------------------------------------------------------------------------------------- sources, oracle
 
 
+@pytest.mark.slow
 def test_batches_single_windows_and_llama_cpp_agree(model, items, scored, gguf):
     from qtutor import llamacpp
 
@@ -131,6 +132,7 @@ def test_the_course_model_is_above_chance(scored):
     assert "chance 0.25" in str(scored) and scored.row()["accuracy_n"] == 80
 
 
+@pytest.mark.slow
 def test_harness_gives_the_same_answers(model, items, scored):
     """lm-evaluation-harness with its own model class around the course model: equal item by item."""
     pytest.importorskip("lm_eval")

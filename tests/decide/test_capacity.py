@@ -48,6 +48,7 @@ LLAMA2_GIB = {"Q4_0": 36.20, "Q4_1": 40.20, "Q5_0": 44.20, "Q3_K_S": 27.86, "Q3_
               "Q5_K_M": 45.41, "Q6_K": 52.70, "F16": 128.5}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_llama_3_8b_to_the_byte():
     # the header (tokenizer and metadata) is the same in each file: what is left of the published size must be, too
     headers = {size - capacity.size("Llama-3-8B", name).tensor_bytes for name, size in LLAMA3_BYTES.items()}
@@ -55,11 +56,13 @@ def test_llama_3_8b_to_the_byte():
     assert 7e6 < headers.pop() < 9e6  # 128,256 tokens and 280,147 merges as text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LLAMA31_BITS)
 def test_llama_31_8b_bits_per_weight(name):
     assert round(capacity.size("Llama-3.1-8B", name).bits_per_weight, 4) == LLAMA31_BITS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", PUBLISHED_GB)
 def test_llama_2_files(model):
     for name, published in PUBLISHED_GB[model].items():
@@ -87,6 +90,7 @@ def test_seed_case():
     assert capacity.parameters("Llama-2-70B") == 68_976_648_192
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["F16", "Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_XS", "TQ2_0"])
 def test_equals_the_file_that_is_made(name, tmp_path):
     """Header, tokenizer and all: the course model's file, exported and quantized for real."""
@@ -97,6 +101,7 @@ def test_equals_the_file_that_is_made(name, tmp_path):
     assert planned == {t.name: (t.type, t.nbytes) for t in llamacpp.check_gguf(made).tensors}
 
 
+@pytest.mark.slow
 def test_a_plan_takes_no_disk_and_leaves_nothing(tmp_path, monkeypatch):
     import tempfile
 
@@ -178,6 +183,7 @@ def test_ceiling_is_bandwidth_over_bytes():
     assert case.ceiling_tokens_per_s == pytest.approx(capacity.ceiling("Llama-2-7B", "Q4_0", 1024, 300))
 
 
+@pytest.mark.slow
 def test_largest_context():
     longest = capacity.largest_context("Llama-3.1-70B", "Q6_K", "H100 SXM")
     assert capacity.fits("Llama-3.1-70B", "Q6_K", longest, "H100 SXM").fits

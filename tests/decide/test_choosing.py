@@ -33,6 +33,7 @@ def copy_of_results(folder: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------ constraints
 
 
+@pytest.mark.slow
 def test_the_chat_service_gets_six_bits():
     decision = decide(CHAT)
     assert decision.best.technique.name == "GGUF Q6_K" and decision.best.verdict == "yes"
@@ -52,6 +53,7 @@ def test_memory_to_keep_free_counts_as_missing():
     assert "stay free" in options(CHAT)["GGUF Q8_0"].missed["memory"]
 
 
+@pytest.mark.slow
 def test_a_laptop_reserves_no_memory_for_a_driver():
     """Weights, cache and half a GiB: Q6_K of an 8B model fits into 8 GiB."""
     option = options(LAPTOP)["GGUF Q6_K"]

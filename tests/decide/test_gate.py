@@ -51,6 +51,7 @@ def values_of(report):
     return dict(zip(report.table["check"], report.table["value"], strict=True))
 
 
+@pytest.mark.slow
 def test_the_base_passes_with_nothing_to_spare_lost(built, base):
     report = built.check(base, name="again")
     assert report.passed and report.failures.empty and "PASSES" in str(report)
@@ -60,6 +61,7 @@ def test_the_base_passes_with_nothing_to_spare_lost(built, base):
     assert values["finite"] == 0 and values["accuracy"] == 1
 
 
+@pytest.mark.slow
 def test_a_good_file_passes_and_a_bad_one_does_not(built, files, tokenizer):
     with llamacpp.Model(files["Q8_0"]) as model:
         assert built.check(model, name="Q8_0").passed
@@ -71,6 +73,7 @@ def test_a_good_file_passes_and_a_bad_one_does_not(built, files, tokenizer):
         report.raise_for_failure()
 
 
+@pytest.mark.slow
 def test_two_bits_by_rounding_fail(built, base):
     report = built.check(rounded(base, 2), name="int2")
     assert {"perplexity", "KLD, mean", "first token", "log-probability"} <= failed(report)
@@ -78,6 +81,7 @@ def test_two_bits_by_rounding_fail(built, base):
     assert (report.table[report.table["passed"]]["margin"] >= 0).all()
 
 
+@pytest.mark.slow
 def test_nan_is_found_and_named(built, base):
     def sometimes(ids):
         with torch.no_grad():
@@ -101,6 +105,7 @@ def test_a_loop_is_found(built):
     assert gate.repetition([1, 2]) == 0
 
 
+@pytest.mark.slow
 def test_kld_of_the_top_tokens_never_exceeds_the_full_one(built, base):
     noisy = rounded(base, 5)
     tokens = np.array(built.tokens)
@@ -111,6 +116,7 @@ def test_kld_of_the_top_tokens_never_exceeds_the_full_one(built, base):
     assert report["same top token"] == pytest.approx(full.same_top)
 
 
+@pytest.mark.slow
 def test_accuracy_is_mcnemars_one_sided_test(built, base):
     from scipy import stats
 
@@ -123,6 +129,7 @@ def test_accuracy_is_mcnemars_one_sided_test(built, base):
     assert not row.passed and f"{lost} lost, 0 gained" in row.note
 
 
+@pytest.mark.slow
 def test_the_reference_is_what_the_base_writes(base, tokenizer):
     own = gate.Gate.build(base, ["Return the"], tokens=corpus.tokens("eval", tokenizer)[:128], ctx=64)
     (prompt,) = own.prompts
@@ -167,6 +174,7 @@ def test_damaged_files_are_one_sentence(built, tmp_path):
         gate.Gate.load(tmp_path / "missing.json")
 
 
+@pytest.mark.slow
 def test_bad_input(built, base, tokenizer):
     tokens = corpus.tokens("eval", tokenizer)[:128]
 
@@ -200,6 +208,7 @@ def test_limits_are_not_negative_numbers():
 # ---------------------------------------------------------------------------------------------------------- report
 
 
+@pytest.mark.slow
 def test_report_says_what_and_by_how_much(built, base):
     report = built.check(rounded(base, 2), name="<int2>")
     assert {"check", "value", "expected", "passed", "margin"} <= set(report.table)

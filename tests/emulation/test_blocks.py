@@ -109,6 +109,7 @@ def test_products_are_those_of_the_dequantized_operands(recipe):
         torch.testing.assert_close(got.double().reshape(want.shape), want, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [Float8BlockScaling(), MXFP8BlockScaling(), NVFP4BlockScaling()],
                          ids=lambda r: type(r).__name__)  # fmt: skip
 def test_a_transformer_layer_runs_and_learns(recipe):
@@ -129,6 +130,7 @@ def test_a_transformer_layer_runs_and_learns(recipe):
     assert layer.layernorm_mlp.get_extra_state().numel() == 0  # nothing to remember
 
 
+@pytest.mark.slow
 def test_nvfp4_rounds_gradients_at_random_and_in_the_mean_right():
     layer, x = te.Linear(32, 32, bias=False), torch.randn(64, 32, requires_grad=True)
     dy, found = torch.randn(64, 32), []
@@ -175,6 +177,7 @@ def test_bad_recipes_and_sizes():
             te.Linear(*shape[1:])(torch.ones(shape[:2]))
 
 
+@pytest.mark.slow
 def test_bytes_scales_and_products_are_the_recorded_ones():
     data = recorded()
     sizes = sorted({key.split(".")[0] for key in data})

@@ -418,6 +418,7 @@ def test_state_of_both_products_survives_a_checkpoint(monkeypatch):
 
 
 # --------------------------------------------------------------------------------- activation checkpointing
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [DelayedScaling(amax_history_len=4), Float8CurrentScaling(), te.Float8BlockScaling(),
                                     None])  # fmt: skip
 def test_checkpointed_layers_have_the_gradients_and_scales_of_plain_ones(recipe):

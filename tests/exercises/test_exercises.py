@@ -71,6 +71,7 @@ def test_folded_solution_is_right(asked):
     assert state == "right", sentence
 
 
+@pytest.mark.slow
 def test_checks_hold_where_python_drops_assertions():
     """``python -O`` (PYTHONOPTIMIZE=1, set in some images) removes asserts: no check may be one."""
     code = ("from qtutor import lesson; import qtutor.exercises\n"

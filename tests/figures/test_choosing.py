@@ -17,6 +17,7 @@ def test_the_table_says_what_the_decision_says():
     assert page == choosing.table(decision).to_html()
 
 
+@pytest.mark.slow
 def test_every_control_of_the_widget_redraws():
     box = choosing.explorer(users=8)
     grid, shown = box.children
@@ -32,6 +33,7 @@ def test_every_control_of_the_widget_redraws():
         assert shown.value == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [
     {"users": 5}, {"max_loss": 0.007}, {"context": 3000}, {"device": "NVIDIA H200"}, {"tokens_per_s": 2000},
     {"device": hardware.Device("laptop", 8, 60), "model": "Llama-3-8B"},

@@ -16,6 +16,7 @@ def test_ste_picture(bits, clip):
     plt.close(fig)
 
 
+@pytest.mark.slow
 def test_granularity_picture():
     for name in figures.GRANULARITIES:
         fig = figures.granularity_picture(bits=3, granularity=name)
@@ -25,6 +26,7 @@ def test_granularity_picture():
         plt.close(fig)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("explorer", [figures.ste_explorer, figures.granularity_explorer])
 def test_every_control_redraws(explorer):
     box = explorer()

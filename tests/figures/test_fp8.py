@@ -61,6 +61,7 @@ def test_a_small_spike_casts_a_shadow_that_costs_nothing():
     assert run[7]["error"] < 1.2 * run[20]["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", widgets.SCENARIOS)
 @pytest.mark.parametrize("step", [0, 6, 27])
 def test_every_state_can_be_drawn(step, scenario):
@@ -86,6 +87,7 @@ def picture(box):
     return bytes(next(child for child in box.children if isinstance(child, ipywidgets.Image)).value)
 
 
+@pytest.mark.slow
 def test_every_control_of_the_scaling_explorer_redraws_the_picture():
     import ipywidgets
 
@@ -117,6 +119,7 @@ def test_the_breakeven_map_is_read_between_its_points_and_ends_at_its_edge():
     assert widgets.breakeven_speedup(rows, 100_000, 4096, False) == pytest.approx((2048 * 4096) ** 0.5 / 1000)
 
 
+@pytest.mark.slow
 def test_the_breakeven_explorer_redraws():
     import ipywidgets
 

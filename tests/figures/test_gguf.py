@@ -11,6 +11,7 @@ from qtutor.figures import gguf as pictures
 needs_llamacpp = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
 
 
+@pytest.mark.slow
 @needs_llamacpp
 def test_pictures(tmp_path):
     f32 = gguf_export.export(tiny_llama.model(layers=2), tmp_path / "m.gguf", tokenizer=tiny_llama.tokenizer())

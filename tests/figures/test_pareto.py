@@ -30,6 +30,7 @@ def test_relative_picture():
     plt.close(fig)
 
 
+@pytest.mark.slow
 def test_explorer():
     box = pareto.explorer(some_rows() + [row("BF16", "float", 14, 1e-5, 800, batch=8)], "a CPU")
     ((x, y, batch), limits), words, image = [b.children for b in box.children[0].children], *box.children[1:]

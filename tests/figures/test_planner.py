@@ -37,6 +37,7 @@ def test_memory_picture_adds_up():
     assert ax.get_title(loc="left") or ax.get_title()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [("Llama-2-70B", "Q6_K", 4096, "F16", 1, "H100 SXM"),
                                     ("Llama-3-8B", "IQ4_XS", 8192, "Q8_0", 16, "RTX 4090"),
                                     ("Llama-2-70B", "F16", 131072, "F16", 64, "L4")])  # fmt: skip
@@ -71,6 +72,7 @@ def _leaves(box):
     return [leaf for child in getattr(box, "children", ()) for leaf in _leaves(child)] or [box]
 
 
+@pytest.mark.slow
 def test_widget_follows_its_controls():
     import ipywidgets
 

@@ -30,6 +30,7 @@ def test_clip_curve_is_the_error_of_torch_fake_quantization(w, group):
     assert rounding[0] < rounding[2] and clipping[0] > clipping[2]
 
 
+@pytest.mark.slow
 def test_every_picture_has_titles_and_units(w):
     amax = {f"model.layers.{i}.{n}": w.abs().amax(0) * (i + 1) for i in range(3)
             for n in ("self_attn.q_proj", "mlp.down_proj")}  # fmt: skip

@@ -17,6 +17,7 @@ def tiny(tmp_path_factory):
     return random_gguf.write(tmp_path_factory.mktemp("tiny") / "tiny.gguf", random_gguf.TINY, "Q4_K_M")
 
 
+@pytest.mark.slow
 def test_measure(tiny):
     rows = llama_speed.measure(tiny, "Q4_K_M", device_bandwidth={"bandwidth_gb_per_s": 50.0},
                                **llama_speed.QUICK | {"depth": 128, "depth_generate": 4})  # fmt: skip

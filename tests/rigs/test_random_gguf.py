@@ -19,6 +19,7 @@ def tiny(tmp_path_factory):
     return random_gguf.write(tmp_path_factory.mktemp("tiny") / "tiny.gguf", random_gguf.TINY, "Q4_K_M")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_XS",
                                   "IQ3_XXS", "IQ2_XS", "TQ2_0", "MXFP4", "NVFP4"])  # fmt: skip
 def test_types_are_those_of_the_quantizer(name, tmp_path):

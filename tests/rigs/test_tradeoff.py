@@ -29,6 +29,7 @@ def files():
     made.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BF16", pytest.param("GGUF Q4_0", marks=llama_cpp)])
 def test_rows_have_the_schema(name, files):
     rows = one(name, (1, 3), files)
@@ -47,6 +48,7 @@ def test_rows_have_the_schema(name, files):
                       "machine": {"device": "CPU"}, "versions": {"torch": "2"}, "rows": rows})  # fmt: skip
 
 
+@pytest.mark.slow
 @llama_cpp
 def test_size_of_a_gguf_is_its_tensors(files):
     path = files.path("GGUF Q4_K_M")
@@ -57,6 +59,7 @@ def test_size_of_a_gguf_is_its_tensors(files):
     assert row["bits_per_weight"] == pytest.approx(8 * size / weights)
 
 
+@pytest.mark.slow
 def test_quality_is_compared_with_fp32_on_the_same_text():
     reference = tradeoff.Reference(Sizes(windows=2, questions=8), "cpu")
     row = reference.quality(techniques.build("BF16", where="cpu"))
@@ -92,6 +95,7 @@ def test_compiled_products_compute_the_same(monkeypatch):
     assert len(compiled) == 7 * len(model.model.layers) and compiled[0] == {"dynamic": False}
 
 
+@pytest.mark.slow
 def test_a_failure_is_a_row_and_the_rest_goes_on(monkeypatch):
     build = techniques.build
 

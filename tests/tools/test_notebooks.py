@@ -293,6 +293,7 @@ def masked(text: str) -> str:
     return re.sub(r"(\[(?:← )?(?:[Nn]otebook )?)\d\d(?=[\]·]| ·)", r"\1NN", text)
 
 
+@pytest.mark.slow
 def test_a_notebook_put_in_the_middle_moves_all_numbers_and_nothing_else(tmp_path):
     """As an author does it: a file 04b_....ipynb appears, and one command brings everything in step."""
     shutil.copytree(notebooks.NOTEBOOKS, tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))

@@ -39,6 +39,7 @@ def test_error_of_a_percentile_is_of_the_right_size():
     assert np.mean(errors) == pytest.approx(np.sqrt(0.99 / 0.01 / 4000), rel=0.15)
 
 
+@pytest.mark.slow
 @needs_llamacpp
 def test_recording(tmp_path):
     names = ["Q8_0", "Q4_0", "IQ2_XS", "TQ1_0", "MXFP4"]

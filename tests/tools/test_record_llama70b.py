@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.ava
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+@pytest.mark.slow
 def test_record_saves_after_each_type_and_keeps_others(tmp_path, monkeypatch):
     folder, out, said = tmp_path / "models", tmp_path / "out", []
     folder.mkdir()
@@ -58,6 +59,7 @@ def test_tools_measure_the_same(tmp_path):
         assert all(value > 0 for key, value in row.items() if key.endswith("tokens_per_s"))
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     command = [sys.executable, "-m", "tools.record_llama70b", "--tiny", "--out", str(tmp_path), "--tools", "none"]
     done = subprocess.run([*command, "--types", "Q4_0"], cwd=ROOT, capture_output=True, text=True, check=False)

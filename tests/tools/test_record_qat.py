@@ -30,6 +30,7 @@ def cells_of_the_lesson(**names):
     return names
 
 
+@pytest.mark.slow
 def test_the_loop_is_the_notebooks(base, text):
     lesson = cells_of_the_lesson(base=base, train_ids=text[0], BATCH=2, LENGTH=32)
     for loss, teacher in (("next_token_loss", None), ("distillation_loss", base)):
@@ -57,6 +58,7 @@ def test_loss_of_is_cross_entropy_or_the_divergence_from_the_teacher(base, text)
         assert record_qat.loss_of(student, batch, teacher=base).item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_experiment_has_every_arm_and_training_helps(base, text):
     ids, tokens = text
     how = dict(schemes=["W2"], steps=12, seeds=(0,), batch_size=4, context=64)
@@ -89,6 +91,7 @@ def test_without_a_gpu_recovery_says_what_is_missing():
         record_qat.record_recovery(full=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not llamacpp.available()[0], reason="llama.cpp is not here")
 def test_gguf_rows_compare_files(base, text):
     rows = list(record_qat.gguf_rows(base, text[1][:1026], {0: qat.Q4_0_FILE}, types=("Q4_0", "Q8_0")))

@@ -51,6 +51,7 @@ def test_what_cannot_run_is_recorded_with_its_reason(tmp_path):
     assert list(left_out(results.load("tradeoff", results.machine_folder(), tmp_path))) == [f"{name} (course)"]
 
 
+@pytest.mark.slow
 def test_peak_memory_comes_from_a_fresh_process():
     rows = [{"technique": "BF16", "batch": 1}, {"technique": "BF16", "batch": 4}]
     made = tradeoff.Files()

@@ -10,6 +10,7 @@ from qtutor import QtutorError, corpus, course_model
 from tools import train_course_model
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_it_was_interrupted(tmp_path):
     ids = np.random.default_rng(0).integers(0, 4096, 20_000).astype(np.uint16)
     kwargs = dict(precision="bf16", batch_size=2, seq_len=32, log_every=2, progress=False, num_hidden_layers=1)
