@@ -155,7 +155,7 @@ source, seed, places = {source!r}, {seed}, {places}
 rng = np.random.default_rng(seed)
 data = Path(source).read_bytes()
 told = 0
-for _ in range(60):
+for _ in range(20):
     at = int(rng.integers(0, places or len(data)))
     damaged_gguf(lambda path: flip(path, at, int(rng.integers(8))), source)
     try:

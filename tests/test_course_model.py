@@ -135,7 +135,7 @@ def test_missing_and_damaged_models_are_one_sentence(tmp_path, monkeypatch):
         course_model.load_tokenizer()
     one_sentence(error)
     monkeypatch.setenv("QTUTOR_MODEL", "someone/no-such-model")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read once, at import
     with pytest.raises(QtutorError) as error:
         course_model.load()
     one_sentence(error)

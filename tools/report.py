@@ -409,14 +409,13 @@ def recorder(name: str) -> Callable:
     return importlib.import_module(f"{__package__}.{RESULTS[name].by}").RECORDS[name]
 
 
-def record(only=(), full: bool | None = None) -> int:
+def record(only=(), full: bool = True) -> int:
     """Measure what this machine can, or only results of some names; write the tables; return the exit status.
 
-    ``full``: at the size of a GPU (True) or of a laptop (False); by default as the profile says.
+    ``full``: at the size that is kept, whatever the machine; otherwise a try, in minutes.
     """
     if unknown := [name for name in only if name not in RESULTS]:
         raise QtutorError(f"There are no results {unknown[0]!r}: choose from {', '.join(RESULTS)}.")
-    full = qtutor.profile() == "full" if full is None else full
     os.environ["QTUTOR_PROFILE"] = "full" if full else "quick"  # for the processes that a recorder starts
     done, failed = set(), 0
     for name in only or RESULTS:
@@ -448,12 +447,10 @@ def main(argv: list[str]) -> int:
                                      "the page of all results, or measure them again")  # fmt: skip
     parser.add_argument("action", choices=("write", "check", "record"))
     parser.add_argument("name", nargs="*", help="with record: names of results; all of them by default")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_const", const=True, dest="full", help="record at the size of a GPU")
-    size.add_argument("--quick", action="store_const", const=False, dest="full", help="record at the size of a laptop")
+    parser.add_argument("--quick", action="store_true", help="with record: a try at a small size")
     options = parser.parse_args(argv)
     if options.action == "record":
-        return record(options.name, options.full)
+        return record(options.name, not options.quick)
     found = [f"{path}: written" for path in write()] if options.action == "write" else check()
     print("\n".join(found) or "everything is in step")
     return 1 if found and options.action == "check" else 0

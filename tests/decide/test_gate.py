@@ -22,7 +22,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def built(base, tokenizer):
     tokens = corpus.tokens("eval", tokenizer)[:384]
-    return gate.Gate.build(base, gate.DEFAULT_PROMPTS[:3], tokens=tokens, items=accuracy.build_items(20), name="base")
+    return gate.Gate.build(base, gate.DEFAULT_PROMPTS[:3], tokens=tokens, items=accuracy.build_items(12), name="base")
 
 
 @pytest.fixture(scope="module")

@@ -292,19 +292,19 @@ def recorders(monkeypatch, tmp_path):
 def test_record_goes_on_after_a_failure_and_says_what_is_not_here(recorders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "can_record", lambda name: name != "far")
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    assert report.record() == 1
+    assert report.record(full=False) == 1
     out = capsys.readouterr().out
     assert "bad: failed: ValueError: out of memory" in out and "far: not here, it needs a GPU with FP8 units" in out
     here = results.machine_folder()
     for name in ("one", "two"):
         assert f"results/{here}/{name}.json" in out and (tmp_path / "out" / here / f"{name}.json").is_file()
-    assert recorders == [False], "one function for two names is called once, at the profile's size"
-    assert report.record(["two"], full=True) == 0 and recorders == [False, True]
+    assert recorders == [False], "one function for two names is called once"
+    assert report.record(["two"]) == 0 and recorders == [False, True]
     assert report.os.environ["QTUTOR_PROFILE"] == "full"
 
 
 def test_the_command(recorders, monkeypatch, capsys):
-    assert report.main(["record", "one", "--full"]) == 0 and recorders == [True]
+    assert report.main(["record", "one"]) == 0 == report.main(["record", "one", "--quick"]) and recorders == [True, False]
     with pytest.raises(QtutorError, match="There are no results 'three': choose from bad, one"):
         report.main(["record", "three"])
 
