@@ -118,12 +118,30 @@ def check_model():
     yield "course model" if where == course_model.MODEL_DIR else "QTUTOR_MODEL", f"intact: {size / 1e6:.1f} MB"
 
 
+def jupyter_folders() -> dict[str, str]:
+    """Environment that has Jupyter and its kernels write to the cache where the home folder may not be written."""
+    from jupyter_core import paths
+
+    from . import corpus
+
+    def closed(folder):
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        return not os.access(folder, os.W_OK)
+
+    if not any(map(closed, (paths.jupyter_config_dir(), paths.jupyter_data_dir(), paths.jupyter_runtime_dir()))):
+        return {}
+    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR")
+    return {name: str(corpus.cache_dir() / name.lower()) for name in names}
+
+
 def check_jupyter():
-    """JupyterLab, the widgets and a kernel."""
+    """JupyterLab, the widgets and a kernel, and where they may write."""
     from jupyter_client.kernelspec import KernelSpecManager
 
     KernelSpecManager().get_kernel_spec("python3")  # raises where there is none
-    yield "JupyterLab", f"{metadata.version('jupyterlab')}, ipywidgets {metadata.version('ipywidgets')}"
+    elsewhere = "; the home folder may not be written: settings go to the cache" if jupyter_folders() else ""
+    yield "JupyterLab", f"{metadata.version('jupyterlab')}, ipywidgets {metadata.version('ipywidgets')}{elsewhere}"
 
 
 def check_notebooks():
@@ -172,7 +190,7 @@ def lab(argv: list[str]) -> int:
     importlib.import_module("jupyterlab")  # where it is missing, main() says how to install it
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={files.ROOT}", "--allow-root",
                f"--LabApp.default_url=/lab/tree/notebooks/{START_PAGE}"]  # root: a container has nobody else
-    return subprocess.call([*command, *argv], cwd=files.ROOT)
+    return subprocess.call([*command, *argv], cwd=files.ROOT, env={**os.environ, **jupyter_folders()})
 
 
 def notebook_paths() -> list[Path]:

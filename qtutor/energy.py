@@ -36,6 +36,7 @@ from . import measure
 WATTS_PER_THREAD = 4.0  # codecarbon's figure for a processor that it does not know
 POWERCAP = Path("/sys/class/powercap")
 NVML_STEP_S = 0.1  # 20 to 100 ms, by model
+MOST_WATTS = {"board": 2000.0, "package": 600.0}  # more than any draws: a counter that says so has jumped
 
 
 @dataclass
@@ -103,8 +104,9 @@ def board(device=None) -> Board | None:
         return None
 
 
-#: ``read()``: joules since some moment, or None; renewed every ``step_s`` seconds.  A source is read twice.
-_Source = namedtuple("_Source", "name step_s read")
+#: ``read()``: joules since some moment, or None; renewed every ``step_s`` seconds.  A source is read twice.  It draws at
+#: most ``watts``, and begins again after ``turn`` joules.
+_Source = namedtuple("_Source", "name step_s read watts turn", defaults=[math.inf, math.inf])
 
 
 def _rapl() -> _Source:
@@ -122,10 +124,11 @@ def _rapl() -> _Source:
             now = [int((f / "energy_uj").read_text()) for f in folders]
         except (OSError, ValueError):
             return None
-        # each wraps around at its range; a block shorter than one turn (minutes) is counted right
+        # each wraps around at its range; a block shorter than one turn (minutes) is counted right, a longer one not
         return sum((b - a) % turn for a, b, turn in zip(began, now, turns, strict=True)) / 1e6
 
-    return _Source("RAPL energy counter", 0.001, read)
+    n = len(folders)
+    return _Source("RAPL energy counter", 0.001, read, n * MOST_WATTS["package"], n * min(turns) / 1e6)
 
 
 def _estimate() -> _Source:
@@ -143,7 +146,7 @@ def source_of(device=None) -> _Source:
             return _estimate()
     gpu = board(device)
     if gpu and gpu.joules() is not None:
-        return _Source("NVML energy counter", NVML_STEP_S, gpu.joules)
+        return _Source("NVML energy counter", NVML_STEP_S, gpu.joules, MOST_WATTS["board"])
     return _Source("none: NVML has no energy counter here", 0.0, lambda: None)
 
 
@@ -153,7 +156,7 @@ def track_energy(device=None) -> Iterator[Energy]:
 
     ``device``: where the work happens; by default the current CUDA GPU if this process has used one, else the CPU.
     A GPU's figure comes from NVML's energy counter (Volta or newer), a CPU's from RAPL where it may be read, else from
-    an estimate.  A counter that is missing, lost, stands still or runs backwards gives NaN joules.
+    an estimate.  A counter that is missing, lost, stands still, jumps or runs backwards gives NaN joules.
     """
     source = source_of(device)
     used = Energy(source=source.name, step_s=source.step_s)
@@ -166,7 +169,9 @@ def track_energy(device=None) -> Iterator[Energy]:
         used.seconds = time.perf_counter() - began
         after = None if before is None else source.read()
         why = ("was lost" if after is None else "ran backwards" if after < before
-               else "did not move" if after == before and source.step_s else "")  # fmt: skip
+               else "did not move" if after == before and source.step_s
+               else "jumped" if after - before > source.watts * (used.seconds + source.step_s)
+               else "may have begun again twice" if source.watts * used.seconds > source.turn else "")  # fmt: skip
         if not why:
             used.joules = after - before
         elif not source.name.startswith("none"):

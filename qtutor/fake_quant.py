@@ -16,16 +16,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import re
 import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map_only
 
 from . import QtutorError
 from .formats import to_blocks
 from .ste import Grid, Target, fake_quantize_learned, find_grid, on_grid, on_own_grid
+
+
+def _no_fast_path(module, inputs) -> None:
+    """A hook that does nothing: where there is one, nn.TransformerEncoderLayer does not read ``weight`` itself."""
 
 
 class FakeQuantizer(nn.Module):
@@ -40,7 +47,7 @@ class FakeQuantizer(nn.Module):
         no_clipping: see formats.choose_qparams and formats.mx_scale.
         learned: the scale is an nn.Parameter that is trained with the weights (LSQ); symmetric integers.  It begins at
             2 mean|x| / sqrt(quant_max) of the first tensor seen (``prepare`` shows it the weight), or where the
-            observer puts it.
+            observer puts it.  Its sign does not count: an optimizer's step may cross zero.
 
     Any x -> the same shape and dtype.  While ``observing`` is set, x feeds the observer and goes through untouched.
     """
@@ -67,6 +74,7 @@ class FakeQuantizer(nn.Module):
         (self.register_parameter if learned else self.register_buffer)("scale", None)
         self.register_buffer("zero_point", None)
         self.register_buffer("place", torch.empty(0), persistent=False)  # moves with the model: on which device we are
+        self.register_forward_pre_hook(_no_fast_path)
 
     def blocks(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` as (n_blocks, values per block): one row for each scale."""
@@ -78,8 +86,10 @@ class FakeQuantizer(nn.Module):
             return find_grid(self.blocks(x.detach()), self.target, self.symmetric, self.no_clipping)
         if self.scale is None:
             self.freeze(x)
-        tiny = torch.finfo(self.scale.dtype).smallest_normal  # a step of the optimizer may cross zero
-        return Grid(self.scale.clamp(min=tiny), self.zero_point)
+        if len(self.scale) != (found := len(self.blocks(x))):
+            raise QtutorError(f"There are {len(self.scale)} scales for {found} blocks of values: give this quantizer what "
+                              "it was calibrated with, or a checkpoint of the same group_size.")  # fmt: skip
+        return Grid(self.scale.abs().clamp(min=torch.finfo(self.scale.dtype).smallest_normal), self.zero_point)
 
     def qparams(self, x: torch.Tensor):
         """(scale, zero_point or None) that forward would use for ``x``, each of shape (n_blocks, 1)."""
@@ -92,7 +102,11 @@ class FakeQuantizer(nn.Module):
             scale, self.zero_point = self.observer.qparams(self.target, self.symmetric, self.no_clipping)
         else:
             scale = 2 * self.blocks(x).abs().mean(dim=1, keepdim=True) / math.sqrt(self.target.quant_max)
-        self.scale = nn.Parameter(scale) if self.learned else scale
+            scale = scale.clamp(min=torch.finfo(torch.float32).eps)  # zeros: from a scale of 0 no gradient leads away
+        if self.learned and self.scale is not None and self.scale.shape == scale.shape:
+            self.scale.copy_(scale)  # optimizers know it
+        else:
+            self.scale = nn.Parameter(scale) if self.learned else scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() == 0:
@@ -100,7 +114,8 @@ class FakeQuantizer(nn.Module):
         if self.observing:
             if self.observer is not None:
                 self.observer.observe(self.blocks(x))
-                self.scale = self.zero_point = None  # stale: recomputed when next needed
+                if not self.learned:
+                    self.scale = self.zero_point = None  # stale: recomputed when next needed
             return x
         blocks, target = self.blocks(x), self.target
         if self.is_dynamic:
@@ -113,20 +128,25 @@ class FakeQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # A calibrated checkpoint fits a fresh quantizer.  A scale that is there is filled in place: optimizers know it.
-        for name in ("scale", "zero_point"):
-            if prefix + name in state_dict and getattr(self, name) is None:
-                value = torch.empty_like(state_dict[prefix + name], device=self.place.device)
+        for name in ("scale",) if self.symmetric else ("scale", "zero_point"):
+            saved, mine = state_dict.get(prefix + name), getattr(self, name)
+            if saved is not None and mine is None and not self.is_dynamic:
+                value = torch.empty_like(saved, device=self.place.device)
                 setattr(self, name, nn.Parameter(value) if self.learned and name == "scale" else value)
+            elif saved is not None and mine is not None and mine.shape != saved.shape:
+                raise QtutorError(f"The checkpoint has {saved.numel()} values in {prefix}{name} and this model "
+                                  f"{mine.numel()}: prepare the model with the checkpoint's group_size.")  # fmt: skip
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn, recurse=True):
+        if self.observer is not None:  # what it has seen goes where the model goes
+            vars(self.observer).update(tree_map_only(torch.Tensor, fn, vars(self.observer)))
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         group = f" of {self.group_size}" if self.granularity == "group" else ""
         kind = "learned" if self.learned else "dynamic" if self.is_dynamic else type(self.observer).__name__
         return f"{self.target}, per {self.granularity}{group}, {'symmetric' if self.symmetric else 'affine'}, {kind}"
-
-
-def _no_fast_path(module, inputs) -> None:
-    """A hook that does nothing: where there is one, nn.TransformerEncoderLayer does not read ``weight`` itself."""
 
 
 class FakeQuantLinear(nn.Linear):
@@ -136,7 +156,6 @@ class FakeQuantLinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias  # the same Parameters: an optimizer made before still works
         self.weight_fake_quant, self.activation_fake_quant = weight, activation
-        self.register_forward_pre_hook(_no_fast_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.activation_fake_quant is not None:
@@ -198,8 +217,11 @@ def prepare(model, weight="int4", activation=None, group_size=None, skip=None, o
             head and norms are quantized only if named here: ``{"embed_tokens": "Q8_0", "lm_head": "Q8_0"}``.
         learned: train the scales of the weights, too (LSQ); make the optimizer after prepare then.
 
-    Where it raises QtutorError, it leaves the model unchanged.
+    Parameters, ties and hooks of forward and backward stay.  Subclasses of nn.Linear have a forward of their own: they
+    stay as they are.  Where it raises QtutorError, it leaves the model unchanged.
     """
+    if isinstance(activation, FakeQuantizer) and activation.learned and activation.observer is None:
+        raise QtutorError("A learned range of activations begins where an observer puts it: give it one, and calibrate.")
     skip_named = [skip] if isinstance(skip, str) else ["lm_head", "embed_tokens"] if skip is None else list(skip)
     overrides = overrides or {}
     swaps, unused = {}, {*overrides, *skip_named}
@@ -210,7 +232,7 @@ def prepare(model, weight="int4", activation=None, group_size=None, skip=None, o
         if override is not None and (type(module) in (nn.Linear, nn.Embedding) or vector):
             unused.discard(override)
             quantizer = _quantizer(overrides[override], group_size=None if vector else group_size)
-        elif type(module) is not nn.Linear or skipped:
+        elif skipped or not plain_linear(module):
             continue
         else:
             quantizer = _quantizer(weight, group_size=group_size, learned=learned)
@@ -232,7 +254,10 @@ def _fake(name: str, module: nn.Module, quantizer: FakeQuantizer, activation: Fa
     if columns % (quantizer.group_size or 1):
         raise QtutorError(f"Groups of {quantizer.group_size} do not divide the {columns} inputs of layer {name!r}: use "
                           "a smaller group_size or add the layer to skip.")  # fmt: skip
-    refuse_nan(name, module.weight)
+    if isinstance(module, nn.Linear | nn.Embedding):  # a norm is kept inside
+        refuse_own_ways(name, module)
+    if not torch.isfinite(module.weight).all():
+        raise QtutorError(f"The weight of layer {name!r} holds NaN or infinite values: it cannot be quantized.")
     if quantizer.learned and quantizer.observer is None:
         quantizer.freeze(module.weight)
     if type(module) is nn.Linear:
@@ -281,14 +306,28 @@ def calibrate(model: nn.Module):
         q.freeze()
 
 
-def refuse_nan(name: str, weight: torch.Tensor) -> None:
-    """Raise QtutorError where the weight of layer ``name`` is not finite."""
-    if not torch.isfinite(weight).all():
-        raise QtutorError(f"The weight of layer {name!r} holds NaN or infinite values: it cannot be quantized.")
+def plain_linear(module: nn.Module) -> bool:
+    """Whether this is an nn.Linear: not a subclass, unless a parametrization made one of it."""
+    return type(module) is nn.Linear or isinstance(module, nn.Linear) and parametrize.is_parametrized(module)
+
+
+def refuse_own_ways(name: str, module: nn.Module) -> None:
+    """Raise QtutorError where a new layer in the place of ``module`` would lose something that works in it."""
+    hooks = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+    own = {"a parametrization": parametrize.is_parametrized(module), "a forward of its own": "forward" in vars(module),
+           "a weight that is computed from others": "weight" not in module._parameters,
+           "parts of its own": module._modules or module._buffers or set(module._parameters) - {"weight", "bias"},
+           "hooks of its state_dict": any(getattr(module, hook) for hook in hooks)}  # fmt: skip
+    if found := [what for what, there in own.items() if there]:
+        raise QtutorError(f"Layer {name!r} has {found[0]}, which a new layer would lose: remove it, or skip the layer.")
 
 
 def swap(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Module:
-    """``model`` with ``swaps[module]`` in the place of each module that is a key."""
+    """``model`` with ``swaps[module]`` in the place of each module that is a key; it gets the hooks of forward and
+    backward (the dicts themselves, so that their handles work), unless one of the two contains the other."""
+    for old, new in swaps.items():
+        if old not in new.modules() and new not in old.modules():
+            vars(new).update({k: hooks for k, hooks in vars(old).items() if re.search("(for|back)ward_.*hook", k)})
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in swaps and module is not model:
             model.set_submodule(name, swaps[module])

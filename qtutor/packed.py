@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import QtutorError
-from .fake_quant import FAKE_QUANTIZED, FakeQuantEmbedding, FakeQuantizer, FakeQuantNorm, refuse_nan, swap
+from .fake_quant import FAKE_QUANTIZED, FakeQuantEmbedding, FakeQuantizer, FakeQuantNorm, swap
 from .formats import to_blocks
 from .ste import on_grid
 
@@ -28,7 +28,7 @@ def convert(model):
     def stored_layer(name, module, made):
         if (stored := made.get(id(module.weight))) is None:
             stored = made[id(module.weight)] = StoredWeight(module.weight_fake_quant, module.weight.detach())
-            if not torch.equal(stored.dequantize(), module.weight_fake_quant(module.weight)):
+            if not torch.equal(stored.dequantize(), _seen(name, module)):
                 raise QtutorError(f"Layer {name!r} would not store what it was trained with: leave it unconverted.")
         if isinstance(module, FakeQuantNorm):
             return QuantizedNorm(module, stored)
@@ -48,7 +48,7 @@ def bake(model):
         stored = isinstance(module, _Stored)
         key = id(module.stored if stored else module.weight)
         if key not in made:
-            values = module.dequantize() if stored else module.weight_fake_quant(module.weight)
+            values = module.dequantize() if stored else _seen(name, module)
             made[key] = nn.Parameter(values.detach())
         weight = made[key]
         if isinstance(module, FakeQuantNorm | QuantizedNorm):
@@ -65,14 +65,21 @@ def bake(model):
     return _replaced(model, float_layer, (*FAKE_QUANTIZED, _Stored))
 
 
+def _seen(name: str, module: nn.Module) -> torch.Tensor:
+    """The weight as training saw it."""
+    values = module.weight_fake_quant(module.weight)
+    if not values.isfinite().all():  # a scale of 16 bits ends at 65504
+        raise QtutorError(f"The weight of layer {name!r} is NaN, infinite or too large in {module.weight_fake_quant.target}"
+                          ": clip or mend it, or choose another format.")  # fmt: skip
+    return values
+
+
 @torch.no_grad()
 def _replaced(model: nn.Module, build, kinds) -> nn.Module:
     """``model`` with ``build(name, module, made)`` in place of each module of ``kinds``; ``made``: weights so far."""
     swaps, made = {}, {}
     for name, module in model.named_modules():
         if isinstance(module, kinds):
-            if isinstance(module, FAKE_QUANTIZED):
-                refuse_nan(name, module.weight)
             activation = getattr(module, "activation_fake_quant", None)
             if activation is not None and activation.observer is not None and activation.scale is None:
                 activation.freeze()  # raises where no data was seen

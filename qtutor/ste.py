@@ -146,9 +146,10 @@ def find_grid(blocks: torch.Tensor, target, symmetric: bool = True, no_clipping:
 
 
 def _gguf_grid(exact: torch.Tensor) -> Grid:
-    """Codes are found with the exact scale and mean the stored one, which has 16 bits."""
-    stored = exact.to(torch.float16)
-    return Grid(stored.float(), inverse=torch.where(exact == 0, 0.0, 1.0 / exact), parts=(stored,))
+    """Codes are found with the exact scale and mean the stored one, which has 16 bits and is 0 where 1 / exact is not
+    finite: such a block is all zeros."""
+    stored, inverse = exact.to(torch.float16), 1.0 / exact
+    return Grid(stored.float(), inverse=inverse.masked_fill_(inverse.isinf(), 0.0), parts=(stored,))
 
 
 def on_grid(blocks: torch.Tensor, grid: Grid, target: Target) -> torch.Tensor:

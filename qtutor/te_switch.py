@@ -98,34 +98,37 @@ def activate() -> Status:
     return Status(not reason, reason, version, recipes)
 
 
-def swap_linears(model, skip: tuple[str, ...] = ("lm_head",)) -> int:
+def swap_linears(model, skip: str | tuple[str, ...] = ("lm_head",)) -> int:
     """Replace every ``nn.Linear`` of a model by a ``te.Linear`` with the same parameters, in place.
 
     The parameters are the same objects: frozen ones stay frozen, tied ones tied, a layer that occurs twice stays one
     layer, and an optimizer made before goes on training them.  Returns the number of layers replaced.
 
+    Hooks of forward and backward stay.  A layer that has more (a parametrization, hooks of its state_dict, a forward
+    put into it) is refused by name, before anything is changed.
+
     Layers whose name ends with one of ``skip`` stay as they are.  The head stays in higher precision: its output goes
     into the loss, where FP8's error would be seen most.  Layers whose sizes are not multiples of 16 stay too: FP8
-    tensor cores cannot multiply them.
+    tensor cores cannot multiply them; and subclasses of nn.Linear, which have a forward of their own.
     """
     from torch import nn
+
+    from .fake_quant import plain_linear, refuse_own_ways, swap
 
     if type(model) is nn.Linear:
         raise QtutorError("A bare nn.Linear cannot be replaced in place: make a te.Linear, or put it into a model.")
     activate()
-    te = import_module("transformer_engine.pytorch")
-    new = {}
-    for name, parent in list(model.named_modules()):
-        for child_name, child in list(parent._modules.items()):
-            keep = type(child) is not nn.Linear or f"{name}.{child_name}".endswith(tuple(skip))
-            if keep or child.in_features % 16 or child.out_features % 16:
-                continue
-            if child not in new:
-                layer = te.Linear(child.in_features, child.out_features, bias=child.bias is not None,
-                                  params_dtype=child.weight.dtype, device=child.weight.device)  # fmt: skip
-                layer.weight = child.weight
-                if child.bias is not None:
-                    layer.bias = child.bias
-                new[child] = layer.train(child.training)
-            setattr(parent, child_name, new[child])
+    te, ends, new = import_module("transformer_engine.pytorch"), (skip,) if isinstance(skip, str) else tuple(skip), {}
+    named = [item for item in model.named_modules(remove_duplicate=False) if plain_linear(item[1])]
+    kept = {old for name, old in named if name.endswith(ends) or old.in_features % 16 or old.out_features % 16}
+    for name, old in named:
+        if old not in kept and old not in new:
+            refuse_own_ways(name, old)
+            layer = te.Linear(old.in_features, old.out_features, bias=old.bias is not None,
+                              params_dtype=old.weight.dtype, device=old.weight.device)  # fmt: skip
+            layer.weight = old.weight
+            if old.bias is not None:
+                layer.bias = old.bias
+            new[old] = layer.train(old.training)
+    swap(model, new)
     return len(new)
