@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import QtutorError
+from . import QtutorError, measure
 from .fake_quant import FAKE_QUANTIZED, FakeQuantEmbedding, FakeQuantizer, FakeQuantNorm, swap
 from .formats import to_blocks
 from .ste import on_grid
@@ -212,11 +212,9 @@ def weight_bytes(model: nn.Module) -> list[dict]:
             weights = module.stored.shape.numel()
         elif isinstance(module, nn.Linear):
             weight = key = module.weight
-            kind, parts = str(weight.dtype).removeprefix("torch."), [weight]
-            if hasattr(weight, "qdata"):  # torchao's tensor subclasses name their parts so
-                parts = [getattr(weight, part, None) for part in ("qdata", "scale", "zero_point", "per_tensor_scale")]
-                kind = f"torchao {type(weight).__name__}"
-            size, weights = sum(t.nbytes for t in parts if t is not None), weight.numel()
+            torchao = hasattr(weight, "qdata")  # its tensor subclasses name their codes so
+            kind = f"torchao {type(weight).__name__}" if torchao else str(weight.dtype).removeprefix("torch.")
+            size, weights = sum(t.nbytes for t in measure.plain_tensors(weight)), weight.numel()
         else:
             continue
         if id(key) not in seen:

@@ -175,18 +175,26 @@ def sample_needed(paired: Paired, loss: float) -> int:
 
     The pilot ``paired`` says how much the differences scatter: the more alike the two models, the fewer.  ``loss`` is
     in its unit; tokens come in blocks as long as the pilot's.  The power is that of the exact test, by search: for
-    McNemar's the usual formula (Connor 1987) is a normal approximation and promises more than the test keeps.
+    McNemar's the usual formula (Connor 1987) is a normal approximation and promises more than the test keeps.  It is
+    averaged over what the pilot leaves possible: a pilot of few blocks, or few changed answers, knows its scatter badly.
     """
     if not loss > 0 or paired.se == 0:
         raise QtutorError("sample_needed() takes a positive loss and a pilot in which the two models differ.")
 
-    def t_test(n):  # by the noncentral t distribution
-        shift = loss / (paired.se * math.sqrt(paired.blocks / n))
-        critical = stats.t.ppf(1 - LEVEL / 2, n - 1)
-        return stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)
+    likely = (np.arange(16) + 0.5) / 16  # quantiles: of the scatter, or of the share of changed answers
+    precision = np.sqrt(stats.chi2.ppf(likely, paired.blocks - 1) / (paired.blocks - 1))
 
-    def mcnemar_test(n):  # over all numbers of changed answers that may come up
-        changed = max((paired.lost + paired.gained) / paired.n, loss)
+    def t_test(n):  # by the noncentral t distribution; beyond 20 standard errors it is sure, and scipy's is NaN
+        shift = np.minimum(loss / (paired.se * math.sqrt(paired.blocks / n)) * precision, 20)
+        critical = stats.t.ppf(1 - LEVEL / 2, n - 1)
+        return (stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)).mean()
+
+    def mcnemar_test(n):
+        both = paired.lost + paired.gained
+        shares = stats.beta.ppf(likely, both + 0.5, paired.n - both + 0.5)
+        return np.mean([mcnemar_power(n, max(share, loss)) for share in shares])
+
+    def mcnemar_power(n, changed):  # over all numbers of changed answers that may come up
         low, high = stats.binom.interval(1 - 1e-9, n, changed)
         m = np.arange(low, high + 1)
         critical = stats.binom.ppf(LEVEL / 2, m, 0.5) - 1  # so few gains, or losses, are significant

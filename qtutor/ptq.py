@@ -60,17 +60,6 @@ def stored(model) -> dict:
             "weights_mb": measure.stored_bytes(model)[0] / 1e6}  # fmt: skip
 
 
-class _Listener(logging.Handler):
-    """Keeps the messages that it gets."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.heard: list[str] = []
-
-    def emit(self, record):
-        self.heard.append(record.getMessage())
-
-
 def _sentence(error: BaseException, heard: list[str]) -> str:
     """One sentence from an exception; transformers puts the cause of a failed conversion into its log only."""
     text = str(error)
@@ -91,14 +80,15 @@ def attempt(function: Callable, *args):
     Whatever a library raises is caught (KeyboardInterrupt is not).  What transformers logs meanwhile is kept from the
     screen and searched for the cause.
     """
-    listener, logger = _Listener(), logging.getLogger("transformers")
+    listener, heard, logger = logging.Handler(logging.WARNING), [], logging.getLogger("transformers")
+    listener.emit = lambda record: heard.append(record.getMessage())
     before = logger.level, logger.propagate, logger.handlers[:]
     logger.handlers, logger.propagate = [listener], False
     logger.setLevel(logging.WARNING)
     try:
         return function(*args), None
     except Exception as error:  # any library, any reason: the reader gets a sentence
-        return None, _sentence(error, listener.heard)
+        return None, _sentence(error, heard)
     finally:
         level, logger.propagate, logger.handlers = before
         logger.setLevel(level)

@@ -29,6 +29,25 @@ def hard_values(rows=64, columns=512, seed=0):
     return x
 
 
+ODD = ("zeros", "minus zeros", "NaN", "infinity", "minus infinity", "least", "subnormal", "tiny", "one huge",
+       "float16's end", "float32's end")  # fmt: skip
+
+
+def odd_values(kind: str, dtype=torch.float32, columns=256):
+    """One row (1, columns) of values that no model should hold and some do; ``kind`` is one of ODD."""
+    x = torch.randn(1, columns, generator=torch.Generator().manual_seed(6))
+    least = 2.0**-149 if dtype == torch.float32 else 2.0**-133
+    changes = {"zeros": lambda: x.zero_(), "minus zeros": lambda: x.zero_().neg_(), "least": lambda: x.sign_().mul_(least),
+               "subnormal": lambda: x.mul_(1e-39), "tiny": lambda: x.mul_(1e-37),
+               "float16's end": lambda: x.clamp_(-1, 1).mul_(65504), "float32's end": lambda: x.clamp_(-1, 1).mul_(3.3e38)}
+    single = {"NaN": torch.nan, "infinity": torch.inf, "minus infinity": -torch.inf, "one huge": 1e30}
+    if kind in single:
+        x[0, 3] = single[kind]
+    else:
+        changes[kind]()
+    return x.to(dtype)
+
+
 def with_grad(function, x, seed=9):
     """Output and gradient of `function` at x for a random upstream gradient."""
     x = x.detach().clone().requires_grad_()

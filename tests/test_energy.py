@@ -37,6 +37,22 @@ def test_rapl_adds_packages_and_memory_and_wraps(tmp_path, monkeypatch):
     assert meter.read() is None
 
 
+def test_rapl_says_where_it_cannot_know(tmp_path, monkeypatch):
+    """A counter of 65 kJ that starts anew reads like one that went round; a block of minutes may hide a whole turn."""
+    root = _powercap(tmp_path, **{"intel-rapl_0": ("package-0", 60_000_000_000, 65_532_610_987)})
+    monkeypatch.setattr(energy, "POWERCAP", root)
+    with energy.track_energy("cpu") as used:
+        (root / "intel-rapl:0" / "energy_uj").write_text("1000")  # it was reset
+    assert math.isnan(used.joules) and used.source == "none: RAPL energy counter jumped"
+    clock = iter([0.0, 200.0, 0.0, 90.0])
+    monkeypatch.setattr(energy.time, "perf_counter", lambda: next(clock))
+    for joules, why in ((math.nan, "none: RAPL energy counter may have begun again twice"), (9.0, "RAPL energy counter")):
+        with energy.track_energy("cpu") as used:
+            now = int((root / "intel-rapl:0" / "energy_uj").read_text())
+            (root / "intel-rapl:0" / "energy_uj").write_text(str(now + 9_000_000))
+        assert used.joules == pytest.approx(joules, nan_ok=True) and used.source == why
+
+
 def test_rapl_that_may_not_be_read_becomes_an_estimate(tmp_path, monkeypatch):
     monkeypatch.setattr(energy, "POWERCAP", tmp_path / "missing")
     with energy.track_energy("cpu") as used:
@@ -112,7 +128,9 @@ def test_a_short_window_says_so(gpu):
     ([1, 2, LOST], "was lost"),  # while the block ran
     ([1, LOST, 3], "was lost"),  # at its start
     ([9000, 9000, 10], "ran backwards"),  # the driver was loaded again
+    ([2**32 - 5, 2**32 - 5, 7], "ran backwards"),  # a counter of 32 bits began again
     ([5000, 5000, 5000], "did not move"),
+    ([10, 10, 9_000_000], "jumped"),  # the driver was loaded again: 9 kJ in no time
 ])  # fmt: skip
 def test_a_counter_that_fails_gives_no_number(gpu, readings, words):
     gpu(_Nvml(readings))

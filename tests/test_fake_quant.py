@@ -1,6 +1,7 @@
 """FakeQuantizer as a module, prepare and calibrate: against torchao's, and what they refuse."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -248,3 +249,111 @@ def test_an_infinite_activation_is_not_a_small_number():
     x[0, 3] = torch.inf
     for target in ("MXFP8", "MXFP6", "MXFP4", "NVFP4", "int8"):
         assert not torch.isfinite(fq.FakeQuantizer(target)(x)).all(), target
+
+
+def learned(group_size=16, seed=0):
+    torch.manual_seed(seed)
+    return fq.prepare(nn.Sequential(nn.Linear(64, 32)), "int4", group_size=group_size, learned=True)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_loading_fills_learned_scales_in_place_and_keeps_the_optimizers_state(strict):
+    model, saved = learned(), learned(seed=1).state_dict()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    x = torch.randn(8, 64)
+    model(x).square().mean().backward()
+    optimizer.step()
+    scale = model[0].weight_fake_quant.scale
+    moments = optimizer.state[scale]["exp_avg"].clone()
+    model.load_state_dict(saved, strict=strict)
+    assert model[0].weight_fake_quant.scale is scale and torch.equal(scale, saved["0.weight_fake_quant.scale"])
+    assert torch.equal(optimizer.state[scale]["exp_avg"], moments) and moments.abs().sum() > 0
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(scale, saved["0.weight_fake_quant.scale"])
+
+
+def test_loading_works_after_copies_and_moves_and_by_assignment():
+    saved = learned(seed=1).state_dict()
+    for change in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.to(torch.bfloat16).float()):
+        model = change(learned())
+        known = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.load_state_dict(saved)
+        scale = model[0].weight_fake_quant.scale
+        assert any(scale is p for p in known.param_groups[0]["params"])
+        assert torch.equal(scale, saved["0.weight_fake_quant.scale"])
+    model = learned()
+    model.load_state_dict(saved, assign=True)
+    assert isinstance(model[0].weight_fake_quant.scale, nn.Parameter)
+    assert torch.equal(model[0].weight_fake_quant.scale, saved["0.weight_fake_quant.scale"])
+    empty = learned().to("meta")  # the scale goes where the model is, as every other parameter
+    empty.load_state_dict(saved)
+    assert empty[0].weight_fake_quant.scale.device.type == "meta"
+    empty.load_state_dict(saved, assign=True)
+    assert torch.equal(empty(torch.ones(1, 64)), model(torch.ones(1, 64)))
+    replica = model[0].weight_fake_quant._replicate_for_data_parallel()
+    replica.scale = model[0].weight_fake_quant.scale * 1.0  # what DataParallel gives it: no leaf, no parameter
+    assert torch.equal(replica(model[0].weight), model[0].weight_fake_quant(model[0].weight))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_of_another_group_size_is_one_sentence(strict):
+    with pytest.raises(qtutor.QtutorError, match="has 64 values in 0.weight_fake_quant.scale and this model 128: prepare"):
+        learned().load_state_dict(learned(group_size=32).state_dict(), strict=strict)
+    static = fq.FakeQuantizer("int8", "channel", observer=observers.MinMaxObserver())
+    static.load_state_dict({"scale": torch.ones(3, 1)})  # a fresh one has nothing to compare with
+    with pytest.raises(qtutor.QtutorError, match="3 scales for 4 blocks"):
+        static(randn(4, 8))
+    with pytest.raises(RuntimeError, match="Unexpected key"):  # a dynamic quantizer would not use it
+        fq.FakeQuantizer("int8").load_state_dict({"scale": torch.ones(3, 1)})
+    with pytest.raises(RuntimeError, match="Unexpected key"):  # nor a symmetric one a zero point
+        static.load_state_dict({"scale": torch.ones(3, 1), "zero_point": torch.ones(3, 1)})
+
+
+def test_statistics_go_where_the_model_goes():
+    quantizer = fq.FakeQuantizer("int8", "tensor", observer=observers.MSEObserver())
+    model = nn.Sequential(quantizer)
+    with fq.calibrate(model):
+        model(randn(8, 8))
+        model.to(torch.bfloat16)
+        assert quantizer.observer.lo.dtype == quantizer.observer.hi.dtype == torch.bfloat16
+        model.float()
+        model(2 * randn(8, 8))
+    again = pickle.loads(pickle.dumps(model))
+    assert_same(again(randn(8, 8)), model(randn(8, 8)))
+    scale = quantizer.scale
+    with fq.calibrate(copy.deepcopy(model)) as other:
+        other(100 * randn(8, 8))
+    assert quantizer.scale is scale and other[0].scale > scale
+
+
+def test_a_learned_scale_of_zeros_comes_alive_and_may_change_its_sign():
+    linear = nn.Linear(32, 4, bias=False)
+    linear.weight.data[1] = 0.0  # a dead output, or a LoRA matrix before its first step
+    model = fq.prepare(nn.Sequential(linear), "int4", learned=True)
+    model[0].weight_fake_quant.scale.data[2] *= -1  # an optimizer's step that was too long
+    x, wanted = torch.randn(64, 32), torch.randn(64, 32) @ torch.randn(32, 4)
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=0.01), []
+    before = model[0].weight_fake_quant.scale.detach().clone()
+    for _ in range(200):
+        loss = (model(x) - wanted).square().mean(0)
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    assert (losses[-1] < losses[0]).all(), "no output is stuck"
+    assert (model[0].weight_fake_quant.scale != before).all()
+
+
+def test_calibrating_again_keeps_a_learned_scale_that_an_optimizer_knows():
+    activation = fq.FakeQuantizer("int4", "tensor", observer=observers.MinMaxObserver(), learned=True)
+    model = fq.prepare(nn.Sequential(nn.Linear(16, 8)), "int4", activation)
+    with fq.calibrate(model):
+        model(torch.randn(4, 16))
+    scale = model[0].activation_fake_quant.scale
+    began = scale.detach().clone()
+    with fq.calibrate(model):
+        model(torch.randn(4, 16) * 9)
+    assert model[0].activation_fake_quant.scale is scale and scale > began
+    with pytest.raises(qtutor.QtutorError, match="where an observer puts it"):
+        fq.prepare(nn.Sequential(nn.Linear(16, 8)), "int4", fq.FakeQuantizer("int4", "tensor", learned=True))

@@ -110,6 +110,60 @@ def test_lab_without_start_page_is_one_sentence(tmp_path):
                            "restore it with 'git checkout notebooks'.\n")
 
 
+def closed_home(tmp_path):
+    """A home that may not be written, not even by root, and what has to stand before a command for that."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o555)
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"] if os.geteuid() == 0 else []
+    if drop and not shutil.which("setpriv"):
+        pytest.skip("needs setpriv")
+    return drop, {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER_", "IPYTHON", "MPLCONFIG", "XDG_"))} | {
+        "HOME": str(home), "QTUTOR_CACHE": str(tmp_path / "cache")}  # fmt: skip
+
+
+def test_jupyter_writes_to_the_cache_where_the_home_is_closed(tmp_path):
+    drop, env = closed_home(tmp_path)
+    code = "from qtutor import __main__ as m; import json; print(json.dumps(m.jupyter_folders()))"
+    for cache, expected in ((tmp_path / "cache", 0), (tmp_path / "home" / "cache", 1)):
+        done = subprocess.run([*drop, sys.executable, "-c", code], cwd=ROOT, env=env | {"QTUTOR_CACHE": str(cache)},
+                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        assert done.returncode == expected, done.stderr
+        if expected:
+            assert "set QTUTOR_CACHE to a folder that can" in done.stderr
+        else:
+            found = json.loads(done.stdout)
+            assert "JUPYTER_RUNTIME_DIR" in found and all(str(cache) in folder for folder in found.values())
+    (tmp_path / "home").chmod(0o755)
+    done = subprocess.run([*drop, sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert json.loads(done.stdout) == {}
+
+
+@pytest.mark.slow
+def test_lab_starts_and_a_kernel_computes_where_the_home_is_closed(tmp_path):
+    drop, env = closed_home(tmp_path)
+    log = tmp_path / "log"
+    with open(log, "wb") as out:
+        server = subprocess.Popen([*drop, sys.executable, "-m", "qtutor", "lab", "--no-browser", "--ip=127.0.0.1",
+                                   "--IdentityProvider.token="], cwd=ROOT, env=env, stdout=out, stderr=out)  # fmt: skip
+    try:
+        found = None
+        for _ in range(300):
+            found = next((tmp_path / "cache").glob("*runtime*/jpserver-*.json"), None)
+            if found:
+                break
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.3)
+        url = json.loads(found.read_text())["url"]
+        ask = urllib.request.Request(f"{url}api/kernels", data=b'{"name": "python3"}', method="POST")
+        with urllib.request.urlopen(ask, timeout=120) as answer:
+            assert json.load(answer)["name"] == "python3"
+        urllib.request.urlopen(urllib.request.Request(f"{url}api/shutdown", method="POST"), timeout=120)
+        assert server.wait(120) == 0
+    finally:
+        server.kill()
+    assert "Traceback" not in log.read_text()
+
+
 @pytest.mark.slow
 def test_lab_opens_on_the_start_page(tmp_path):
     """The server answers, its first page is the start page, and options are passed on."""

@@ -5,7 +5,7 @@ import copy
 import gguf
 import pytest
 import torch
-from probes import Tiny, assert_same, randn
+from probes import ODD, Tiny, assert_same, odd_values, randn
 from torch import nn
 
 import qtutor
@@ -90,3 +90,40 @@ def test_half_of_a_stored_model_computes_in_half_and_stores_the_same(target):
     assert_same(model[0].dequantize(), weight.half())
     for name, buffer in model[0].stored.named_buffers():
         assert buffer.dtype == before[name].dtype and torch.equal(buffer.float(), before[name].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", ["int2", "int4", "int8", "E4M3", "E2M1", "ternary", "MXFP8", "MXFP6", "MXFP4", "NVFP4",
+                                    "Q8_0", "Q5_0", "Q4_0", "TQ2_0"])  # fmt: skip
+def test_odd_weights_are_stored_as_they_were_seen_or_refused(target, dtype):
+    for kind in ODD:
+        model = fq.prepare(nn.Sequential(nn.Linear(256, 2, bias=False, dtype=dtype)), target)
+        model[0].weight.data.copy_(torch.cat([randn(1, 256), odd_values(kind)]))
+        seen = model[0].weight_fake_quant(model[0].weight).detach()
+        if seen.isfinite().all():
+            for way in (packed.convert, packed.bake):
+                made = way(copy.deepcopy(model))[0]
+                assert_same(made.dequantize() if way is packed.convert else made.weight.detach(), seen)
+        else:
+            for way in (packed.convert, packed.bake):
+                with pytest.raises(qtutor.QtutorError, match="'0' is NaN, infinite or too large"):
+                    way(model)
+            assert isinstance(model[0], fq.FakeQuantLinear)
+
+
+def test_hooks_survive_every_swap_and_can_be_removed():
+    heard, model = [], nn.Sequential(nn.Linear(32, 32))
+    handles = [model[0].register_forward_hook(lambda *_: heard.append("after")),
+               model[0].register_forward_pre_hook(lambda *_: heard.append("before")),
+               model[0].register_full_backward_hook(lambda *_: heard.append("backward"))]  # fmt: skip
+    x = torch.randn(2, 32, requires_grad=True)
+    for step in (lambda: fq.prepare(model, "int4"), lambda: packed.convert(model), lambda: packed.bake(model)):
+        step()
+        heard.clear()
+        model(x).sum().backward()
+        assert heard == ["before", "after", "backward"]
+    heard.clear()
+    for handle in handles:
+        handle.remove()
+    model(x)
+    assert not heard

@@ -216,6 +216,68 @@ def test_gptq_survives_a_channel_that_never_fires(problem):
     assert (x @ (q - w).T).norm() < (x @ (lesson.rtn(w, 4, 32) - w).T).norm()
 
 
+def all_dead(x, w):
+    x.zero_()
+
+
+def one_dead(x, w):
+    x[:, 5] = 0
+
+
+def few_tokens(x, w):
+    x[8:] = 0  # fewer tokens than channels: H is singular
+
+
+def dead_row(x, w):
+    w[3] = 0
+
+
+def one_huge(x, w):
+    w[3, 7] = 1e30
+
+
+def subnormal(x, w):
+    w[3] *= 1e-40
+
+
+@pytest.mark.parametrize("change", [all_dead, one_dead, few_tokens, dead_row, one_huge, subnormal])
+@pytest.mark.parametrize("method", ["rtn", "clipped", "awq", "awq, clipped", "gptq", "gptq, clipped"])
+def test_odd_layers_come_out_finite_and_no_other_row_changes(problem, method, change):
+    w, x, _ = problem
+    w, x = w.clone(), x.clone()
+    change(x, w)
+    s = SimpleNamespace(n=len(x), amax=x.abs().amax(0), mean=x.abs().mean(0), H=x.T @ x)
+    run = {"rtn": lambda w: lesson.rtn(w, 4, 32), "clipped": lambda w: lesson.clipped(w, 4, 32, s.H.diag()),
+           "awq": lambda w: lesson.awq(w, s, 4, 32), "awq, clipped": lambda w: lesson.awq(w, s, 4, 32, clip=True),
+           "gptq": lambda w: lesson.gptq(w, s.H, 4, 32),
+           "gptq, clipped": lambda w: lesson.gptq(w, s.H, 4, 32, clip=True)}[method]  # fmt: skip
+    q = run(w)
+    assert torch.isfinite(q).all()
+    if change is dead_row:
+        assert not q[3].any()
+    elif change is all_dead:
+        assert torch.equal(q, lesson.rtn(w, 4, 32)) or method not in ("rtn", "gptq")
+    elif change in (one_huge, subnormal) and "awq" not in method:  # AWQ chooses one alpha for all rows
+        kept = torch.arange(len(w)) != 3
+        torch.testing.assert_close(q[kept], run(w[kept]), rtol=1e-4, atol=1e-5)
+
+
+def test_gptq_without_damping_survives_a_channel_that_never_fires(problem):
+    w, x, _ = problem
+    x = x.clone()
+    x[:, 5] = 0
+    q = lesson.gptq(w, x.T @ x, 4, 32, damp=0.0)
+    assert torch.isfinite(q).all() and (x @ (q - w).T).norm() < (x @ (lesson.rtn(w, 4, 32) - w).T).norm()
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_int8_of_zeros_is_zeros(per_token):
+    x = torch.zeros(4, 8)
+    x[1] = 1.0
+    top = x.abs().amax(1, keepdim=True) if per_token else (x * 0).amax()
+    assert torch.equal(lesson.int8(x, top)[0], x[0]) and lesson.int8(x, top).isfinite().all()
+
+
 def test_watch_sees_what_the_layers_get():
     model = tiny_llama.model()
     windows = np.random.default_rng(0).integers(0, 512, (3, 32))

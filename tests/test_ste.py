@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from probes import assert_same, hard_values, randn, with_grad
+from probes import ODD, assert_same, hard_values, odd_values, randn, with_grad
 from torch import nn
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.mx_tensor import MXTensor
@@ -267,3 +267,90 @@ def test_gpu_equals_cpu(target, dtype):
     for a in (y, z):
         a.backward(torch.ones_like(a))
     assert (here.grad == there.grad.cpu()).float().mean() > 0.999
+
+
+# ------------------------------------------------------------------------------------- values that no model should hold
+
+
+def quantized_by_gguf(x, target):
+    kind = gguf.GGMLQuantizationType[target.name]
+    with np.errstate(all="ignore"):
+        return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(x.float().numpy(), kind), kind)).to(x.dtype)
+
+
+ML = {"E4M3": ml_dtypes.float8_e4m3fn, "E5M2": ml_dtypes.float8_e5m2, "E2M3": ml_dtypes.float6_e2m3fn,
+      "E3M2": ml_dtypes.float6_e3m2fn, "E2M1": ml_dtypes.float4_e2m1fn}  # fmt: skip
+
+
+def rounded_by_ml_dtypes(x, scale, fmt):
+    """x / scale, saturated and rounded by ml_dtypes, times scale: numpy's float32; NaN stays NaN."""
+    with np.errstate(all="ignore"):
+        scaled = x.float().numpy() / scale
+        grid = scaled.clip(-fmt.max, fmt.max).astype(ML[fmt.name]).astype(np.float32)
+        return torch.from_numpy(np.where(np.isnan(scaled), np.nan, grid) * scale).to(x.dtype)
+
+
+def quantized_by_the_specification(x, target):
+    """OCP MX: a block shares 2**(floor(log2 amax) - emax), between 2**-127 and 2**127; NaN where amax is not finite."""
+    blocks = x.float().reshape(-1, 32)
+    amax = blocks.abs().amax(1, keepdim=True).double()
+    with np.errstate(all="ignore"):
+        exponent = np.floor(np.log2(amax.numpy())) - target.fmt.max_exponent
+        scale = np.exp2(np.clip(exponent, -127, 127)).astype(np.float32)
+    scale[~np.isfinite(amax.numpy())] = np.nan
+    return rounded_by_ml_dtypes(blocks, scale, target.fmt).reshape(x.shape).to(x.dtype)
+
+
+def quantized_by_torchao(x, target, symmetric=True):
+    how = dict(granularity="per_channel", is_symmetric=True) if symmetric else dict(
+        granularity="per_token", is_symmetric=False)  # fmt: skip
+    return IntxFakeQuantizer(IntxFakeQuantizeConfig(getattr(torch, target.name), **how))(x)
+
+
+def same(a, b):
+    assert a.dtype == b.dtype
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", ste.TARGETS)
+def test_odd_values_give_what_the_reference_gives(name, kind, dtype):
+    target, x = ste.TARGETS[name], odd_values(kind, dtype)
+    y, gradient = with_grad(fq.FakeQuantizer(target.name), x)
+    assert torch.isfinite(gradient).all(), "a gradient is cut or passed, never damaged"
+    if x.isfinite().all() and target.rule != "gguf" and kind != "float32's end":
+        assert torch.isfinite(y).all()
+    if target.rule == "gguf":
+        same(y, quantized_by_gguf(x, target))
+    elif target.rule == "mx":
+        same(y, quantized_by_the_specification(x, target))
+    elif target.rule == "nvfp4":
+        if x.isfinite().all():
+            theirs = NVFP4Tensor.to_nvfp4(x, per_tensor_scale=per_tensor_amax_to_scale(x.abs().max()))
+            same(y, theirs.dequantize(dtype))
+        else:
+            assert y.isnan().all()
+    elif target.rule == "absmean":
+        scale = x.abs().mean().clamp(min=torch.finfo(dtype).smallest_normal).float()
+        same(y, ((x * (1 / scale)).round().clamp(-1, 1) * scale).to(dtype))
+    elif target.is_float:
+        scale = (x.abs().max() / target.fmt.max).clamp(min=torch.finfo(dtype).smallest_normal).float().numpy()
+        same(y, rounded_by_ml_dtypes(x, scale, target.fmt))
+    else:
+        same(y, quantized_by_torchao(x, target))
+        same(fq.FakeQuantizer(target.name, "token", symmetric=False)(x), quantized_by_torchao(x, target, False))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group", "token"])
+@pytest.mark.parametrize("name", ["int2", "int8", "E4M3", "E2M1"])
+def test_an_odd_block_leaves_the_others_alone(name, granularity):
+    x = torch.cat([randn(1, 256), odd_values("NaN"), odd_values("one huge"), odd_values("subnormal")])
+    quantizer = fq.FakeQuantizer(name, granularity, 32 if granularity == "group" else None)
+    y = quantizer(x)
+    if granularity == "tensor":
+        assert y.isnan().all()
+    else:
+        same(y, torch.cat([quantizer(row) for row in x.split(1)]))
+        assert y[0].isfinite().all() and y[2].isfinite().all() and not y[3].any()
+        assert y[1].isnan().sum() == (32 if granularity == "group" else 256)

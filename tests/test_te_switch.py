@@ -90,3 +90,92 @@ def test_swap_linears_changes_nothing_but_the_layer():
 def test_a_bare_linear_is_refused():
     with pytest.raises(QtutorError, match="make a te.Linear"):
         te_switch.swap_linears(nn.Linear(32, 32))
+
+
+class LoRA(nn.Module):
+    """A frozen base with two small matrices beside it, as adapters have."""
+
+    def __init__(self, base, rank=8):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a, self.b = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+def test_lora_on_a_frozen_base_trains_the_adapters_alone():
+    model = nn.Sequential(LoRA(nn.Linear(32, 32)), nn.ReLU(), LoRA(nn.Linear(32, 32)))
+    assert te_switch.swap_linears(model) == 2  # a rank of 8 is no multiple of 16
+    assert type(model[0].a) is nn.Linear and not model[0].base.weight.requires_grad
+    with te.autocast(recipe=DelayedScaling()):
+        y = model(torch.randn(16, 32))
+    y.square().sum().backward()
+    for layer in (model[0], model[2]):
+        assert layer.base.weight.grad is None and layer.base.bias.grad is None
+        assert layer.b.weight.grad.abs().sum() > 0 and layer.a.weight.grad is not None
+
+
+def test_swap_linears_keeps_hooks_modes_and_dtypes():
+    heard = []
+    model = nn.Sequential(nn.Linear(32, 32, dtype=torch.bfloat16), nn.Linear(32, 32)).eval()
+    model[1].train()
+    handles = [model[0].register_forward_pre_hook(lambda *_: heard.append("before")),
+               model[0].register_forward_hook(lambda *_, **kwargs: heard.append("after"), with_kwargs=True),
+               model[0].register_full_backward_hook(lambda *_: heard.append("backward"))]  # fmt: skip
+    assert te_switch.swap_linears(model) == 2
+    assert model[0].weight.dtype == torch.bfloat16 and not model[0].training and model[1].training
+    model[0](torch.randn(16, 32, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    assert heard == ["before", "after", "backward"]
+    for handle in handles:
+        handle.remove()
+    model[0](torch.randn(16, 32, dtype=torch.bfloat16))
+    assert len(heard) == 3
+
+
+def with_forward(layer):
+    layer.forward = lambda x: x
+    return layer
+
+
+def with_a_part(layer):
+    layer.register_buffer("mask", torch.ones(32))
+    return layer
+
+
+def with_state_hook(layer):
+    layer.register_state_dict_post_hook(lambda *_: None)
+    return layer
+
+
+OWN_WAYS = {
+    "a parametrization": nn.utils.parametrizations.weight_norm,
+    "a weight that is computed": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    "a forward of its own": with_forward, "parts of its own": with_a_part, "hooks of its state_dict": with_state_hook,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OWN_WAYS)
+def test_what_a_new_layer_would_lose_is_refused_by_name(what):
+    import torch.nn.utils.prune  # noqa: F401
+
+    from qtutor import fake_quant
+
+    model = nn.Sequential(nn.Linear(32, 32), OWN_WAYS[what](nn.Linear(32, 32)))
+    for swap in (te_switch.swap_linears, fake_quant.prepare):
+        with pytest.raises(QtutorError, match=f"Layer '1' has {what}"):
+            swap(model)
+        assert type(model[0]) is nn.Linear and isinstance(model[1], nn.Linear)
+        assert not model[0]._forward_pre_hooks
+    assert te_switch.swap_linears(model, skip="1") == 1 and isinstance(model[1], nn.Linear)
+
+
+def test_skip_may_be_one_name_and_subclasses_stay():
+    class Own(nn.Linear):
+        pass
+
+    model = nn.ModuleDict(dict(up=nn.Linear(32, 32), down=nn.Linear(32, 32), own=Own(32, 32)))
+    assert te_switch.swap_linears(model, skip="down") == 1
+    assert type(model["down"]) is nn.Linear and type(model["own"]) is Own
+    assert not isinstance(model["up"], nn.Linear)

@@ -160,10 +160,12 @@ class MXFP8Quantizer(BlockQuantizer):
     def rows(self, x, amax=None):
         self.check(x)
         blocks = x.float().reshape(x.shape[0], -1, self.block)
-        amax = blocks.nan_to_num(0.0, torch.inf, -torch.inf).abs().amax(2)  # NaN does not count
+        amax = blocks.abs().amax(2)
+        if amax.isnan().any():  # NaN does not count
+            amax = blocks.nan_to_num(0.0, torch.inf, -torch.inf).abs().amax(2)
         # Multiplied by the reciprocal, as the kernel does: near a power of two a division can give another exponent.
         scales = e8m0_round_up(amax * (1 / torch.tensor(self.dtype.max, dtype=torch.float32)).item())
-        # An exponent of 0, below 2**-126, means zeros to the kernel: it multiplies by 1.
+        # An exponent of 0 means zeros to the kernel, which multiplies by 1: values below 448 * 2**-127 are lost.
         scaled = blocks * torch.exp2(127.0 - scales.float()).masked_fill_(scales == 0, 1.0).unsqueeze(2)
         if not amax.isfinite().all():  # rounded up, the scale lets nothing else overflow
             scaled.clamp_(-self.dtype.max, self.dtype.max)

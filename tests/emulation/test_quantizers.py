@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from probes import ODD, odd_values, randn
 
 from qtutor import emulation as te
 from qtutor import formats
@@ -171,3 +172,112 @@ def test_gradients_stay_close_to_high_precision(recipe):
     for want, got in zip(*results, strict=True):
         assert 0 < (got - want).norm() / want.norm() < bound
         assert 1 - bound / 4 < (got * want).sum() / want.square().sum() < 1 + bound / 4
+
+
+# ------------------------------------------------------------------------------------- values that no tensor should hold
+
+
+def quotient(top, amax, largest, power_of_two=False):
+    """Transformer Engine's compute_scale_from_amax in numpy's float32."""
+    amax = np.asarray(amax, np.float32)
+    with np.errstate(all="ignore"):
+        scale = np.float32(top) / amax
+    scale = np.where(np.isinf(scale), np.float32(largest), scale)
+    if power_of_two:
+        scale = (scale.view(np.int32) & -(1 << 23)).view(np.float32)
+    return np.where((amax == 0) | ~np.isfinite(amax), np.float32(1), scale)
+
+
+def cast(x, scale, dtype):
+    """Saturating cast by ml_dtypes, back to numbers; NaN stays NaN."""
+    with np.errstate(all="ignore"):
+        return np.clip(x * scale, -dtype.max, dtype.max).astype(NUMPY[dtype]).astype(np.float32)
+
+
+def magnitude(x, **axis):
+    return np.nan_to_num(np.abs(x), nan=0.0, posinf=np.inf).max(**axis)  # as fmaxf: NaN does not count
+
+
+def by_tensor(x, dtype, power_of_two, largest):
+    scale = quotient(dtype.max, magnitude(x), np.finfo(np.float32).max, power_of_two)
+    return cast(x, scale, dtype) * (np.float32(1) / scale)
+
+
+def by_block(x, dtype, power_of_two, largest):
+    blocks = x.reshape(len(x), -1, 128)
+    scale = quotient(dtype.max, magnitude(blocks, axis=2, keepdims=True), largest, power_of_two)
+    return (cast(blocks, scale, dtype) * (np.float32(1) / scale)).reshape(x.shape)
+
+
+def by_32(x, dtype, power_of_two, largest):
+    blocks = x.reshape(len(x), -1, 32)
+    amax = magnitude(blocks, axis=2, keepdims=True) * np.float32(1 / np.float32(dtype.max))
+    with np.errstate(all="ignore"):
+        exponent = np.clip(np.ceil(np.log2(amax.astype(np.float64))), -127, 127)
+    factor = np.where(exponent == -127, 1.0, np.exp2(-exponent)).astype(np.float32)  # the kernel's exp2f_rcp
+    return (cast(blocks, factor, dtype) * np.exp2(exponent).astype(np.float32)).reshape(x.shape)
+
+
+def by_16(x, dtype, power_of_two, largest):
+    """Transformer Engine's NVFP4 reference; NaN is not dropped there."""
+    blocks, one = x.reshape(len(x), -1, 16), np.float32(1)
+    amax = np.abs(blocks).max(2, keepdims=True)
+    with np.errstate(all="ignore"):
+        encode = np.minimum(np.float32(2688) / amax.max(), np.finfo(np.float32).max)
+        encode = one if encode == 0 else np.float32(encode)
+        scale = np.clip(amax * (encode * (one / np.float32(6))), -448, 448).astype(ml_dtypes.float8_e4m3fn)
+        factor = np.minimum(one / (scale.astype(np.float32) * (one / encode)), np.finfo(np.float32).max)
+        codes = np.clip(blocks * factor, -6, 6)
+        codes = np.where(np.isnan(codes), 0, codes).astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
+        return (codes * (scale.astype(np.float32) * (one / encode))).reshape(x.shape)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("way, dtype, power_of_two", [
+    *[(by_tensor, dtype, power) for dtype in DType for power in (False, True)],
+    *[(by_block, dtype, power) for dtype in DType for power in (False, True)],
+    (by_32, DType.kFloat8E4M3, True), (by_32, DType.kFloat8E5M2, True), (by_16, None, False),
+], ids=lambda value: getattr(value, "__name__", str(value)))  # fmt: skip
+def test_odd_values_by_numpy_and_ml_dtypes(way, dtype, power_of_two, kind, x_dtype):
+    make = {by_tensor: lambda: te.Float8CurrentScalingQuantizer(dtype, force_pow_2_scales=power_of_two),
+            by_block: lambda: te.Float8BlockQuantizer(dtype, block_scaling_dim=1, force_pow_2_scales=power_of_two),
+            by_32: lambda: te.MXFP8Quantizer(dtype), by_16: te.NVFP4Quantizer}  # fmt: skip
+    # alone, and beside ordinary values, of which a scale for the tensor takes account
+    for x in (odd_values(kind, x_dtype).repeat(16, 1) if way is by_16 else odd_values(kind, x_dtype).repeat(32, 1),
+              torch.cat([odd_values(kind, x_dtype), randn(31, 256, dtype=x_dtype)])):  # fmt: skip
+        got = make[way]()(x).dequantize(dtype=torch.float32)
+        with np.errstate(all="ignore"):
+            want = way(x.float().numpy(), dtype, power_of_two, torch.finfo(x_dtype).max)
+        if way is by_16:
+            assert np.array_equal(np.isnan(got), np.isnan(want)), "NaN in a tensor is seen everywhere"
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(got.numpy(), want)
+
+
+RECIPES = [te.DelayedScaling(amax_history_len=2), te.Float8CurrentScaling(), Float8BlockScaling(), MXFP8BlockScaling(),
+           NVFP4BlockScaling(disable_stochastic_rounding=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: type(r).__name__)
+def test_odd_values_in_a_layer_are_seen_or_harmless(recipe):
+    """Finite numbers in, finite numbers out, in both directions; NaN is never a number; infinity saturates, as there."""
+    torch.manual_seed(0)
+    layer = te.Linear(256, 64)
+    for kind in ODD:
+        x = torch.cat([odd_values(kind), randn(31, 256)]).requires_grad_()
+        for _ in range(2):  # under delayed scaling the second step has the scales of the first
+            with te.autocast(recipe=recipe):
+                y = layer(x)
+            layer.zero_grad()
+            (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+            y.backward(torch.ones_like(y))
+        if kind == "NaN":
+            assert y[0].isnan().all() and layer.weight.grad.isnan().any()
+            assert y[1:].isfinite().all() != recipe.nvfp4()
+        elif kind != "float32's end":  # a sum of such numbers is infinite without any quantization
+            assert y.isfinite().all() and layer.weight.grad.isfinite().all() and gradient.isfinite().all(), kind
+        for state in layer.fp8_meta.values():
+            if hasattr(state, "scale"):
+                assert (state.scale.isfinite() & (state.scale > 0)).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 import os
 import subprocess
@@ -71,12 +72,22 @@ def test_folded_solution_is_right(asked):
     assert state == "right", sentence
 
 
+def stub(x):
+    """All that it has."""
+
+
 @pytest.mark.slow
-def test_checks_hold_where_python_drops_assertions():
-    """``python -O`` (PYTHONOPTIMIZE=1, set in some images) removes asserts: no check may be one."""
+@pytest.mark.parametrize("option", ["-O", "-OO"])
+def test_checks_hold_where_python_drops_assertions(option):
+    """``python -O`` (PYTHONOPTIMIZE=1, set in some images) removes asserts, ``-OO`` docstrings, too: no check may need
+    either."""
     code = ("from qtutor import lesson; import qtutor.exercises\n"
             "print([f'{name} {wrong!r}' for name, exercise in lesson.REGISTRY.items() for wrong in exercise.wrong\n"
-            "       if lesson.verdict(name, wrong)[0] == 'right'], len(lesson.REGISTRY))")  # fmt: skip
-    done = subprocess.run([sys.executable, "-O", "-c", code], env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+            "       if lesson.verdict(name, wrong)[0] == 'right'], len(lesson.REGISTRY),\n"
+            "      [name for name, exercise in lesson.REGISTRY.items()\n"
+            "       if lesson.verdict(name, exercise.solution)[0] != 'right'],\n"
+            "      {lesson.verdict(name, stub)[0] for name in lesson.REGISTRY})")  # fmt: skip
+    code = inspect.getsource(stub) + code
+    done = subprocess.run([sys.executable, option, "-c", code], env={**os.environ, "PYTHONIOENCODING": "utf-8"},
                           capture_output=True, text=True, timeout=300)  # fmt: skip
-    assert done.stdout.strip() == f"[] {len(REGISTRY)}", done.stdout + done.stderr
+    assert done.stdout.strip() == f"[] {len(REGISTRY)} [] {{'open'}}", done.stdout + done.stderr
