@@ -78,6 +78,19 @@ def bos_of(source) -> int | None:
     return meta.get("tokenizer.ggml.bos_token_id") if meta.get("tokenizer.ggml.add_bos_token") else None
 
 
+def check_ids(model, ids) -> None:
+    """Raise QtutorError where the configuration of ``model`` has no row for one of ``ids``; on a GPU that would cost the
+    whole process its CUDA context."""
+    rows = getattr(getattr(model, "config", None), "vocab_size", None)
+    if rows and len(ids) and (ids.min() < 0 or ids.max() >= rows):
+        raise QtutorError(f"Token ids must lie in 0..{rows - 1}: check the tokenizer, and cut out padding such as -100.")
+
+
+def _exp(nats: float) -> float:
+    """e to the power of ``nats``; infinity where that is no float: a perplexity is, where a model is far off."""
+    return math.exp(nats) if nats < 709 else math.inf
+
+
 def logits_function(source, first: int = 0) -> Callable[[np.ndarray], Tensor]:
     """One function from a window of token ids (ctx,) to the logits from position ``first`` on: (ctx - first, vocab)."""
     from . import llamacpp
@@ -89,6 +102,7 @@ def logits_function(source, first: int = 0) -> Callable[[np.ndarray], Tensor]:
 
     def run(window):
         if isinstance(source, torch.nn.Module):
+            check_ids(source, window)
             ids = torch.from_numpy(window)[None].to(next(source.parameters()).device)
             with torch.inference_mode():
                 logits = source(input_ids=ids, use_cache=False).logits[0]
@@ -194,7 +208,7 @@ def score(logits, targets) -> Perplexity:
     delta method's, as in llama.cpp: ``se(exp(m)) = exp(m) * se(m)``."""
     nll = np.concatenate([token_nll(*piece).cpu().numpy() for piece in _in_step(logits, np.asarray(targets))])
     mean = float(nll.mean())
-    return Perplexity(math.exp(mean), math.exp(mean) * standard_error(nll), mean, len(nll), nll)
+    return Perplexity(_exp(mean), _exp(mean) * standard_error(nll), mean, len(nll), nll)
 
 
 def perplexity(source, tokens, ctx: int = 512, *, second_half_only: bool = False, **options) -> Perplexity:
@@ -247,8 +261,7 @@ def compare(base, logits, targets) -> Comparison:
     on the true tokens (n,) (:func:`targets_of`)."""
     parts = [[x.cpu().numpy() for x in _per_token(*piece)] for piece in _in_step(base, logits, np.asarray(targets))]
     nll, base_nll, kld, same_top = (np.concatenate(column) for column in zip(*parts, strict=True))
-    perplexity, base_perplexity = math.exp(nll.mean()), math.exp(base_nll.mean())
-    ratio = math.exp((nll - base_nll).mean())
+    perplexity, base_perplexity, ratio = _exp(nll.mean()), _exp(base_nll.mean()), _exp((nll - base_nll).mean())
     dp = np.exp(-nll) - np.exp(-base_nll)
     rms = math.sqrt((dp**2).mean())
     top, top_se = share(same_top)

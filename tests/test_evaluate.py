@@ -125,6 +125,27 @@ def test_block_errors_see_correlation():
 # ------------------------------------------------------------------------------------------- windows and sources
 
 
+def test_ids_of_another_tokenizer_are_one_sentence():
+    from qtutor import course_model
+    from qtutor.decide import accuracy
+
+    model, ids = course_model.new_model(num_hidden_layers=1, vocab_size=300), np.arange(600) % 300
+    for bad in (ids + 50, np.where(ids == 7, -100, ids)):
+        with pytest.raises(QtutorError, match="must lie in 0..299"):
+            evaluate.perplexity(model, bad, ctx=128)
+    with pytest.raises(QtutorError, match="must lie in 0..299"):
+        accuracy.loglikelihoods(model, [([5, 300, 2], 1)])
+    with pytest.raises(QtutorError, match="use more text"):
+        course_model.bits_per_byte(model, course_model.load_tokenizer(), "a short text")
+
+
+def test_a_model_that_is_far_off_has_a_perplexity_of_infinity():
+    logits = np.random.default_rng(3).standard_normal((300, 50)) * 1e4
+    assert evaluate.score(logits, np.zeros(300, int)).value == math.inf
+    found = evaluate.compare(np.zeros((300, 50)), logits, np.zeros(300, int))
+    assert found.perplexity == math.inf and found.base_perplexity == pytest.approx(50)
+
+
 def test_windows():
     cut = evaluate.windows(np.arange(11, dtype=np.uint16), 4)
     assert cut.dtype == np.int64 and cut.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]

@@ -186,6 +186,7 @@ def loglikelihoods(source, requests, batch_size: int = 32) -> np.ndarray:
         batch = torch.zeros(len(rows), max(len(ids) for ids, _ in rows) - 1, dtype=torch.long)
         for filled, (ids, _) in zip(batch, rows, strict=True):
             filled[: len(ids) - 1] = torch.as_tensor(ids[:-1])
+        evaluate.check_ids(source, batch)
         with torch.inference_mode():
             logits = source(input_ids=batch.to(next(source.parameters()).device), use_cache=False).logits
         yield from (part[first - 1 : len(ids) - 1] for part, (ids, first) in zip(logits, rows, strict=True))
