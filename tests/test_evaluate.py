@@ -126,7 +126,6 @@ def test_block_errors_see_correlation():
 
 
 def test_ids_of_another_tokenizer_are_one_sentence():
-    from qtutor import course_model
     from qtutor.decide import accuracy
 
     model, ids = course_model.new_model(num_hidden_layers=1, vocab_size=300), np.arange(600) % 300
