@@ -104,8 +104,8 @@ def board(device=None) -> Board | None:
         return None
 
 
-#: ``read()``: joules since some moment, or None; renewed every ``step_s`` seconds.  A source is read twice.  It draws at
-#: most ``watts``, and begins again after ``turn`` joules.
+#: ``read()``: joules since some moment, or None; renewed every ``step_s`` seconds.  A source is read twice.  At most it
+#: draws ``watts``, and after ``turn`` joules it begins again.
 _Source = namedtuple("_Source", "name step_s read watts turn", defaults=[math.inf, math.inf])
 
 
@@ -156,7 +156,7 @@ def track_energy(device=None) -> Iterator[Energy]:
 
     ``device``: where the work happens; by default the current CUDA GPU if this process has used one, else the CPU.
     A GPU's figure comes from NVML's energy counter (Volta or newer), a CPU's from RAPL where it may be read, else from
-    an estimate.  A counter that is missing, lost, stands still, jumps or runs backwards gives NaN joules.
+    an estimate.  A counter that is missing or lost, stands still, jumps or runs backwards gives NaN.
     """
     source = source_of(device)
     used = Energy(source=source.name, step_s=source.step_s)

@@ -87,8 +87,8 @@ class FakeQuantizer(nn.Module):
         if self.scale is None:
             self.freeze(x)
         if len(self.scale) != (found := len(self.blocks(x))):
-            raise QtutorError(f"There are {len(self.scale)} scales for {found} blocks of values: give this quantizer what "
-                              "it was calibrated with, or a checkpoint of the same group_size.")  # fmt: skip
+            raise QtutorError(f"There are {len(self.scale)} scales for {found} blocks of values: give this quantizer what"
+                              " it was calibrated with, or a checkpoint of the same group_size.")  # fmt: skip
         return Grid(self.scale.abs().clamp(min=torch.finfo(self.scale.dtype).smallest_normal), self.zero_point)
 
     def qparams(self, x: torch.Tensor):
@@ -221,7 +221,7 @@ def prepare(model, weight="int4", activation=None, group_size=None, skip=None, o
     stay as they are.  Where it raises QtutorError, it leaves the model unchanged.
     """
     if isinstance(activation, FakeQuantizer) and activation.learned and activation.observer is None:
-        raise QtutorError("A learned range of activations begins where an observer puts it: give it one, and calibrate.")
+        raise QtutorError("A learned range of activations begins where an observer puts it: give it one.")
     skip_named = [skip] if isinstance(skip, str) else ["lm_head", "embed_tokens"] if skip is None else list(skip)
     overrides = overrides or {}
     swaps, unused = {}, {*overrides, *skip_named}

@@ -69,8 +69,8 @@ def _seen(name: str, module: nn.Module) -> torch.Tensor:
     """The weight as training saw it."""
     values = module.weight_fake_quant(module.weight)
     if not values.isfinite().all():  # a scale of 16 bits ends at 65504
-        raise QtutorError(f"The weight of layer {name!r} is NaN, infinite or too large in {module.weight_fake_quant.target}"
-                          ": clip or mend it, or choose another format.")  # fmt: skip
+        target = module.weight_fake_quant.target
+        raise QtutorError(f"The weight of layer {name!r} is NaN, infinite or too large in {target}: clip or mend it.")
     return values
 
 

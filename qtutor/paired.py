@@ -176,7 +176,7 @@ def sample_needed(paired: Paired, loss: float) -> int:
     The pilot ``paired`` says how much the differences scatter: the more alike the two models, the fewer.  ``loss`` is
     in its unit; tokens come in blocks as long as the pilot's.  The power is that of the exact test, by search: for
     McNemar's the usual formula (Connor 1987) is a normal approximation and promises more than the test keeps.  It is
-    averaged over what the pilot leaves possible: a pilot of few blocks, or few changed answers, knows its scatter badly.
+    averaged over what the pilot leaves possible: few blocks, or few changed answers, say little of the scatter.
     """
     if not loss > 0 or paired.se == 0:
         raise QtutorError("sample_needed() takes a positive loss and a pilot in which the two models differ.")

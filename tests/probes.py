@@ -37,14 +37,13 @@ def odd_values(kind: str, dtype=torch.float32, columns=256):
     """One row (1, columns) of values that no model should hold and some do; ``kind`` is one of ODD."""
     x = torch.randn(1, columns, generator=torch.Generator().manual_seed(6))
     least = 2.0**-149 if dtype == torch.float32 else 2.0**-133
-    changes = {"zeros": lambda: x.zero_(), "minus zeros": lambda: x.zero_().neg_(), "least": lambda: x.sign_().mul_(least),
-               "subnormal": lambda: x.mul_(1e-39), "tiny": lambda: x.mul_(1e-37),
-               "float16's end": lambda: x.clamp_(-1, 1).mul_(65504), "float32's end": lambda: x.clamp_(-1, 1).mul_(3.3e38)}
+    factors = {"zeros": 0.0, "minus zeros": -0.0, "subnormal": 1e-39, "tiny": 1e-37, "float16's end": 65504.0,
+               "float32's end": 3.3e38}  # fmt: skip
     single = {"NaN": torch.nan, "infinity": torch.inf, "minus infinity": -torch.inf, "one huge": 1e30}
     if kind in single:
         x[0, 3] = single[kind]
     else:
-        changes[kind]()
+        x = x.sign() * least if kind == "least" else x.clamp(-1, 1) * factors[kind]
     return x.to(dtype)
 
 

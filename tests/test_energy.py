@@ -46,7 +46,8 @@ def test_rapl_says_where_it_cannot_know(tmp_path, monkeypatch):
     assert math.isnan(used.joules) and used.source == "none: RAPL energy counter jumped"
     clock = iter([0.0, 200.0, 0.0, 90.0])
     monkeypatch.setattr(energy.time, "perf_counter", lambda: next(clock))
-    for joules, why in ((math.nan, "none: RAPL energy counter may have begun again twice"), (9.0, "RAPL energy counter")):
+    for joules, why in ((math.nan, "none: RAPL energy counter may have begun again twice"),
+                        (9.0, "RAPL energy counter")):  # fmt: skip
         with energy.track_energy("cpu") as used:
             now = int((root / "intel-rapl:0" / "energy_uj").read_text())
             (root / "intel-rapl:0" / "energy_uj").write_text(str(now + 9_000_000))

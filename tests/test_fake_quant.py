@@ -298,7 +298,7 @@ def test_loading_works_after_copies_and_moves_and_by_assignment():
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_checkpoint_of_another_group_size_is_one_sentence(strict):
-    with pytest.raises(qtutor.QtutorError, match="has 64 values in 0.weight_fake_quant.scale and this model 128: prepare"):
+    with pytest.raises(qtutor.QtutorError, match="64 values in 0.weight_fake_quant.scale and this model 128: prepare"):
         learned().load_state_dict(learned(group_size=32).state_dict(), strict=strict)
     static = fq.FakeQuantizer("int8", "channel", observer=observers.MinMaxObserver())
     static.load_state_dict({"scale": torch.ones(3, 1)})  # a fresh one has nothing to compare with

@@ -117,8 +117,8 @@ def closed_home(tmp_path):
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"] if os.geteuid() == 0 else []
     if drop and not shutil.which("setpriv"):
         pytest.skip("needs setpriv")
-    return drop, {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER_", "IPYTHON", "MPLCONFIG", "XDG_"))} | {
-        "HOME": str(home), "QTUTOR_CACHE": str(tmp_path / "cache")}  # fmt: skip
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER_", "IPYTHON", "MPLCONFIG", "XDG_"))}
+    return drop, kept | {"HOME": str(home), "QTUTOR_CACHE": str(tmp_path / "cache")}
 
 
 def test_jupyter_writes_to_the_cache_where_the_home_is_closed(tmp_path):

@@ -93,8 +93,7 @@ def test_half_of_a_stored_model_computes_in_half_and_stores_the_same(target):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("target", ["int2", "int4", "int8", "E4M3", "E2M1", "ternary", "MXFP8", "MXFP6", "MXFP4", "NVFP4",
-                                    "Q8_0", "Q5_0", "Q4_0", "TQ2_0"])  # fmt: skip
+@pytest.mark.parametrize("target", sorted(ste.TARGETS))
 def test_odd_weights_are_stored_as_they_were_seen_or_refused(target, dtype):
     for kind in ODD:
         model = fq.prepare(nn.Sequential(nn.Linear(256, 2, bias=False, dtype=dtype)), target)

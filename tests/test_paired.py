@@ -233,7 +233,8 @@ def test_pairing_saves_tokens(tokens):
     assert apart > 100 * pair
 
 
-LAWS = {"normal": lambda rng, shape: rng.normal(0, 1, shape), "exponential": lambda rng, shape: rng.exponential(1, shape) - 1,
+LAWS = {"normal": lambda rng, shape: rng.normal(0, 1, shape),
+        "exponential": lambda rng, shape: rng.exponential(1, shape) - 1,
         "log-normal": lambda rng, shape: rng.lognormal(0, 1, shape) - math.exp(0.5)}  # fmt: skip
 
 

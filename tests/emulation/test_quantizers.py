@@ -174,7 +174,7 @@ def test_gradients_stay_close_to_high_precision(recipe):
         assert 1 - bound / 4 < (got * want).sum() / want.square().sum() < 1 + bound / 4
 
 
-# ------------------------------------------------------------------------------------- values that no tensor should hold
+# ------------------------------------------------------------------------------------ values that no tensor should hold
 
 
 def quotient(top, amax, largest, power_of_two=False):
@@ -262,7 +262,7 @@ RECIPES = [te.DelayedScaling(amax_history_len=2), te.Float8CurrentScaling(), Flo
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: type(r).__name__)
 def test_odd_values_in_a_layer_are_seen_or_harmless(recipe):
-    """Finite numbers in, finite numbers out, in both directions; NaN is never a number; infinity saturates, as there."""
+    """Finite numbers in, finite numbers out, in both directions; NaN stays NaN; infinity saturates."""
     torch.manual_seed(0)
     layer = te.Linear(256, 64)
     for kind in ODD:
