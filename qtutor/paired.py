@@ -184,10 +184,10 @@ def sample_needed(paired: Paired, loss: float) -> int:
     likely = (np.arange(16) + 0.5) / 16  # quantiles: of the scatter, or of the share of changed answers
     precision = np.sqrt(stats.chi2.ppf(likely, paired.blocks - 1) / (paired.blocks - 1))
 
-    def t_test(n):  # by the noncentral t distribution; beyond 20 standard errors it is sure, and scipy's is NaN
-        shift = np.minimum(loss / (paired.se * math.sqrt(paired.blocks / n)) * precision, 20)
+    def t_test(n):  # by the noncentral t distribution, of which scipy has NaN for 0 in the far tail
+        shift = np.minimum(loss / (paired.se * math.sqrt(paired.blocks / n)) * precision, 30)
         critical = stats.t.ppf(1 - LEVEL / 2, n - 1)
-        return (stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)).mean()
+        return np.nan_to_num([stats.nct.sf(critical, n - 1, shift), stats.nct.cdf(-critical, n - 1, shift)]).sum(0).mean()
 
     def mcnemar_test(n):
         both = paired.lost + paired.gained
