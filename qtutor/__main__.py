@@ -124,12 +124,8 @@ def jupyter_folders() -> dict[str, str]:
 
     from . import corpus
 
-    def closed(folder):
-        while not os.path.exists(folder):
-            folder = os.path.dirname(folder)
-        return not os.access(folder, os.W_OK)
-
-    if not any(map(closed, (paths.jupyter_config_dir(), paths.jupyter_data_dir(), paths.jupyter_runtime_dir()))):
+    wanted = map(Path, (paths.jupyter_config_dir(), paths.jupyter_data_dir(), paths.jupyter_runtime_dir()))
+    if all(os.access(next(filter(os.path.exists, (folder, *folder.parents))), os.W_OK) for folder in wanted):
         return {}
     names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR")
     return {name: str(corpus.cache_dir() / name.lower()) for name in names}

@@ -85,11 +85,6 @@ def check_ids(model, ids) -> None:
         raise QtutorError(f"Token ids must lie in 0..{rows - 1}: check the tokenizer, and cut out padding.")
 
 
-def _exp(nats: float) -> float:
-    """e to the power of ``nats``; infinity where that is no float: a perplexity is, where a model is far off."""
-    return math.exp(nats) if nats < 709 else math.inf
-
-
 def logits_function(source, first: int = 0) -> Callable[[np.ndarray], Tensor]:
     """One function from a window of token ids (ctx,) to the logits from position ``first`` on: (ctx - first, vocab)."""
     from . import llamacpp
@@ -207,7 +202,8 @@ def score(logits, targets) -> Perplexity:
     delta method's, as in llama.cpp: ``se(exp(m)) = exp(m) * se(m)``."""
     nll = np.concatenate([token_nll(*piece).cpu().numpy() for piece in _in_step(logits, np.asarray(targets))])
     mean = float(nll.mean())
-    return Perplexity(_exp(mean), _exp(mean) * standard_error(nll), mean, len(nll), nll)
+    value = torch.tensor(mean, dtype=torch.float64).exp().item()  # infinity, not an error, where a model is far off
+    return Perplexity(value, value * standard_error(nll), mean, len(nll), nll)
 
 
 def perplexity(source, tokens, ctx: int = 512, *, second_half_only: bool = False, **options) -> Perplexity:
@@ -260,7 +256,8 @@ def compare(base, logits, targets) -> Comparison:
     on the true tokens (n,) (:func:`targets_of`)."""
     parts = [[x.cpu().numpy() for x in _per_token(*piece)] for piece in _in_step(base, logits, np.asarray(targets))]
     nll, base_nll, kld, same_top = (np.concatenate(column) for column in zip(*parts, strict=True))
-    perplexity, base_perplexity, ratio = _exp(nll.mean()), _exp(base_nll.mean()), _exp((nll - base_nll).mean())
+    means = torch.tensor([nll.mean(), base_nll.mean(), (nll - base_nll).mean()], dtype=torch.float64)
+    perplexity, base_perplexity, ratio = means.exp().tolist()
     dp = np.exp(-nll) - np.exp(-base_nll)
     rms = math.sqrt((dp**2).mean())
     top, top_se = share(same_top)

@@ -187,7 +187,8 @@ def sample_needed(paired: Paired, loss: float) -> int:
     def t_test(n):  # by the noncentral t distribution, of which scipy has NaN for 0 in the far tail
         shift = np.minimum(loss / (paired.se * math.sqrt(paired.blocks / n)) * precision, 30)
         critical = stats.t.ppf(1 - LEVEL / 2, n - 1)
-        return np.nan_to_num([stats.nct.sf(critical, n - 1, shift), stats.nct.cdf(-critical, n - 1, shift)]).sum(0).mean()
+        tails = stats.nct.sf(critical, n - 1, shift), stats.nct.cdf(-critical, n - 1, shift)
+        return np.nan_to_num(tails).sum(0).mean()
 
     def mcnemar_test(n):
         both = paired.lost + paired.gained
