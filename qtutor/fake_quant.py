@@ -87,7 +87,7 @@ class FakeQuantizer(nn.Module):
         if self.scale is None:
             self.freeze(x)
         if len(self.scale) != (found := len(self.blocks(x))):
-            raise QtutorError(f"There are {len(self.scale)} scales for {found} blocks of values: use the shape that they"
+            raise QtutorError(f"There are {len(self.scale)} scales for {found} blocks of values: use the shape they"
                               " were calibrated with, or a checkpoint of the same group_size.")  # fmt: skip
         return Grid(self.scale.abs().clamp(min=torch.finfo(self.scale.dtype).smallest_normal), self.zero_point)
 

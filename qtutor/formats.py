@@ -252,7 +252,7 @@ def nvfp4_scales(amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return NVFP4's scales: of each block (E4M3 numbers) and of the tensor (FP32), float32; the product counts.  The
     tensor's is ``amax / (448 * 6)``, so that the block scales fill E4M3's range."""
     whole = amax.max() / (E4M3.max * E2M1.max)
-    whole = torch.where(whole > 0, whole, 1.0).clamp(min=2.0**-120)  # smaller, and its reciprocal overflows
+    whole = torch.where(whole == 0, 1.0, whole).clamp(min=2.0**-120)  # smaller, and its reciprocal overflows
     # Tiny blocks take E4M3's smallest normal number: a scale that is zero would make them NaN.
     return E4M3.round((amax / E2M1.max / whole).clamp(min=E4M3.min_normal)), whole
 

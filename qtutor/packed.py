@@ -27,8 +27,9 @@ def convert(model):
 
     def stored_layer(name, module, made):
         if (stored := made.get(id(module.weight))) is None:
+            seen = _seen(name, module)
             stored = made[id(module.weight)] = StoredWeight(module.weight_fake_quant, module.weight.detach())
-            if not torch.equal(stored.dequantize(), _seen(name, module)):
+            if not torch.equal(stored.dequantize(), seen):
                 raise QtutorError(f"Layer {name!r} would not store what it was trained with: leave it unconverted.")
         if isinstance(module, FakeQuantNorm):
             return QuantizedNorm(module, stored)

@@ -286,9 +286,7 @@ def test_loading_works_after_copies_and_moves_and_by_assignment():
     model.load_state_dict(saved, assign=True)
     assert isinstance(model[0].weight_fake_quant.scale, nn.Parameter)
     assert torch.equal(model[0].weight_fake_quant.scale, saved["0.weight_fake_quant.scale"])
-    empty = learned().to("meta")  # the scale goes where the model is, as every other parameter
-    empty.load_state_dict(saved)
-    assert empty[0].weight_fake_quant.scale.device.type == "meta"
+    empty = learned().to("meta")
     empty.load_state_dict(saved, assign=True)
     assert torch.equal(empty(torch.ones(1, 64)), model(torch.ones(1, 64)))
     replica = model[0].weight_fake_quant._replicate_for_data_parallel()
