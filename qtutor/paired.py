@@ -16,8 +16,8 @@ for want of data: :func:`non_inferior`.
 Neighbouring tokens are not independent draws.  ``block`` averages a window's worth first (batch means), after which
 they nearly are.  A text has few windows, so the interval is Student's t: a bootstrap of five means covers 85 %, not 95.
 
-References: McNemar 1947 with exact binomial probabilities; Agresti and Min 2005, Statistics in Medicine 24:729 (the
-interval of a difference of paired proportions); Tango 1998, Statistics in Medicine 17:891 (the score test of a margin).
+References: McNemar 1947 with exact binomial probabilities; Tango 1998, Statistics in Medicine 17:891 (the score test of
+a difference of paired proportions, and its interval).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def mcnemar(base_hits, hits, alternative: str = "two-sided") -> Paired:
     ``base_hits`` and ``hits`` (n,) are booleans: item answered rightly.  Items that both got right, or both wrong, say
     nothing; of the others, half would be losses if the models were equally good, and ``p`` is the exact binomial
     probability of a split as uneven as this one (McNemar's test); with ``alternative="greater"``, of so many losses.
-    The interval is Agresti and Min's: Wald's, after half an item has been added to each of the four cells.
+    The interval is Tango's: the differences that his score test does not reject, also where few answers changed.
     """
     if not all(np.isin(x, (0, 1)).all() for x in (base_hits, hits)):
         raise QtutorError("mcnemar() takes right or wrong for each item: booleans, not scores.")
@@ -116,10 +116,8 @@ def mcnemar(base_hits, hits, alternative: str = "two-sided") -> Paired:
     changed, difference = lost + gained, gained - lost
     p = float(stats.binomtest(lost, changed, 0.5, alternative).pvalue) if changed else 1.0
     se = math.sqrt(changed - difference**2 / n) / n
-    centre, spread = difference / (n + 2), math.sqrt(changed + 1 - difference**2 / (n + 2)) / (n + 2)
-    low, high = stats.norm.interval(1 - LEVEL, centre, spread)
-    return Paired(difference / n, se, max(-1.0, float(low)), min(1.0, float(high)), p, n, n,
-                  "of all items", lost, gained)  # fmt: skip
+    low, high = -score_bound(lost, gained, n, LEVEL / 2), score_bound(gained, lost, n, LEVEL / 2)
+    return Paired(difference / n, se, low, high, p, n, n, "of all items", lost, gained)
 
 
 def score_p(lost: int, gained: int, n: int, margin: float) -> float:

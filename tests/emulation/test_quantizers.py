@@ -250,8 +250,8 @@ def test_odd_values_by_numpy_and_ml_dtypes(way, dtype, power_of_two, kind, x_dty
         with np.errstate(all="ignore"):
             want = way(x.float().numpy(), dtype, power_of_two, torch.finfo(x_dtype).max)
         if way is by_16:
-            assert np.array_equal(np.isnan(got), np.isnan(want)), "NaN in a tensor is seen everywhere"
-            np.testing.assert_allclose(got, want, rtol=1e-6)
+            assert np.array_equal(np.isnan(got.numpy()), np.isnan(want)), "NaN in a tensor is seen everywhere"
+            np.testing.assert_allclose(got.numpy(), want, rtol=1e-6)
         else:
             np.testing.assert_array_equal(got.numpy(), want)
 
@@ -276,6 +276,8 @@ def test_odd_values_in_a_layer_are_seen_or_harmless(recipe):
         if kind == "NaN":
             assert y[0].isnan().all() and layer.weight.grad.isnan().any()
             assert y[1:].isfinite().all() != recipe.nvfp4()
+        elif "infinity" in kind and recipe.mxfp8():  # 448 times the largest power of two is infinite again
+            assert not y[0].isfinite().any() and y[1:].isfinite().all()
         elif kind != "float32's end":  # a sum of such numbers is infinite without any quantization
             assert y.isfinite().all() and layer.weight.grad.isfinite().all() and gradient.isfinite().all(), kind
         for state in layer.fp8_meta.values():
