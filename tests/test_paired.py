@@ -274,9 +274,10 @@ def test_power_is_reached_though_the_pilot_knows_its_scatter_badly(blocks):
     assert np.mean(reached) == pytest.approx(0.8, abs=0.05)
 
 
+@pytest.mark.slow
 def test_power_for_answers_is_reached_on_average_over_pilots():
     rng, reached = np.random.default_rng(13), []
-    for _ in range(40):
+    for _ in range(20):
         b, c, rest = rng.multinomial(200, [0.06, 0.04, 0.9])
         pilot = paired.mcnemar([1] * b + [0] * c + [1] * rest, [0] * b + [1] * c + [1] * rest)
         reached.append(_power_of_mcnemar(paired.sample_needed(pilot, 0.04), 0.07, 0.03, runs=500))
