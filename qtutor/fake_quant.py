@@ -120,7 +120,7 @@ class FakeQuantizer(nn.Module):
         blocks, target = self.blocks(x), self.target
         if self.is_dynamic:
             return on_own_grid(blocks, target, self.symmetric, self.no_clipping).view(x.shape)
-        grid = self.grid(x)
+        grid = self.grid(blocks)
         if not self.learned:
             return on_grid(blocks, grid, target).view(x.shape)
         factor = (blocks.shape[1] * target.quant_max) ** -0.5
