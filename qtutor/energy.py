@@ -36,7 +36,7 @@ from . import measure
 WATTS_PER_THREAD = 4.0  # codecarbon's figure for a processor that it does not know
 POWERCAP = Path("/sys/class/powercap")
 NVML_STEP_S = 0.1  # 20 to 100 ms, by model
-MOST_WATTS = {"board": 2000.0, "package": 600.0}  # more than any draws: a counter that says so has jumped
+MOST_WATTS = {"board": 2000.0, "package": 600.0}  # no GPU or processor draws more: a counter that says so has jumped
 
 
 @dataclass

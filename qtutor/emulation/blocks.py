@@ -212,7 +212,7 @@ class NVFP4Quantizer(BlockQuantizer):
 
     ``with_rht``: transform 16 values at a time before quantizing by columns (operands of the weight's gradient);
     ``with_2d_quantization``: one scale for each 16 x 16 square (weights); ``stochastic_rounding``: round at random
-    (gradients), from torch's generator.
+    (gradients), from torch's generator.  One NaN makes the whole tensor NaN, as in Transformer Engine's reference.
     """
 
     block = 16
