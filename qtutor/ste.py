@@ -23,7 +23,7 @@ The numerics are those of the reference, bit for bit (tests/test_ste.py): torcha
 ``torch.fake_quantize_per_channel_affine`` for integers, torchao's ``MXTensor`` and ``NVFP4Tensor`` for microscaling,
 ``gguf.quants`` for the blocks of llama.cpp.  NaN and infinity never become a number.  Finite values become infinite or
 NaN only as there, where a scale is beyond its format (llama.cpp's 16 bits: packed.bake refuses such weights); what is
-too small for a scale becomes small or zero, also where torchao saturates or divides by zero (MX and NVFP4 at 1e-36).
+too small for a scale becomes small or zero, also where torchao halves, saturates or divides by zero (below 1e-36).
 """
 
 from __future__ import annotations
