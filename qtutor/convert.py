@@ -94,6 +94,11 @@ def _staged(model, tokenizer, temporary: Path) -> Path:
             raise QtutorError("This model is quantized already (config.quantization_config): export the original.")
         model.save_pretrained(source)
     config, where = gguf_export.checkpoint(source)
+    kinds = {name: handle.get_slice(name).get_dtype() for name, (_, handle) in where.items()}
+    if odd := [name for name, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")]:
+        if not config.get("quantization_config"):
+            raise QtutorError(f"{odd[0]} is stored as {kinds[odd[0]]}, and config.json does not say how: export the "
+                              "original weights.")  # fmt: skip
     staged = temporary / "staged" / source.resolve().name
     staged.mkdir(parents=True)
     vocabulary = re.compile(r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template|tekken)\b.*")

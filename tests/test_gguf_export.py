@@ -415,7 +415,8 @@ def test_tied_as_transformers_ties(folder, tmp_path):
     """The two matrices are tied where they are equal or one is missing; where they differ both count."""
     copy, tensors = changed(folder, tmp_path), tensors_of(folder)
     embedding = tensors.pop("model.embed_tokens.weight")
-    for head, embed in ((embedding.clone(), embedding), (None, embedding), (embedding, None), (embedding + 1, embedding)):
+    pairs = ((embedding.clone(), embedding), (None, embedding), (embedding, None), (embedding + 1, embedding))
+    for head, embed in pairs:
         both = {"lm_head.weight": head, "model.embed_tokens.weight": embed}
         stored(copy, tensors | {name: tensor for name, tensor in both.items() if tensor is not None})
         made, model = read_tensors(gguf_export.export(copy, tmp_path / "m.gguf")), hf(copy)
@@ -452,7 +453,8 @@ def test_every_tensor_of_a_random_checkpoint_is_accounted_for(tmp_path, seed):
     tensors, made = tensors_of(copy), read_tensors(gguf_export.export(copy, tmp_path / "m.gguf"))
     for name, tensor in tensors.items():
         if ".q_proj." in name or ".k_proj." in name:
-            tensor = gguf_export.permute(tensor, settings["num_attention_heads" if ".q_" in name else "num_key_value_heads"])
+            n_heads = settings["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
+            tensor = gguf_export.permute(tensor, n_heads)
         assert torch.equal(made.pop(gguf_export.gguf_name(name)), tensor), name
     assert not made  # and nothing that is not of the checkpoint
     for extra in [*rng.choice(NOT_OURS, 3), "model.layers.0.mlp.down_proj.bias" if not settings["mlp_bias"] else "x"]:

@@ -57,7 +57,7 @@ def download(version: str, folder: Path) -> Path:
     package = "llama-cpp-python"
     done = subprocess.run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-         "--no-binary", package, "--dest", str(folder), f"{package}=={version}"],
+         "--retries", "1", "--timeout", "15", "--no-binary", package, "--dest", str(folder), f"{package}=={version}"],
         capture_output=True, text=True, check=False)  # fmt: skip
     if found := sorted(folder.glob("*.tar.gz")):
         return found[0]
