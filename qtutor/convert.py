@@ -34,6 +34,7 @@ from . import QtutorError, files, gguf_export, llamacpp
 SCRIPT = "convert_hf_to_gguf.py"
 #: added to what the tokenizer's own added tokens make
 PROBE = "Hello  world\r\n\t it's 3.14159, 1234567\n\n\n 日本語 עברית 😀👩‍👧 é e\u0301 ½ and   done "
+_BUFFERS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")  # computed, not trained
 _TOLERANCE = {"f32": 5e-3, "f16": 2e-2, "bf16": 1e-1}  # of the logits' spread
 # The child imports the converter's modules, then what this process can import.
 _CHILD = """
@@ -79,7 +80,13 @@ def to_gguf(model, path, dtype: str = "f16", tokenizer=None) -> Path:
     with files.whole(path) as partial, tempfile.TemporaryDirectory(dir=partial.parent) as temporary:
         staged = _staged(model, tokenizer, Path(temporary))
         _run(staged, made := Path(temporary) / "model.gguf", dtype)
-        _same_model(staged, made, dtype)
+        try:
+            _same_model(staged, made, dtype)
+        except (QtutorError, OSError):
+            raise
+        except Exception as err:  # transformers or a tokenizer has met what it does not know
+            raise QtutorError(f"{staged.name} cannot be compared with its GGUF file ({type(err).__name__}: "
+                              f"{str(err).strip().splitlines()[0] if str(err) else 'no reason'}).") from None  # fmt: skip
         os.replace(made, partial)
     return llamacpp.trust(path)
 
@@ -95,13 +102,14 @@ def _staged(model, tokenizer, temporary: Path) -> Path:
         model.save_pretrained(source)
     config, where = gguf_export.checkpoint(source)
     kinds = {name: handle.get_slice(name).get_dtype() for name, (_, handle) in where.items()}
-    if odd := [name for name, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")]:
+    if odd := [name for name, kind in kinds.items()
+               if kind not in ("F64", "F32", "F16", "BF16") and not name.endswith(_BUFFERS)]:  # fmt: skip
         if not config.get("quantization_config"):
             raise QtutorError(f"{odd[0]} is stored as {kinds[odd[0]]}, and config.json does not say how: export the "
                               "original weights.")  # fmt: skip
     staged = temporary / "staged" / source.resolve().name
     staged.mkdir(parents=True)
-    vocabulary = re.compile(r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template|tekken)\b.*")
+    vocabulary = re.compile("tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template|tekken")
     for file in source.iterdir():
         given = tokenizer is not None and vocabulary.match(file.name)
         if file.suffix in (".json", ".jinja", ".model", ".txt", ".md") and not given and "index.json" not in file.name:
@@ -121,13 +129,15 @@ def _staged(model, tokenizer, temporary: Path) -> Path:
     settings = files.read_json(staged / "tokenizer_config.json") if (staged / "tokenizer_config.json").is_file() else {}
     if (staged / "tokenizer.json").is_file():
         tok = files.read_json(staged / "tokenizer.json")
-        added = {str(one["id"]): one for one in tok.get("added_tokens", [])}
-        settings.setdefault("added_tokens_decoder", added)
-        if tok["model"].get("byte_fallback") and not (staged / "tokenizer.model").is_file():
-            (staged / "tokenizer.model").write_bytes(_sentencepiece(tok))
+        if tok["model"].get("byte_fallback"):
+            added = {str(one["id"]): {k: v for k, v in one.items() if k != "id"} for one in tok.get("added_tokens", [])}
+            settings.setdefault("added_tokens_decoder", added)
+            if not (staged / "tokenizer.model").is_file():
+                (staged / "tokenizer.model").write_bytes(_sentencepiece(tok))
     for name, content in (("config.json", config), ("tokenizer_config.json", settings)):
         content.pop("auto_map", None)  # would name code to run
-        files.write_text(staged / name, json.dumps(content))
+        if content:
+            files.write_text(staged / name, json.dumps(content))
     return staged
 
 
@@ -169,8 +179,8 @@ def _run(staged: Path, target: Path, dtype: str) -> None:
     if done.returncode < 0 or any(line.startswith("MemoryError") for line in said):
         raise QtutorError(f"llama.cpp's converter was ended on {staged.name}, probably for lack of memory: free some.")
     if done.returncode or not target.is_file():
-        told = [line for line in said if re.match(r"ERROR:|\w*(Error|Exception)\b", line)] or said or ["no reason"]
-        why = re.sub(r"^(ERROR:[\w.-]+:|\w+: )", "", told[-1].strip()).strip().rstrip(".")
+        told = [line for line in said if re.match(r"ERROR:|[\w.]*(Error|Exception)\b", line)] or said or ["no reason"]
+        why = re.sub(r"^ERROR:[\w.-]+:", "", told[-1]).strip().rstrip(".")
         raise QtutorError(f"llama.cpp's converter refuses {staged.name}: {why[:200]}.")
 
 
@@ -192,23 +202,25 @@ def _same_model(staged: Path, target: Path, dtype: str) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
     kind, part = rope.get("rope_type") or "default", rope.get("partial_rotary_factor") or 1
-    if kind not in ("default", "dynamic", "proportional") and not (
-            setting("rope.scaling.type") or any(t.name.startswith("rope_f") for t in found.tensors)):  # fmt: skip
+    factors = any(t.name.startswith("rope_f") for t in found.tensors)
+    carried = factors if kind in ("llama3", "longrope") else setting("rope.scaling.type") == kind
+    if kind not in ("default", "dynamic", "proportional") and not carried:
         refuse(f"llama.cpp does not know RoPE scaling {kind!r} in this family")
-    head_dim = setting("attention.key_length") or setting("embedding_length") // setting("attention.head_count")
-    if part != 1 and kind != "proportional" and setting("rope.dimension_count") != int(head_dim * part):
-        refuse(f"llama.cpp does not know partial_rotary_factor {part} in this family")
+    if part != 1 and kind != "proportional":
+        head_dim = setting("attention.key_length") or setting("embedding_length") // setting("attention.head_count")
+        if setting("rope.dimension_count") != int(head_dim * part):
+            refuse(f"llama.cpp does not know partial_rotary_factor {part} in this family")
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and not setting("attention.sliding_window"):
         if window < config.max_position_embeddings:
             warnings.warn(f"llama.cpp has no sliding window in this family: beyond {window} tokens {staged.name} "
                           "differs from transformers.", stacklevel=3)  # fmt: skip
     sizes = {name: prod(handle.get_slice(name).get_shape()) for name, (_, handle) in where.items()
-             if not name.endswith((".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias"))}  # fmt: skip
+             if not name.endswith(_BUFFERS)}  # fmt: skip
     written = {t.name: prod(t.shape) for t in found.tensors if not t.name.startswith("rope_f")}
     heads = [name for name in sizes if name.endswith("lm_head.weight")]
     if "output.weight" not in written:
-        if not heads and not config.tie_word_embeddings:
+        if not heads and not getattr(config, "tie_word_embeddings", False):
             refuse("it has no lm_head, and config.json does not tie the embedding to it")
         for head in heads:
             same = [name for name in sizes if re.search(r"(embed_tokens|wte|word_embeddings)\.weight$", name)

@@ -60,7 +60,7 @@ def test_done_twice_is_no_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convert, "folder", lambda: tmp_path / "llama.cpp")
     monkeypatch.setattr(llamacpp_source.metadata, "version", lambda name: "1.2.3")
     asked = []
-    monkeypatch.setattr(llamacpp_source, "download", lambda version, folder: asked.append(version) or source(folder / "s"))
+    monkeypatch.setattr(llamacpp_source, "download", lambda v, folder: asked.append(v) or source(folder / "s"))
     for arguments, times in (([], 1), ([], 1), (["--vocabularies"], 2), (["--vocabularies"], 2), ([], 2)):
         assert llamacpp_source.main(arguments) == 0 and asked == ["1.2.3"] * times
     assert "0 MB" in capsys.readouterr().out
