@@ -85,8 +85,8 @@ def to_gguf(model, path, dtype: str = "f16", tokenizer=None) -> Path:
         except (QtutorError, OSError):
             raise
         except Exception as err:  # transformers or a tokenizer has met what it does not know
-            raise QtutorError(f"{staged.name} cannot be compared with its GGUF file ({type(err).__name__}: "
-                              f"{str(err).strip().splitlines()[0] if str(err) else 'no reason'}).") from None  # fmt: skip
+            why = f"{type(err).__name__}: {err}".strip().splitlines()[0].rstrip(".")
+            raise QtutorError(f"{staged.name} cannot be compared with its GGUF file ({why}).") from None
         os.replace(made, partial)
     return llamacpp.trust(path)
 
