@@ -43,7 +43,6 @@ class NotOursError(QtutorError):
     """What this small converter leaves to llama.cpp's own."""
 
 
-
 # llama.cpp's names for the pre-tokenizer regular expressions that Llama-family tokenizers use.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -261,7 +260,7 @@ def _tokenizer_of(source: _Source, tokenizer) -> tuple[dict, str | list | None]:
         path = Path(tokenizer or source.folder)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists():
-            raise QtutorError(f"{path.parent.name}/ has no {path.name}: save a fast tokenizer into the model folder.")
+            raise NotOursError(f"{path.parent.name}/ has no {path.name}: save a fast tokenizer into the model folder.")
         found, jinja, config = _read_json(path), *map(path.with_name, ("chat_template.jinja", "tokenizer_config.json"))
         chat = _read_json(config).get("chat_template") if config.is_file() else None
         if chat is None and jinja.is_file():
@@ -305,7 +304,8 @@ def add_tokenizer(writer, tok: dict, config: dict, n_vocab: int) -> None:
     from tokenizers import Tokenizer
 
     model = tok.get("model", {})
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
+    other = [key for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
+    if model.get("type") != "BPE" or other:
         raise NotOursError(f"Only byte-level BPE tokenizers can be exported here: {CONVERTER}.")
     try:
         tokens = {int(i): (text, TokenType.NORMAL) for text, i in model["vocab"].items()}
