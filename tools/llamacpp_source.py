@@ -1,7 +1,7 @@
 """Installs llama.cpp's own converter, of the very version that is installed, beside its programs.
 
     python -m tools.llamacpp_source                   # the converter: 2 MB
-    python -m tools.llamacpp_source --vocabularies    # and the vocabulary files that the tests compare with: 36 MB
+    python -m tools.llamacpp_source --vocabularies    # and the vocabulary files that the tests compare with: 34 MB
 
 The source distribution that llama-cpp-python is compiled from holds llama.cpp's ``convert_hf_to_gguf.py`` with its
 package; a wheel does not, and so pip leaves them out.  pip, as it is configured here, gets the source distribution
