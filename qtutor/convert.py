@@ -33,7 +33,7 @@ from . import QtutorError, files, gguf_export, llamacpp
 
 SCRIPT = "convert_hf_to_gguf.py"
 #: added to what the tokenizer's own added tokens make
-PROBE = "Hello  world\r\n\t it's 3.14159, 1234567\n\n\n 日本語 עברית 😀👩‍👧 é e\u0301 ½ and   done "
+PROBE = "Hello  world\r\n\t it's 3.14159, 1234567\n\n\n 日本語 עברית 😀👩‍👧 é ½ and   done "
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")  # computed, not trained
 _TOLERANCE = {"f32": 5e-3, "f16": 2e-2, "bf16": 1e-1}  # of the logits' spread
 # The child imports the converter's modules, then what this process can import.
@@ -50,6 +50,15 @@ def name_of(self, tokenizer):
             return pre
         raise
 conversion.TextModel.get_vocab_base_pre = name_of
+indexed = conversion.ModelBase.index_tensors
+def index(self, *args, **kwargs):
+    def told(item):
+        if (kept := type(self).filter_tensors(item)) is None:
+            print("LEFT OUT", item[0], file=sys.stderr)
+        return kept
+    self.filter_tensors = told
+    return indexed(self, *args, **kwargs)
+conversion.ModelBase.index_tensors = index
 sys.argv = ["convert_hf_to_gguf.py", *sys.argv[4:]]
 import convert_hf_to_gguf
 convert_hf_to_gguf.main()
@@ -79,9 +88,9 @@ def to_gguf(model, path, dtype: str = "f16", tokenizer=None) -> Path:
                               "course's folder, once, with a network.") from None  # fmt: skip
     with files.whole(path) as partial, tempfile.TemporaryDirectory(dir=partial.parent) as temporary:
         staged = _staged(model, tokenizer, Path(temporary))
-        _run(staged, made := Path(temporary) / "model.gguf", dtype)
+        left_out = _run(staged, made := Path(temporary) / "model.gguf", dtype)
         try:
-            _same_model(staged, made, dtype)
+            _same_model(staged, made, dtype, left_out)
         except (QtutorError, OSError):
             raise
         except Exception as err:  # transformers or a tokenizer has met what it does not know
@@ -165,8 +174,8 @@ def _sentencepiece(tok: dict) -> bytes:
     return bytes(made) + b"\x12\x05\x18\x02\x98\x02\x01" + b"\x1a\x02\x20\x00"  # BPE, byte fallback; spaces kept
 
 
-def _run(staged: Path, target: Path, dtype: str) -> None:
-    """Run the converter on a folder, offline and apart from this process's own environment."""
+def _run(staged: Path, target: Path, dtype: str) -> list[str]:
+    """Run the converter on a folder, offline and apart from this process's environment; the tensors it left out."""
     pre = ""
     if (staged / "tokenizer.json").is_file():
         with contextlib.suppress(QtutorError):
@@ -182,9 +191,10 @@ def _run(staged: Path, target: Path, dtype: str) -> None:
         told = [line for line in said if re.match(r"ERROR:|[\w.]*(Error|Exception)\b", line)] or said or ["no reason"]
         why = re.sub(r"^ERROR:[\w.-]+:", "", told[-1]).strip().rstrip(".")
         raise QtutorError(f"llama.cpp's converter refuses {staged.name}: {why[:200]}.")
+    return [line.removeprefix("LEFT OUT ") for line in said if line.startswith("LEFT OUT ")]
 
 
-def _same_model(staged: Path, target: Path, dtype: str) -> None:
+def _same_model(staged: Path, target: Path, dtype: str, left_out: list[str]) -> None:
     """Raise QtutorError where the file is not the folder's model: by its settings, weights, tokens and logits."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -231,7 +241,7 @@ def _same_model(staged: Path, target: Path, dtype: str) -> None:
     lost = sum(sizes.values()) - sum(written.values())
     packed = getattr(config, "quantization_config", None)
     if lost > 0 and not packed:
-        names = [name for name, size in sizes.items() if size == lost] or list(sizes)[-1:]
+        names = [name for name in left_out if name in sizes] or ["the converter does not say which"]
         refuse(f"{lost:,} of its weights have no place in the file ({names[0]})")
     tokenizer = AutoTokenizer.from_pretrained(staged)
     ids = tokenizer(PROBE)["input_ids"]
@@ -239,6 +249,9 @@ def _same_model(staged: Path, target: Path, dtype: str) -> None:
         for text in (PROBE, *PROBE.split(" ")):
             if llama.tokenize(text) != tokenizer(text)["input_ids"]:
                 refuse(f"llama.cpp splits {text!r} into other tokens than transformers")
+        if llama.tokenize("e\u0301") != tokenizer("e\u0301")["input_ids"]:
+            warnings.warn(f"llama.cpp does not normalize text as the tokenizer of {staged.name} does: compose accents "
+                          "(NFC) before.", stacklevel=3)  # fmt: skip
         added = tokenizer.added_tokens_decoder
         for token in added.values():
             pair = [llama.tokenize(f"a {token} b"), tokenizer(f"a {token} b")["input_ids"]]

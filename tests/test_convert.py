@@ -33,7 +33,7 @@ FAMILIES = {
     "mistral": ("Mistral", "llama-spm", {"sliding_window": None, "rope_parameters": {
         "rope_type": "default", "rope_theta": 1e6}}),
     "qwen2": ("Qwen2", "qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3", "qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", "", {"tie_word_embeddings": True, "pad_token_id": None}),
     "gemma": ("Gemma", "llama-spm", {}),
     "gemma2": ("Gemma2", "llama-spm", GEMMA2),
     "gemma3": ("Gemma3", "gemma-4", GEMMA2 | {"tie_word_embeddings": True}),
@@ -66,6 +66,11 @@ def random_model(kind, vocab, **settings):
 
 
 def tokenizer_of(vocabulary, gemma=False):
+    if not vocabulary:  # one that was trained here, behind Qwen's regular expression
+        from test_gguf_export import other_tokenizer
+
+        tok = other_tokenizer("qwen2")
+        return tok, {"bos_token_id": 0, "eos_token_id": 0}, ["<|endoftext|>"] * tok.get_vocab_size()
     if vocabulary in ("llama-spm", "phi-3", "gemma-4"):
         return vocabularies.sentencepiece(vocabulary, prefix=not gemma)
     return vocabularies.byte_level(vocabulary)
@@ -81,7 +86,7 @@ def save(folder, model, tok, special, tokens):
 
 
 def off_by(model, path, ids):
-    """RMS difference of the logits, of their spread."""
+    """Largest difference of a logit, of their standard deviation."""
     with torch.inference_mode():
         theirs = model(torch.as_tensor(np.asarray(ids, np.int64))[None]).logits[0].float().numpy()
     with llamacpp.Model(path, ctx=256) as llama:
@@ -93,7 +98,7 @@ def off_by(model, path, ids):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(tmp_path, family):
     kind, vocabulary, settings = FAMILIES[family]
-    if not vocabularies.available(vocabulary):
+    if vocabulary and not vocabularies.available(vocabulary):
         pytest.skip("the vocabulary files are not installed: python -m tools.llamacpp_source --vocabularies")
     tok, special, tokens = tokenizer_of(vocabulary, "Gemma" in kind)
     model = random_model(kind, len(tokens), **{**special, **settings})
@@ -101,12 +106,14 @@ def test_family(tmp_path, family):
     with pytest.raises(gguf_export.NotOursError):
         gguf_export.export(folder, tmp_path / "no.gguf")
     path = convert.to_gguf(folder, tmp_path / "m.gguf", "f32")
-    assert off_by(model, path, np.random.default_rng(0).integers(3, len(tokens), 100)) < LIMIT.get(family, 5e-4)
+    off = off_by(model, path, np.random.default_rng(0).integers(3, len(tokens), 100))
+    print(f"{family}: largest difference of a logit {off:.1e} of their spread")
+    assert off < LIMIT.get(family, 5e-4)
     bos = [special["bos_token_id"]] if tok.post_processor else []
     with llamacpp.Model(path, ctx=16) as llama:
         for text in TEXTS:
             assert llama.tokenize(text) == tok.encode(text).ids, text
-        if "Gemma" not in kind or vocabulary == "gemma-4":
+        if vocabulary and ("Gemma" not in kind or vocabulary == "gemma-4"):
             for text, ids in vocabularies.answers(vocabulary):
                 assert llama.tokenize(text) == bos + ids, text
         for text in [text for text, at in tok.get_vocab().items() if at in tok.get_added_tokens_decoder()][:20]:
@@ -179,7 +186,11 @@ def test_without_the_converter(mistral, tmp_path, monkeypatch):
 
 
 STUB = """
-class TextModel:
+class ModelBase:
+    def index_tensors(self):
+        return {}
+
+class TextModel(ModelBase):
     def get_vocab_base_pre(self, tokenizer):
         raise NotImplementedError
 """
@@ -234,6 +245,7 @@ def test_shards_are_staged_with_an_index_of_their_own(mistral, tmp_path):
     assert len(set(index.values())) > 1 and all((staged / file).exists() for file in index.values())
 
 
+@pytest.mark.slow
 def test_the_rebuilt_sentencepiece_model_reads_back():
     """Pieces, kinds and the order of the scores, by sentencepiece itself."""
     sentencepiece = pytest.importorskip("sentencepiece")
