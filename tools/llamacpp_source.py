@@ -67,6 +67,7 @@ def download(version: str, folder: Path) -> Path:
 
 
 def main(arguments: list[str]) -> int:
+    """Install what is missing; 0. Raises QtutorError where that is not possible."""
     vocabularies = "--vocabularies" in arguments
     try:
         version = metadata.version("llama-cpp-python")
