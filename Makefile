@@ -30,15 +30,15 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
 		|| grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST)
 
-lab: $(VENV)/.lab ## open JupyterLab on the start page (ARGS="--port 9999" passes options on)
+lab: $(VENV)/.converter ## open JupyterLab on the start page (ARGS="--port 9999" passes options on)
 	$(PY) -m qtutor lab $(ARGS)
 
-test: $(VENV)/.test ## every test: units, recipes, exercises, a real browser, each notebook twice, network off
+test: $(VENV)/.vocabularies ## every test: units, recipes, exercises, a real browser, each notebook twice, network off
 	$(PY) -m ruff check .
 	QTUTOR_PROFILE=$${QTUTOR_PROFILE:-quick} $(PY) tests/offline.py -m pytest tests notebooks \
 		--nbmake --nbmake-timeout=600 --notebook-runs=2 -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-quick: $(VENV)/.test ## what fits in two minutes: ruff, units, the form of the notebooks
+quick: $(VENV)/.vocabularies ## what fits in two minutes: ruff, units, the form of the notebooks
 	$(PY) -m ruff check .
 	$(PY) -m pytest tests -m "not slow and not gpu" -n $(WORKERS) $(ARGS)
 
@@ -71,9 +71,9 @@ results: $(VENV)/.test ## measure again what this machine can (ONLY="gguf_qualit
 doctor: $(VENV)/.lab ## what works on this machine, and what to do about the rest
 	$(PY) -m qtutor doctor
 
-install: $(VENV)/.lab ## only create .venv
+install: $(VENV)/.converter ## only create .venv
 
-install-test: $(VENV)/.test ## only create .venv, with what the tests need
+install-test: $(VENV)/.vocabularies ## only create .venv, with what the tests need
 
 clean: ## remove .venv, caches and test artefacts (not the model, not the results)
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache test-artifacts build *.egg-info
@@ -88,6 +88,13 @@ $(VENV)/.lab: $(INPUTS) $(VENV)/.torch
 $(VENV)/.test: $(INPUTS) $(VENV)/.torch
 	$(call install,.[test])
 	@touch $@ $(VENV)/.lab
+
+# llama.cpp's own converter, for other families than the course's: without a network one sentence, and the rest works
+$(VENV)/.converter: $(VENV)/.lab
+	@$(PY) -m tools.llamacpp_source && touch $@ || true
+
+$(VENV)/.vocabularies: $(VENV)/.test
+	@$(PY) -m tools.llamacpp_source --vocabularies && touch $@ $(VENV)/.converter || true
 
 define install
 	@echo "Installing the course (llama.cpp is compiled the first time: about ten minutes on two cores) ..."

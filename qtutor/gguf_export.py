@@ -13,12 +13,14 @@ Converting a Llama takes four steps:
 4. write the tokenizer       the vocabulary, the merges, which tokens are special, the chat template, and ``pre``:
    the name of the regular expression that splits text before the merges, which llama.cpp has compiled in
 
-Every tensor of the checkpoint is accounted for: one that the file has no place for is refused by name.  The reference
-converter is ``convert_hf_to_gguf.py`` in llama.cpp.
+Every tensor of the checkpoint is accounted for: written, tied, or refused by name.  This is the lesson, and what the
+course model takes: a Llama with a byte-level BPE tokenizer.  Of any other family :mod:`qtutor.convert` makes the file,
+with llama.cpp's own ``convert_hf_to_gguf.py``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -29,12 +31,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType, TokenType, size_label
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType, size_label
 
 from . import QtutorError, files
 
 DTYPES = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "bf16": LlamaFileType.MOSTLY_BF16}
-CONVERTER = "use llama.cpp's convert_hf_to_gguf.py"
+CONVERTER = "use qtutor.convert.to_gguf"
+
+
+class NotOursError(QtutorError):
+    """What this small converter leaves to llama.cpp's own."""
+
 
 # llama.cpp's names for the pre-tokenizer regular expressions that Llama-family tokenizers use.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -90,17 +97,23 @@ def _read_json(path: Path) -> dict:
     raise QtutorError(f"{path.name} holds no JSON object: restore it from the original.")
 
 
-def _open_folder(folder: Path) -> _Source:
-    """Open a checkpoint folder without building the model: safetensors are read tensor by tensor."""
+def checkpoint(folder: Path) -> tuple[dict, dict[str, object]]:
+    """Open the checkpoint in a folder, which takes no memory: its config.json, and tensor name -> (file, safetensors
+    handle), of the very files that transformers would load."""
     from safetensors import safe_open
 
     if not folder.is_dir():
         raise QtutorError(f"There is no model folder at '{folder}': give the path of a saved model.")
+    if (folder / "adapter_config.json").exists():
+        raise QtutorError(f"{folder.name}/ holds an adapter (adapter_config.json): load it with peft, call "
+                          "merge_and_unload(), and save that model.")  # fmt: skip
     config, index = _read_json(folder / "config.json"), folder / "model.safetensors.index.json"
+    if config.get("transformers_weights"):
+        raise QtutorError("config.json names its own file of weights (transformers_weights): save the model again.")
     shards = {"model.safetensors"}
     if index.exists() and not (folder / "model.safetensors").exists():  # as transformers: a single file comes first
         names = _read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        if not isinstance(names, dict) or not all(Path(str(file)).name == file for file in names.values()):
             raise QtutorError(f"{index.name} does not say which file holds which tensor: save the model again.")
         shards = set(names.values())
     where_is: dict[str, object] = {}
@@ -111,23 +124,45 @@ def _open_folder(folder: Path) -> _Source:
             handle = safe_open(folder / file, framework="pt")
         except Exception as err:  # the Rust library has no class of its own for each
             raise QtutorError(f"{file} is damaged ({_first_line(err)}): copy or save the model again.") from None
-        where_is.update(dict.fromkeys(handle.keys(), handle))
-    return _Source(config, set(where_is), lambda name: where_is[name].get_tensor(name), folder.name, folder)
+        where_is.update(dict.fromkeys(handle.keys(), (file, handle)))
+    return config, where_is
+
+
+def plain(model):
+    """The model inside torch.compile's and data-parallel wrappers; QtutorError for one whose weights are not what it
+    computes with: adapters, fake quantization, packed codes, shards."""
+    while type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+        model = getattr(model, "_orig_mod", None) or model.module
+    if not isinstance(model, torch.nn.Module):
+        raise QtutorError(f"A {type(model).__name__} is no model: pass a LlamaForCausalLM or a folder.")
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise QtutorError(f"{type(model).__name__} has an adapter: call merge_and_unload() and export what it returns.")
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise QtutorError("The model is sharded by FSDP: gather its state into the plain model first.")
+    if not hasattr(model, "config") or not hasattr(model.config, "to_dict"):
+        raise QtutorError(f"{type(model).__name__} has no config of transformers: pass a LlamaForCausalLM or a folder.")
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if any("fake_quant" in part for part in vars(module) | module._modules) or f"{name}.codes" in state:
+            raise QtutorError(f"{name} has no ordinary weight: pass packed.bake(model), whose weights lie on the grid "
+                              "that training saw.")  # fmt: skip
+    return model
 
 
 def _open_model(model) -> _Source:
     """Wrap a model object; torchao tensors are read through ``dequantize()``."""
-    state = model.state_dict()
-    for name, module in model.named_modules():
-        if hasattr(module, "weight_fake_quant") or f"{name}.codes" in state:
-            raise QtutorError(f"{name} has no ordinary weight: pass packed.bake(model), whose weights lie on the grid "
-                              "that training saw.")  # fmt: skip
+    model = plain(model)
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
 
     def read(name: str) -> torch.Tensor:
-        tensor = state[name]
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "dequantize"):
-            tensor = tensor.dequantize()
-        return tensor.detach()
+        tensor, ordinary = state[name].detach(), (torch.Tensor, torch.nn.Parameter)
+        if type(tensor) not in ordinary and hasattr(type(tensor), "__tensor_flatten__"):
+            with contextlib.suppress(Exception):  # sharded tensors cannot
+                tensor = tensor.dequantize()
+        if type(tensor) not in ordinary or tensor.layout != torch.strided or tensor.is_meta:
+            kind = "meta" if tensor.is_meta else "sparse" if type(tensor) in ordinary else type(tensor).__name__
+            raise QtutorError(f"{name} is a {kind} tensor: export a model with ordinary tensors, whole and in memory.")
+        return tensor
 
     return _Source(model.config.to_dict(), set(state), read, type(model).__name__)
 
@@ -139,14 +174,14 @@ def _first_line(err: Exception) -> str:
 def hyperparameters(config: dict) -> dict:
     """The numbers of a Llama's config.json that GGUF needs, ``rope`` among them; QtutorError for another model."""
     if config.get("model_type") != "llama":
-        raise QtutorError("Only the Llama architecture can be exported here, and this model is "
-                          f"{config.get('model_type')!r}: {CONVERTER} for it.")  # fmt: skip
-    if config.get("hidden_act", "silu") != "silu":
+        raise NotOursError("Only the Llama architecture can be exported here, and this model is "
+                           f"{config.get('model_type')!r}: {CONVERTER} for it.")  # fmt: skip
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise QtutorError(f"config.json has hidden_act {config['hidden_act']!r} and llama.cpp computes every Llama "
                           "with silu: train with silu.")  # fmt: skip
     if config.get("quantization_config"):
-        raise QtutorError("This checkpoint is quantized already (quantization_config in config.json): export the "
-                          "original weights.")  # fmt: skip
+        raise NotOursError("This checkpoint is quantized already (quantization_config in config.json): export the "
+                           "original weights.")  # fmt: skip
     try:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         hyper = {
@@ -157,14 +192,16 @@ def hyperparameters(config: dict) -> dict:
         }  # fmt: skip
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as err:
         raise QtutorError(f"config.json lacks a usable {err}: it does not describe a Llama model.") from None
-    # transformers 5 keeps RoPE settings in rope_parameters; checkpoints saved before have two keys
-    settings = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-    if not all(isinstance(one, dict) for one in settings):
+    # transformers 5 keeps RoPE settings in rope_parameters; rope_scaling, from before, wins where both are there
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
         raise QtutorError("The RoPE settings in config.json are no JSON object: restore it from the original.")
-    rope = settings[0] | settings[1]
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind, rope = rope.get("rope_type") or rope.get("type") or "default", dict(rope)
     if kind not in _ROPE_NEEDS:
-        raise QtutorError(f"RoPE scaling {kind!r} is not known here: {CONVERTER}.")
+        raise NotOursError(f"RoPE scaling {kind!r} is not known here: {CONVERTER}.")
+    if (part := rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))) not in (None, 1):
+        raise QtutorError(f"config.json has partial_rotary_factor {part} and llama.cpp rotates a Llama's whole heads: "
+                          "this model cannot be exported.")  # fmt: skip
     rope["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     for key in ("rope_theta", *_ROPE_NEEDS[kind]):
         try:
@@ -173,12 +210,13 @@ def hyperparameters(config: dict) -> dict:
             hyper[key] = math.nan
     if wrong := [f"{key} = {value}" for key, value in hyper.items() if not 0 < value < math.inf]:
         raise QtutorError(f"config.json has {wrong[0]}: it does not describe a Llama model.")
-    return hyper | {"tied": bool(config.get("tie_word_embeddings", False)), "rope_type": kind}
+    flags = {key: bool(config.get(key, False)) for key in ("attention_bias", "mlp_bias")}
+    return hyper | flags | {"tied": bool(config.get("tie_word_embeddings", False)), "rope_type": kind}
 
 
 def expected(hyper: dict, names=()) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """GGUF name -> (Hugging Face name, shape), in the order in which they are written.  ``names``: of the checkpoint's
-    tensors; biases that are among them (attention_bias, mlp_bias) are expected too."""
+    """GGUF name -> (Hugging Face name, shape), in the order in which they are written.  Biases as config.json has them
+    (attention_bias, mlp_bias), and those among ``names``."""
     d, f, dim = hyper["hidden"], hyper["ffn"], hyper["head_dim"]
     q, kv = hyper["heads"] * dim, hyper["kv_heads"] * dim
     shapes = [(d,), (q, d), (kv, d), (kv, d), (d, q), (d,), (f, d), (f, d), (d, f)]  # in the order of _LAYER_NAMES
@@ -187,40 +225,30 @@ def expected(hyper: dict, names=()) -> dict[str, tuple[str, tuple[int, ...]]]:
         wanted["lm_head.weight"] = (hyper["vocab"], d)
     for layer in range(hyper["layers"]):
         for stem, shape in zip(_LAYER_NAMES, shapes, strict=True):
-            base = f"model.layers.{layer}.{stem}"
+            base, part = f"model.layers.{layer}.{stem}", stem.partition(".")[0].replace("self_attn", "attention")
             wanted[f"{base}.weight"] = shape
-            if f"{base}.bias" in names:
+            if hyper.get(f"{part}_bias") or f"{base}.bias" in names:
                 wanted[f"{base}.bias"] = shape[:1]
     return {gguf_name(name): (name, shape) for name, shape in wanted.items()}
 
 
 def _account(source: _Source, hyper: dict) -> dict:
     """:func:`expected` of the checkpoint; refuses one that lacks a tensor or has one that GGUF has no place for."""
-    wanted = expected(hyper, source.names)
-    names = {hf for hf, _ in wanted.values()}
-    if missing := [hf for hf, _ in wanted.values() if hf not in source.names]:
-        raise QtutorError(f"{source.where} lacks {missing[0]} ({len(missing)} missing): the checkpoint is incomplete.")
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if hyper["tied"] and head in source.names:  # transformers ties the two if they are equal, or one is missing
+        if embedding in source.names and not torch.equal(source.read(head), source.read(embedding)):
+            hyper["tied"] = False
+    wanted = expected(hyper)
+    if hyper["tied"] and head in source.names and embedding not in source.names:
+        wanted["token_embd.weight"] = (head, wanted["token_embd.weight"][1])
+    names = {hf for hf, _ in wanted.values()} | ({head} if hyper["tied"] else set())
     extra = sorted(name for name in source.names - names if not name.endswith("rotary_emb.inv_freq"))
-    if extra == ["lm_head.weight"]:  # config.json says tied; a model object lists the shared tensor twice
-        if torch.equal(source.read("lm_head.weight"), source.read("model.embed_tokens.weight")):
-            return wanted
-        raise QtutorError("lm_head.weight differs from the embedding and config.json says that they are tied: set "
-                          "tie_word_embeddings to false, or remove it.")  # fmt: skip
     if extra:
         raise QtutorError(f"{source.where} has a tensor {extra[0]} that a Llama's GGUF file has no place for: export "
                           "the plain model (adapters merged, quantization undone).")  # fmt: skip
+    if missing := [hf for hf, _ in wanted.values() if hf not in source.names]:
+        raise QtutorError(f"{source.where} lacks {missing[0]} ({len(missing)} missing): the checkpoint is incomplete.")
     return wanted
-
-
-def _rope_freqs(hyper: dict) -> torch.Tensor:
-    """Llama 3's factor of each frequency, which llama.cpp reads as a tensor; float32 throughout, as its converter."""
-    factor, low, high, old = (hyper[key] for key in _ROPE_NEEDS["llama3"])
-    dim = hyper["head_dim"]
-    wavelength = 2 * math.pi / (1 / hyper["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-    smooth = (old / wavelength - low) / (high - low)
-    middle = 1 / ((1 - smooth) / factor + smooth)
-    scaled = torch.where(wavelength < old / high, 1.0, torch.where(wavelength > old / low, factor, middle))
-    return scaled.float()
 
 
 def _tokenizer_of(source: _Source, tokenizer) -> tuple[dict, str | list | None]:
@@ -232,7 +260,7 @@ def _tokenizer_of(source: _Source, tokenizer) -> tuple[dict, str | list | None]:
         path = Path(tokenizer or source.folder)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists():
-            raise QtutorError(f"{path.parent.name}/ has no {path.name}: save a fast tokenizer into the model folder.")
+            raise NotOursError(f"{path.parent.name}/ has no {path.name}: save a fast tokenizer into the model folder.")
         found, jinja, config = _read_json(path), *map(path.with_name, ("chat_template.jinja", "tokenizer_config.json"))
         chat = _read_json(config).get("chat_template") if config.is_file() else None
         if chat is None and jinja.is_file():
@@ -265,10 +293,10 @@ def pre_tokenizer_name(tokenizer: dict) -> str:
         if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and regex:
             return "smollm"
         split = steps[0].get("pattern", {}).get("Regex")
-        if kinds == ["Split", "ByteLevel"] and not regex and split in _SPLIT_REGEX:
+        if kinds == ["Split", "ByteLevel"] and not regex and not steps[0].get("invert") and split in _SPLIT_REGEX:
             return _SPLIT_REGEX[split]
-    raise QtutorError(f"llama.cpp's name for this pre-tokenizer ({' + '.join(map(str, kinds))}) is not known here: "
-                      f"{CONVERTER}.")  # fmt: skip
+    raise NotOursError(f"llama.cpp's name for this pre-tokenizer ({' + '.join(map(str, kinds))}) is not known here: "
+                       f"{CONVERTER}.")  # fmt: skip
 
 
 def add_tokenizer(writer, tok: dict, config: dict, n_vocab: int) -> None:
@@ -276,12 +304,16 @@ def add_tokenizer(writer, tok: dict, config: dict, n_vocab: int) -> None:
     from tokenizers import Tokenizer
 
     model = tok.get("model", {})
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise QtutorError(f"Only byte-level BPE tokenizers can be exported here: {CONVERTER}.")
+    other = [key for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
+    if model.get("type") != "BPE" or other:
+        raise NotOursError(f"Only byte-level BPE tokenizers can be exported here: {CONVERTER}.")
     try:
         tokens = {int(i): (text, TokenType.NORMAL) for text, i in model["vocab"].items()}
         for one in tok.get("added_tokens", []):
             tokens[one["id"]] = one["content"], TokenType.CONTROL if one["special"] else TokenType.USER_DEFINED
+            if how := [key for key in ("lstrip", "rstrip", "single_word") if one.get(key)]:
+                raise QtutorError(f"The added token {one['content']!r} has {how[0]}, which a GGUF file cannot say: "
+                                  "llama.cpp would split text around it into other tokens.")  # fmt: skip
         if max(tokens) >= n_vocab:
             raise QtutorError(f"The tokenizer has ids up to {max(tokens)} but the model only {n_vocab} embeddings: "
                               "they do not belong together.")  # fmt: skip
@@ -301,9 +333,13 @@ def add_tokenizer(writer, tok: dict, config: dict, n_vocab: int) -> None:
             if isinstance(special[name], int) and 0 <= special[name] < n_vocab:  # as llama.cpp's converter
                 getattr(writer, f"add_{name}_token_id")(special[name])
         # llama.cpp's tokenizer must add what Hugging Face's adds by default: ask it rather than guess
-        ids = Tokenizer.from_str(json.dumps(tok)).encode("a").ids
-        writer.add_add_bos_token(ids[0] == special["bos"])
-        writer.add_add_eos_token(len(ids) > 1 and ids[-1] == special["eos"])
+        backend = Tokenizer.from_str(json.dumps(tok))
+        ids, text = (backend.encode("a", add_special_tokens=add).ids for add in (True, False))
+        first, last = ids != text and ids[0] == special["bos"], ids != text and ids[-1] == special["eos"]
+        if ids != [special["bos"]] * first + text + [special["eos"]] * last:
+            raise ValueError("it adds more to a text than the model's bos and eos")
+        writer.add_add_bos_token(first)
+        writer.add_add_eos_token(last)
     except QtutorError:
         raise
     except Exception as err:  # a part is missing or of another kind; the Rust library has no narrower class
@@ -347,20 +383,17 @@ def add_metadata(writer, hyper: dict, dtype: str, name: str, folder: Path | None
         "vocab_size": "vocab",
     }.items():  # fmt: skip
         getattr(writer, f"add_{field}")(hyper[key])
-    if hyper["rope_type"] == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(hyper["factor"])
 
 
 def _write(partial: Path, source: _Source, dtype: str, tokenizer, name: str) -> None:
     from tqdm.auto import tqdm
 
     hyper = hyperparameters(source.config)
+    if hyper["rope_type"] != "default":
+        raise NotOursError(f"RoPE scaling {hyper['rope_type']!r} is not written here: {CONVERTER}.")
     tok, chat = _tokenizer_of(source, tokenizer)
     wanted = _account(source, hyper)
     total = sum(math.prod(shape) for _, shape in wanted.values())
-    if hyper["rope_type"] == "llama3":
-        wanted = {"rope_freqs.weight": ("", (hyper["head_dim"] // 2,))} | wanted
     writer = GGUFWriter(partial, "llama")
     try:
         add_metadata(writer, hyper, dtype, name, source.folder)
@@ -378,7 +411,7 @@ def _write(partial: Path, source: _Source, dtype: str, tokenizer, name: str) -> 
         writer.write_ti_data_to_file()
         # one tensor in memory at a time: a 7B model converts on a laptop
         for key, (hf, shape) in tqdm(wanted.items(), desc="export", leave=False, disable=total < 100e6):
-            tensor = source.read(hf) if hf else _rope_freqs(hyper)
+            tensor = source.read(hf)
             if tuple(tensor.shape) != shape:
                 raise QtutorError(f"{hf} is {tuple(tensor.shape)} but config.json says {shape}: restore the original.")
             writer.write_tensor_data(_prepare(tensor, key, hyper, dtype))
@@ -396,7 +429,11 @@ def export(model, path, dtype: str = "f32", tokenizer=None, *, name: str | None 
     """
     if dtype not in DTYPES:
         raise QtutorError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}: quantize afterwards.")
-    source = _open_folder(Path(model)) if isinstance(model, (str, os.PathLike)) else _open_model(model)
+    if isinstance(model, (str, os.PathLike)):
+        config, at = checkpoint(folder := Path(model))
+        source = _Source(config, set(at), lambda name: at[name][1].get_tensor(name), folder.name, folder)
+    else:
+        source = _open_model(model)
     name = name or (source.folder.resolve().name if source.folder else source.where)
     with files.whole(path) as partial:
         _write(partial, source, dtype, tokenizer, name)

@@ -37,6 +37,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
+import gguf
 import numpy as np
 import psutil
 
@@ -135,6 +136,20 @@ def n_threads() -> int:
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
+def read_imatrix(path) -> dict[str, np.ndarray]:
+    """The importance matrix in a file of llama-imatrix: what :func:`imatrix` returns, from its sums and counts."""
+    try:
+        found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+        sums = {name.removesuffix(".in_sum2"): sum2 for name, sum2 in found.items() if name.endswith(".in_sum2")}
+        counts = {name: found[f"{name}.counts"].reshape(-1, 1) for name in sums}
+        if sums:  # an expert that met no token counts all columns alike, as in llama-quantize
+            return {name: np.where(n > 0, sums[name] / np.maximum(n, 1), 1).ravel() for name, n in counts.items()}
+    except Exception:  # a damaged file: gguf's reader has no class of its own
+        pass
+    raise QtutorError(f"'{path}' is no importance matrix in GGUF: give the dict of llamacpp.imatrix(model, tokens), "
+                      "or a file of llama-imatrix --output-format gguf (--in-file reads older ones).")  # fmt: skip
+
+
 def _imatrix_array(lib, imatrix: dict):  # zero-terminated, and what keeps its memory alive
     arrays = {name: np.ascontiguousarray(values, dtype=np.float32).ravel() for name, values in imatrix.items()}
     for name, values in arrays.items():
@@ -173,16 +188,19 @@ def _run_quantize(src: Path, dst, kind, imatrix, tensor_types, dry_run: bool) ->
         raise QtutorError(f"llama.cpp could not quantize {src.name} to {kind.name}: {why}.")
 
 
-def quantize(src, dst, type: str, imatrix: dict | None = None, tensor_types: dict | None = None) -> Path:
+def quantize(src, dst, type: str, imatrix=None, tensor_types: dict | None = None) -> Path:
     """Quantize a GGUF file and return the new file's path; same bytes as ``llama-quantize``.
 
     ``src`` is F32, F16 or BF16.  ``type`` is a name in :data:`TYPES`, e.g. ``"Q4_K_M"``.  ``imatrix`` maps GGUF
-    tensor names to the mean squared activation of each column (float32, one value a column, see :func:`imatrix`).
+    tensor names to the mean squared activation of each column (float32, one value a column, see :func:`imatrix`), or is
+    the path of llama-imatrix's file.
     ``tensor_types`` maps regular expressions to GGML types and overrules the recipe, e.g. ``{"attn_v": "Q8_0"}``.
     The result appears under ``dst`` only when complete.
     """
     kind, src, dst = file_type(type), Path(src), Path(dst)
     source = check_gguf(src)
+    if imatrix is not None and not isinstance(imatrix, dict):
+        imatrix = read_imatrix(imatrix)
     if source.quantized:
         raise QtutorError(f"{src.name} is already quantized ({', '.join(source.quantized)}): quantize from the "
                           "F32, F16 or BF16 file, because errors add up.")  # fmt: skip

@@ -127,15 +127,8 @@ def test_course_model(tmp_path):
         {"tie_word_embeddings": False},
         {"attention_bias": True, "mlp_bias": True},
         {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
-        {
-            "rope_parameters": {
-                "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 128,
-            }
-        },
     ],
-    ids=["untied", "biases", "mha-theta", "rope-linear", "rope-llama3"],
+    ids=["untied", "biases", "mha-theta"],
 )  # fmt: skip
 def test_other_llamas(tmp_path, changes):
     model = tiny_llama.model(layers=1, **changes)
@@ -188,30 +181,12 @@ converter = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(converter)
 
 
-def rope_factors(dim, rope):
-    """Llama 3's factors from transformers: its plain inverse frequencies over its scaled ones."""
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = LlamaConfig(**{**converter.SHAPE, "rope_parameters": rope})
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    plain = rope["rope_theta"] ** -(np.arange(0, dim, 2) / dim)
-    return plain / scaled.numpy()
-
-
 @pytest.mark.parametrize("name, dtype", converter.CASES)
 def test_same_tensors_and_metadata_as_llama_cpps_converter(tmp_path, name, dtype):
     """Against the record of what convert_hf_to_gguf.py made of the same models: the bytes of every tensor."""
     folder = converter.model_folder(name, tmp_path)
     ours = converter.digest(gguf_export.export(folder, tmp_path / "m.gguf", dtype, name="a name"))
     theirs = json.loads(converter.RECORD.read_text(encoding="utf-8"))[f"{name}-{dtype}"]
-    if "rope_freqs.weight" in theirs["tensors"]:  # float32 powers: the last bit is the processor's
-        reader = gguf.GGUFReader(tmp_path / "m.gguf")
-        made = next(t.data for t in reader.tensors if t.name == "rope_freqs.weight")
-        wanted = rope_factors(converter.SHAPE["head_dim"], converter.MODELS[name]["rope_parameters"])
-        assert np.allclose(made, wanted, rtol=1e-6, atol=0)
-        for tensors in (ours["tensors"], theirs["tensors"]):
-            tensors["rope_freqs.weight"][2] = "compared by value"
     assert ours["tensors"] == theirs["tensors"], f"{converter.RECORD.name} may be of another model: record it anew"
     # it leaves out that no token is added, which is llama.cpp's default too; and it derives a name of its own
     quiet = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": False}
@@ -221,7 +196,6 @@ def test_same_tensors_and_metadata_as_llama_cpps_converter(tmp_path, name, dtype
 def test_the_record_of_the_converter_has_every_kind_of_model():
     record = json.loads(converter.RECORD.read_text(encoding="utf-8"))
     assert set(record) == {f"{name}-{dtype}" for name, dtype in converter.CASES}
-    assert "rope_freqs.weight" in record["llama3_rope-f32"]["tensors"]
     names = record["untied_bias_chat-bf16"]["tensors"]
     assert {"output.weight", "blk.1.attn_q.bias", "blk.0.ffn_down.bias"} <= set(names)
     assert names["output.weight"][0] == "BF16" and names["output_norm.weight"][0] == "F32"
@@ -333,7 +307,8 @@ def changed(folder, tmp_path, **config):
 
 
 def test_not_a_llama(folder, tmp_path):
-    refused(changed(folder, tmp_path, model_type="gpt2"), tmp_path / "m.gguf", "gpt2")
+    with pytest.raises(gguf_export.NotOursError, match="gpt2.*convert.to_gguf"):
+        gguf_export.export(changed(folder, tmp_path, model_type="gpt2"), tmp_path / "m.gguf")
 
 
 def test_config_that_does_not_match_or_is_damaged(folder, tmp_path):
@@ -425,15 +400,183 @@ def test_a_single_file_comes_before_an_old_index(folder, f32, tmp_path):
     assert gguf_export.export(copy, tmp_path / "m.gguf").read_bytes() == f32.read_bytes()
 
 
-def test_a_head_of_its_own_in_a_model_that_says_tied(folder, tmp_path):
+def stored(folder, tensors):
     from safetensors.torch import save_file
 
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+
+
+def read_tensors(path):
+    return {t.name: torch.from_numpy(t.data.copy()) for t in gguf.GGUFReader(path).tensors}
+
+
+def test_tied_as_transformers_ties(folder, tmp_path):
+    """The two matrices are tied where they are equal or one is missing; where they differ both count."""
     copy, tensors = changed(folder, tmp_path), tensors_of(folder)
-    head = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors | {"lm_head.weight": head}, copy / "model.safetensors", metadata={"format": "pt"})
-    gguf_export.export(copy, tmp_path / "same.gguf")
-    save_file(tensors | {"lm_head.weight": head + 1}, copy / "model.safetensors", metadata={"format": "pt"})
-    refused(copy, tmp_path / "m.gguf", "lm_head.weight differs")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    pairs = ((embedding.clone(), embedding), (None, embedding), (embedding, None), (embedding + 1, embedding))
+    for head, embed in pairs:
+        both = {"lm_head.weight": head, "model.embed_tokens.weight": embed}
+        stored(copy, tensors | {name: tensor for name, tensor in both.items() if tensor is not None})
+        made, model = read_tensors(gguf_export.export(copy, tmp_path / "m.gguf")), hf(copy)
+        assert torch.equal(made["token_embd.weight"], model.get_input_embeddings().weight)
+        assert torch.equal(made.get("output.weight", made["token_embd.weight"]), model.lm_head.weight)
+        assert ("output.weight" in made) == (head is not None and not torch.equal(head, embedding))
+    stored(copy, tensors)
+    refused(copy, tmp_path / "m2.gguf", "lacks model.embed_tokens.weight")
+
+
+NOT_OURS = [
+    "model.layers.7.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.lora_A.default.weight", "score.weight",
+    "model.layers.0.mlp.gate_proj.weight_scale", "model.layers.0.mlp.gate_proj.weight_scale_inv",
+    "model.layers.0.mlp.gate_proj.SCB", "model.layers.0.mlp.gate_proj.weight.absmax", "lm_head.bias",
+    "model.layers.0.mlp.gate_proj.qweight", "model.layers.0.mlp.gate_proj.g_idx", "model.layers.0.input_scale",
+    "model.layers.0.self_attn.q_proj.modules_to_save.default.weight", "lm_head.original_module.weight",
+    "model.layers.0.self_attn.k_norm.weight", "model.mtp_layers.0.weight", "_orig_mod.model.norm.weight",
+    "module.model.norm.weight", "base_model.model.model.norm.weight", "model.layers.0.mlp.gate_proj._extra_state",
+    "model.layers.0.self_attn.q_proj.parametrizations.weight.original", "model.layers.0.mlp.up_proj.weight_mask",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_tensor_of_a_random_checkpoint_is_accounted_for(tmp_path, seed):
+    """Written, tied, or refused by name: as it is, with a tensor too many, with one too few."""
+    rng = np.random.default_rng(seed)
+    heads, flag = int(rng.choice([2, 4])), lambda: bool(rng.integers(2))
+    settings = dict(
+        hidden_size=64, intermediate_size=int(rng.choice([64, 96])), num_attention_heads=heads,
+        num_key_value_heads=int(rng.choice([1, 2, heads])), head_dim=int(rng.choice([8, 16, 32])),
+        attention_bias=flag(), mlp_bias=flag(), tie_word_embeddings=flag(),
+    )  # fmt: skip
+    copy = tiny_llama.save(tmp_path / "m", tiny_llama.model(layers=int(rng.integers(1, 4)), **settings))
+    tensors, made = tensors_of(copy), read_tensors(gguf_export.export(copy, tmp_path / "m.gguf"))
+    for name, tensor in tensors.items():
+        if ".q_proj." in name or ".k_proj." in name:
+            n_heads = settings["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
+            tensor = gguf_export.permute(tensor, n_heads)
+        assert torch.equal(made.pop(gguf_export.gguf_name(name)), tensor), name
+    assert not made  # and nothing that is not of the checkpoint
+    for extra in [*rng.choice(NOT_OURS, 3), "model.layers.0.mlp.down_proj.bias" if not settings["mlp_bias"] else "x"]:
+        stored(copy, tensors | {extra: torch.ones(4)})
+        refused(copy, tmp_path / "no.gguf", f"tensor {extra} that")
+    for missing in rng.choice(sorted(tensors), 3):
+        stored(copy, {name: tensor for name, tensor in tensors.items() if name != missing})
+        refused(copy, tmp_path / "no.gguf", f"lacks {missing} ")
+
+
+def test_the_model_inside_a_wrapper(tmp_path):
+    """Compiled, in part or as a whole, and data parallel: plainly the same model."""
+    model, tok = tiny_llama.model(layers=1), tiny_llama.tokenizer()
+    plain = gguf_export.export(model, tmp_path / "a.gguf", tokenizer=tok).read_bytes()
+    for wrapped in (torch.compile(model), torch.nn.DataParallel(model), torch.nn.DataParallel(torch.compile(model))):
+        assert gguf_export.export(wrapped, tmp_path / "b.gguf", tokenizer=tok).read_bytes() == plain
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    assert "_orig_mod" in "".join(model.state_dict())
+    assert gguf_export.export(model, tmp_path / "b.gguf", tokenizer=tok).read_bytes() == plain
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_models_whose_weights_are_not_there_as_they_are(tmp_path):
+    tok, target = tiny_llama.tokenizer(), tmp_path / "m.gguf"
+    up = lambda model: model.model.layers[0].mlp.up_proj  # noqa: E731
+    refused(tiny_llama.model(layers=1).to("meta"), target, "weight is a meta tensor", tokenizer=tok)
+    for kind in ("sparse", "Subclass"):
+        model = tiny_llama.model(layers=1)
+        weight = up(model).weight.detach()
+        weight = weight.to_sparse() if kind == "sparse" else weight.as_subclass(Subclass)
+        up(model).weight = torch.nn.Parameter(weight)
+        refused(model, target, f"up_proj.weight is a {kind} tensor", tokenizer=tok)
+    model = tiny_llama.model(layers=1)
+    torch.nn.utils.parametrize.register_parametrization(up(model), "weight", torch.nn.Identity())
+    refused(model, target, "up_proj.parametrizations.weight.original", tokenizer=tok)
+    model = tiny_llama.model(layers=1)
+    model.peft_config = {}
+    refused(model, target, "adapter", tokenizer=tok)
+    refused(torch.nn.Linear(4, 4), target, "no config", tokenizer=tok)
+    refused({"weight": 1}, target, "dict is no model", tokenizer=tok)
+    model = tiny_llama.model(layers=1)
+    up(model).weight = torch.nn.Parameter(up(model).weight.detach().T.contiguous().T)  # only laid out in another way
+    plain = gguf_export.export(tiny_llama.model(layers=1), tmp_path / "a.gguf", tokenizer=tok).read_bytes()
+    assert gguf_export.export(model, target, tokenizer=tok).read_bytes() == plain
+
+
+def test_a_sharded_tensor(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.tensor import distribute_module, init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = distribute_module(tiny_llama.model(layers=1), init_device_mesh("cpu", (1,)))
+        refused(model, tmp_path / "m.gguf", "weight is a DTensor tensor", tokenizer=tiny_llama.tokenizer())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("config, match", [
+    ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "factor 0.25"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not written here: use qtutor.convert.to_gguf"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not known here: use qtutor.convert.to_gguf"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not known here"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantized already"),
+    ({"model_type": "mistral"}, "use qtutor.convert.to_gguf"),
+    ({"attention_bias": True}, "lacks model.layers.0.self_attn.q_proj.bias"),
+    ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
+])  # fmt: skip
+def test_settings_that_the_file_would_not_follow(folder, tmp_path, config, match):
+    refused(changed(folder, tmp_path, **config), tmp_path / "m.gguf", match)
+
+
+def test_swish_is_silu_and_the_old_rope_key_wins_as_in_transformers(folder, tmp_path):
+    from transformers import AutoConfig
+
+    old = {"rope_scaling": {"type": "default", "rope_theta": 5e5}, "hidden_act": "swish"}
+    copy = changed(folder, tmp_path, **old)
+    meta = llamacpp.check_gguf(gguf_export.export(copy, tmp_path / "m.gguf")).metadata
+    assert meta["llama.rope.freq_base"] == AutoConfig.from_pretrained(copy).rope_parameters["rope_theta"] == 5e5
+
+
+def test_which_files_of_a_folder_count(folder, f32, tmp_path):
+    """Those that transformers loads: variants, consolidated weights and subfolders lie beside."""
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    other = {name: tensor + 1 for name, tensor in tensors_of(folder).items()}
+    for name in ("model.fp16", "consolidated", "sub/model"):
+        (copy / "sub").mkdir(exist_ok=True)
+        stored(tmp_path, other)
+        shutil.copy(tmp_path / "model.safetensors", copy / f"{name}.safetensors")
+    torch.save(other, copy / "pytorch_model.bin")
+    assert gguf_export.export(copy, tmp_path / "m.gguf").read_bytes() == f32.read_bytes()
+    (copy / "model.safetensors").unlink()
+    refused(copy, tmp_path / "no.gguf", "no model.safetensors: save the model with safetensors first")
+    (copy / "adapter_config.json").write_text("{}")
+    refused(copy, tmp_path / "no.gguf", "merge_and_unload")
+    (copy / "adapter_config.json").unlink()
+    index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(copy, tmp_path / "no.gguf", "which file holds")
+
+
+@pytest.mark.parametrize("how", ["lstrip", "rstrip", "single_word"])
+def test_added_tokens_that_a_gguf_file_cannot_say(folder, tmp_path, how):
+    from tokenizers import AddedToken
+
+    tok = tiny_llama.tokenizer(500)
+    tok.add_tokens([AddedToken("<mask>", **{how: True})])
+    refused(folder, tmp_path / "m.gguf", f"'<mask>' has {how}", tokenizer=tok)
+
+
+def test_a_tokenizer_that_adds_other_tokens_than_bos_and_eos(folder, tmp_path):
+    from tokenizers import processors
+
+    tok = tiny_llama.tokenizer()
+    tok.post_processor = processors.TemplateProcessing(single="a $A", special_tokens=[("a", tok.token_to_id("a"))])
+    refused(folder, tmp_path / "m.gguf", "adds more to a text", tokenizer=tok)
 
 
 def test_a_model_after_qat_is_baked_first(tmp_path):

@@ -114,6 +114,20 @@ def test_same_tensors_as_llama_quantize_with_an_importance_matrix(f32, tmp_path,
     assert llamacpp.check_gguf(ours).metadata == noted and len(theirs) > len(noted)
 
 
+def test_an_importance_matrix_from_the_file_of_llama_imatrix(f32, tmp_path, importance):
+    matrix = write_imatrix(tmp_path / "imatrix.gguf", importance)
+    read = llamacpp.read_imatrix(matrix)
+    assert read.keys() == importance.keys()
+    assert all(np.array_equal(read[name], values) for name, values in importance.items())
+    ours = llamacpp.quantize(f32, tmp_path / "a.gguf", "IQ2_XS", imatrix=importance)
+    for path in (matrix, str(matrix)):
+        assert tensor_bytes(llamacpp.quantize(f32, tmp_path / "b.gguf", "IQ2_XS", imatrix=path)) == tensor_bytes(ours)
+    (tmp_path / "old.dat").write_bytes(b"\x01\0\0\0" * 9)
+    (tmp_path / "cut.gguf").write_bytes(matrix.read_bytes()[:500])
+    for wrong in (tmp_path / "old.dat", tmp_path / "cut.gguf", tmp_path / "none.gguf", f32, [1.0], 3):
+        refused("no importance matrix in GGUF", llamacpp.quantize, f32, tmp_path / "c.gguf", "IQ2_XS", imatrix=wrong)
+
+
 @needs_quantize
 def test_every_type_that_llama_quantize_offers_is_here():
     """Also a newer llama.cpp's: whoever updates it hears which types are missing."""
