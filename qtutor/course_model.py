@@ -8,7 +8,8 @@ of 256, so every llama.cpp type applies, and of 16, so FP8 does.  ``tools/train_
     tokenizer = course_model.load_tokenizer()
     fresh = course_model.new_model(seed=0)        # the same architecture, random weights
 
-``QTUTOR_MODEL`` (a hub name or a local folder) swaps in another Llama-family model everywhere.
+``QTUTOR_MODEL`` (a hub name or a local folder) swaps in another model everywhere: Llama, Mistral, Qwen, Gemma, Phi-3.
+A notebook that needs a certain architecture says so with :func:`only`, and goes on with the course model.
 """
 
 from __future__ import annotations
@@ -32,6 +33,44 @@ def model_dir() -> str | Path:
         return MODEL_DIR
     looks_local = chosen.startswith((".", "/", "~")) or chosen.count("/") != 1 or Path(chosen).exists()
     return Path(chosen).expanduser() if looks_local else chosen
+
+
+def name() -> str:
+    """What titles call the model in use: "course model", or the last part of QTUTOR_MODEL."""
+    where = model_dir()
+    return "course model" if where == MODEL_DIR else Path(where).name
+
+
+SEPARATE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")  # q, k, v, gate and up on their own
+
+
+def only(families: tuple[str, ...], what: str, plain: bool = False, multiple: int = 1) -> None:
+    """Go on with the course model for this session, and say so, where the model in use is of another family.
+
+    ``families``: values of model_type; ``what`` the notebook does that needs it.  ``plain``: also without biases, with
+    heads of hidden / heads and RoPE unscaled.  ``multiple``: of which some rows' length must be.
+    """
+    from transformers import AutoConfig
+
+    if (where := model_dir()) == MODEL_DIR:
+        return
+    if isinstance(where, Path):
+        check_folder(where)
+    try:
+        found = AutoConfig.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise _missing(where) from error
+    odd = [key for key in ("attention_bias", "mlp_bias") if plain and getattr(found, key, False)]
+    if plain and (getattr(found, "head_dim", None) or 0) * found.num_attention_heads not in (0, found.hidden_size):
+        odd.append("head_dim")
+    if plain and (getattr(found, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
+        odd.append("RoPE scaling")
+    if found.model_type in families and found.hidden_size % multiple and found.intermediate_size % multiple:
+        odd.append(f"no rows of a multiple of {multiple}")
+    if found.model_type not in families or odd:
+        kind = found.model_type + f" with {', '.join(odd)}" * bool(odd)
+        print(f"QTUTOR_MODEL is a {kind}, and this notebook {what}: it goes on with the course model.")
+        del os.environ["QTUTOR_MODEL"]
 
 
 def config(**changes):

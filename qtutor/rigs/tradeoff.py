@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .. import QtutorError, corpus, course_model, energy, evaluate, gguf_export, llamacpp, measure, paired, qat
+from .. import QtutorError, convert, corpus, course_model, energy, evaluate, llamacpp, measure, paired, qat
 from ..decide import accuracy
 from ..decide.techniques import TECHNIQUES, Technique
 from . import decoding, random_gguf, techniques
@@ -144,7 +144,7 @@ class Files:
         target = self.folder / f"f32-{trained}.gguf"
         if not target.exists():
             model = qat.load_q4_0() if trained else course_model.load()
-            gguf_export.export(model, target, tokenizer=course_model.load_tokenizer())
+            convert.to_gguf(model, target, "f32", course_model.load_tokenizer())
         return target
 
     def path(self, name: str, shape: str = "course") -> Path:
