@@ -48,27 +48,24 @@ def only(families: tuple[str, ...], what: str, plain: bool = False, multiple: in
     """Go on with the course model for this session, and say so, where the model in use is of another family.
 
     ``families``: values of model_type; ``what`` the notebook does that needs it.  ``plain``: also without biases, with
-    heads of hidden / heads and RoPE unscaled.  ``multiple``: of which some rows' length must be.
+    heads of hidden / heads and RoPE unscaled.  ``multiple``: of which hidden or intermediate size must be.
     """
     from transformers import AutoConfig
 
     if (where := model_dir()) == MODEL_DIR:
         return
-    if isinstance(where, Path):
-        check_folder(where)
     try:
-        found = AutoConfig.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        raise _missing(where) from error
-    odd = [key for key in ("attention_bias", "mlp_bias") if plain and getattr(found, key, False)]
-    if plain and (getattr(found, "head_dim", None) or 0) * found.num_attention_heads not in (0, found.hidden_size):
-        odd.append("head_dim")
-    if plain and (getattr(found, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
-        odd.append("RoPE scaling")
-    if found.model_type in families and found.hidden_size % multiple and found.intermediate_size % multiple:
-        odd.append(f"no rows of a multiple of {multiple}")
+        found = AutoConfig.from_pretrained(where).get_text_config()
+    except (OSError, ValueError):
+        raise _missing(where) from None
+    usual, rope = found.hidden_size // found.num_attention_heads, getattr(found, "rope_parameters", None) or {}
+    odd = {"biases": plain and any(getattr(found, key, False) for key in ("attention_bias", "mlp_bias")),
+           "heads of another size": plain and (getattr(found, "head_dim", None) or usual) != usual,
+           "scaled RoPE": plain and rope.get("rope_type", "default") != "default",
+           f"no rows of {multiple} n": found.hidden_size % multiple and found.intermediate_size % multiple}  # fmt: skip
+    odd = [words for words, true in odd.items() if true]
     if found.model_type not in families or odd:
-        kind = found.model_type + f" with {', '.join(odd)}" * bool(odd)
+        kind = found.model_type + (f" with {', '.join(odd)}" if odd else "")
         print(f"QTUTOR_MODEL is a {kind}, and this notebook {what}: it goes on with the course model.")
         del os.environ["QTUTOR_MODEL"]
 
