@@ -9,7 +9,7 @@ import pytest
 from qtutor import QtutorError, llamacpp
 
 COMMON = dict(vocab_size=320, hidden_size=256, intermediate_size=768, num_hidden_layers=3, num_attention_heads=8,
-              num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=False)  # fmt: skip
+              num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=False)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 512}  # fmt: skip
 LONG = {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
@@ -25,7 +25,8 @@ CONFIGS = {name: COMMON | config for name, config in {
     "Qwen3": dict(model_type="qwen3", head_dim=64),
     "Qwen3, biases": dict(model_type="qwen3", head_dim=32, attention_bias=True, tie_word_embeddings=True),
     "Gemma": dict(model_type="gemma", num_key_value_heads=1, head_dim=64, tie_word_embeddings=True),
-    "Gemma 2": dict(model_type="gemma2", head_dim=64, sliding_window=300, num_hidden_layers=5, tie_word_embeddings=True),
+    "Gemma 2": dict(model_type="gemma2", head_dim=64, sliding_window=300, num_hidden_layers=5,
+                    tie_word_embeddings=True),
     "Gemma 3": dict(model_type="gemma3_text", head_dim=64, sliding_window=512, num_hidden_layers=8,
                     tie_word_embeddings=True),
     "Gemma 3, untied": dict(model_type="gemma3_text", head_dim=32, sliding_window=64, num_hidden_layers=7),
