@@ -23,7 +23,7 @@ CONFIGS = {name: COMMON | config for name, config in {
     "Qwen2": dict(model_type="qwen2", sliding_window=128, use_sliding_window=True),
     "Qwen2, tied": dict(model_type="qwen2", tie_word_embeddings=True),
     "Qwen3": dict(model_type="qwen3", head_dim=64),
-    "Qwen3, biases": dict(model_type="qwen3", head_dim=32, attention_bias=True, tie_word_embeddings=True),
+    "Qwen3, tied": dict(model_type="qwen3", head_dim=128, num_key_value_heads=8, tie_word_embeddings=True),
     "Gemma": dict(model_type="gemma", num_key_value_heads=1, head_dim=64, tie_word_embeddings=True),
     "Gemma 2": dict(model_type="gemma2", head_dim=64, sliding_window=300, num_hidden_layers=5,
                     tie_word_embeddings=True),

@@ -265,10 +265,13 @@ def size(model, type: str) -> Size:
     """The size of ``model`` in a type of ``llamacpp.TYPES``, to the byte, without making the file."""
     tensors = plan(model, type)
     kinds = {kind: sum(t.nbytes for t in tensors if t.type == kind) for kind in sorted({t.type for t in tensors})}
+    return Size(llamacpp.file_type(type).name, sum(prod(t.shape) for t in tensors), sum(_up(t.nbytes) for t in tensors),
+                _header(_key(model), _folder(model)), _read(tensors), kinds)  # fmt: skip
+
+
+def _read(tensors) -> int:
     tied = not any(t.name == "output.weight" for t in tensors)
-    read = sum(t.nbytes for t in tensors if tied or t.name != "token_embd.weight")
-    return Size(llamacpp.file_type(type).name, sum(prod(t.shape) for t in tensors),
-                sum(_up(t.nbytes) for t in tensors), _header(_key(model), _folder(model)), read, kinds)  # fmt: skip
+    return sum(t.nbytes for t in tensors if tied or t.name != "token_embd.weight")
 
 
 @contextlib.contextmanager
@@ -368,7 +371,7 @@ def _buffer(config: str, type: str, context: int, kv_type: str, users: int) -> i
 
 def step_bytes(model, type: str, cached: float, kv_type: str = "F16", users: int = 1) -> float:
     """Bytes that one step of generation reads: the weights once, and ``cached`` tokens of keys and values a user."""
-    return size(model, type).read_bytes + users * cached * kv_bytes_per_token(model, kv_type, cached)
+    return _read(plan(model, type)) + users * cached * kv_bytes_per_token(model, kv_type, cached)
 
 
 def ceiling(model, type: str, cached: float, gb_per_s: float, kv_type: str = "F16", users: int = 1) -> float:
@@ -405,7 +408,7 @@ def fits(model, type: str, context: int | None = None, device="H100 SXM", kv_typ
     device, context = device_of(device), context or _described(_key(model))[1]["ctx"]
     return Fit(
         model if isinstance(model, str) else "model", llamacpp.file_type(type).name, context, str(kv_type).upper(),
-        users, device, size(model, type).read_bytes / GIB, kv_bytes(model, context, kv_type, users) / GIB,
+        users, device, _read(plan(model, type)) / GIB, kv_bytes(model, context, kv_type, users) / GIB,
         buffer_bytes(model, type, context, kv_type, users) / GIB,
         ceiling(model, type, context, device.gb_per_s, kv_type, users))  # fmt: skip
 

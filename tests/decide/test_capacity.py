@@ -351,6 +351,7 @@ def _without(key, config=SEVEN):
     (lambda: capacity.size(SEVEN | {"vocab_size": None}, "Q4_0"), "lacks a usable"),
     (lambda: capacity.size(families.CONFIGS["Qwen2"] | {"hidden_size": "wide"}, "Q4_0"), "a usable qwen2 model"),
     (lambda: capacity.size(families.CONFIGS["Qwen2"] | {"hidden_size": 0}, "Q4_0"), "a usable qwen2 model"),
+    (lambda: capacity.fits(families.CONFIGS["Qwen3"] | {"attention_bias": True}, "Q4_0"), "llama.cpp cannot plan this"),
     (lambda: capacity.size(families.CONFIGS["Qwen3"] | {"num_key_value_heads": 3}, "Q4_0"), "not a usable"),
     (lambda: capacity.size({**capacity.MODELS["Llama-2-7B"], "num_key_value_heads": 5}, "Q4_0"), "not a usable"),
     (lambda: capacity.kv_bytes("Llama-2-7B", 0), "context=0"),
