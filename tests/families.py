@@ -63,15 +63,20 @@ def save(config: dict, folder):
     return folder
 
 
-def convert(folders) -> list:
-    """GGUF files (F16, no vocabulary) that llama.cpp's converter makes of the folders, in one child process."""
+def converter():
+    """The folder of llama.cpp's converter; skips where it is not installed."""
     try:
         beside = llamacpp.tool("llama-quantize").parent
     except QtutorError as why:
         pytest.skip(str(why))
-    script = next(iter(sorted(beside.rglob("convert_hf_to_gguf.py"))), None)
-    if script is None:
+    if not (found := sorted(beside.rglob("convert_hf_to_gguf.py"))):
         pytest.skip("llama.cpp's converter is not installed")
-    command = [sys.executable, "-c", CHILD, str(script.parent), json.dumps([str(folder) for folder in folders])]
+    return found[0].parent
+
+
+def convert(folders) -> list:
+    """GGUF files (F16, no vocabulary) that llama.cpp's converter makes of the folders, in one child process."""
+    command = [sys.executable, "-c", CHILD, str(converter()), json.dumps([str(folder) for folder in folders])]
     subprocess.run(command, check=True, capture_output=True)
-    return [folder.with_name(folder.name + ".gguf") for folder in folders]
+    # trusted: without a vocabulary llama.cpp cannot try the model out
+    return [llamacpp.trust(folder.with_name(folder.name + ".gguf")) for folder in folders]

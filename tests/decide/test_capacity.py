@@ -294,7 +294,8 @@ def test_parameters_are_those_of_the_model_card(name):
     published, config = CARDS[name]
     assert capacity.parameters(config) == published
     fit = capacity.fits(config, "Q4_K_M", 4096, "H100 SXM")
-    assert fit.fits and 4 < capacity.size(config, "Q4_K_M").bits_per_weight < 8 and fit.buffers_gib > 0
+    bits = 8 * sum(t.nbytes for t in capacity.plan(config, "Q4_K_M")) / published
+    assert fit.fits and fit.buffers_gib > 0 and 4 < bits < 7
 
 
 @pytest.fixture(scope="module")
