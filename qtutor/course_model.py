@@ -8,7 +8,8 @@ of 256, so every llama.cpp type applies, and of 16, so FP8 does.  ``tools/train_
     tokenizer = course_model.load_tokenizer()
     fresh = course_model.new_model(seed=0)        # the same architecture, random weights
 
-``QTUTOR_MODEL`` (a hub name or a local folder) swaps in another Llama-family model everywhere.
+``QTUTOR_MODEL`` (a hub name or a local folder) swaps in another model everywhere: Llama, Mistral, Qwen, Gemma, Phi-3.
+A notebook that needs a certain architecture says so with :func:`only`, and goes on with the course model.
 """
 
 from __future__ import annotations
@@ -32,6 +33,41 @@ def model_dir() -> str | Path:
         return MODEL_DIR
     looks_local = chosen.startswith((".", "/", "~")) or chosen.count("/") != 1 or Path(chosen).exists()
     return Path(chosen).expanduser() if looks_local else chosen
+
+
+def name() -> str:
+    """What titles call the model in use: "course model", or the last part of QTUTOR_MODEL."""
+    where = model_dir()
+    return "course model" if where == MODEL_DIR else Path(where).name
+
+
+SEPARATE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")  # q, k, v, gate and up on their own
+
+
+def only(families: tuple[str, ...], what: str, plain: bool = False, multiple: int = 1) -> None:
+    """Go on with the course model for this session, and say so, where the model in use is of another family.
+
+    ``families``: values of model_type; ``what`` the notebook does that needs it.  ``plain``: also without biases, with
+    heads of hidden / heads and RoPE unscaled.  ``multiple``: of which hidden or intermediate size must be.
+    """
+    from transformers import AutoConfig
+
+    if (where := model_dir()) == MODEL_DIR:
+        return
+    try:
+        found = AutoConfig.from_pretrained(where).get_text_config()
+    except (OSError, ValueError):
+        raise _missing(where) from None
+    usual, rope = found.hidden_size // found.num_attention_heads, getattr(found, "rope_parameters", None) or {}
+    odd = {"biases": plain and any(getattr(found, key, False) for key in ("attention_bias", "mlp_bias")),
+           "heads of another size": plain and (getattr(found, "head_dim", None) or usual) != usual,
+           "scaled RoPE": plain and rope.get("rope_type", "default") != "default",
+           f"no rows of {multiple} n": found.hidden_size % multiple and found.intermediate_size % multiple}  # fmt: skip
+    odd = [words for words, true in odd.items() if true]
+    if found.model_type not in families or odd:
+        kind = found.model_type + (f" with {', '.join(odd)}" if odd else "")
+        print(f"QTUTOR_MODEL is a {kind}, and this notebook {what}: it goes on with the course model.")
+        del os.environ["QTUTOR_MODEL"]
 
 
 def config(**changes):
@@ -122,25 +158,6 @@ def load_tokenizer():
             raise _missing(where) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise QtutorError(f"The tokenizer in {where} cannot be read ({reason}): download the model again.") from None
-
-
-def bits_per_byte(model=None, tokenizer=None, text: str | None = None) -> dict:
-    """Return bits per byte of a text (the evaluation text by default): keys ``model``, ``gzip`` and ``xz``, both at -9.
-
-    A model's figure is its total cross-entropy in bits over the text's UTF-8 bytes: unlike perplexity per token, it
-    does not depend on the tokenizer.
-    """
-    import gzip
-    import lzma
-
-    from . import corpus, evaluate
-
-    model, tokenizer = model or load(), tokenizer or load_tokenizer()
-    text = corpus.eval_text() if text is None else text
-    data, ids = text.encode("utf-8"), corpus.tokens(text, tokenizer)
-    nats = evaluate.perplexity(model, ids, TRAINED_CONTEXT).nll * len(ids)
-    compressed = {"gzip": gzip.compress(data, 9), "xz": lzma.compress(data, preset=9)}
-    return {"model": nats / math.log(2) / len(data), **{k: 8 * len(v) / len(data) for k, v in compressed.items()}}
 
 
 def complete(prompt: str, model=None, tokenizer=None, max_tokens: int = 40, temperature: float = 0.0, seed: int = 0):

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -141,8 +142,14 @@ def iter_logits(source, tokens, ctx: int = 512, *, second_half_only: bool = Fals
 
 def logits_of(source, tokens, ctx: int = 512, **options) -> Tensor:
     """All scored logits, to keep as the base of many comparisons: float32 (n_scored, vocab), on the CPU.  ``options``
-    are those of :func:`iter_logits`.  With a vocabulary of 4,096 a token takes 16 KiB."""
-    return torch.cat([part.float().cpu() for part in iter_logits(source, tokens, ctx, **options)])
+    are those of :func:`iter_logits`.  With a vocabulary of 4,096 a token takes 16 KiB, with 150,000 it takes 600."""
+    parts, n, free = [], len(windows(tokens, ctx)), psutil.virtual_memory().available
+    for part in iter_logits(source, tokens, ctx, **options):
+        if 2 * n * part.numel() * 4 > free:  # once in parts, once together
+            raise QtutorError(f"The logits of {n} windows need {n * part.numel() * 4 / 2**30:.1f} GiB, twice, and "
+                              f"{free / 2**30:.1f} are free: use fewer windows.")  # fmt: skip
+        parts.append(part.float().cpu())
+    return torch.cat(parts)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -116,8 +116,8 @@ def weight_bytes(technique: Technique, model: str, recording: Recording) -> tupl
 
 def _counts(model: str) -> tuple[int, int, int]:
     """Weights of a model, of its embedding and head together, and of the embedding that a token does not read."""
-    config = capacity.config_of(model)
-    table, tied = config["vocab_size"] * config["hidden_size"], config.get("tie_word_embeddings")
+    shapes = capacity.shapes(model)
+    table, tied = math.prod(shapes["token_embd.weight"]), "output.weight" not in shapes
     return capacity.parameters(model), table if tied else 2 * table, 0 if tied else table
 
 
@@ -129,7 +129,7 @@ def speed(technique: Technique, need: Need, read: float, recording: Recording) -
     arithmetic) takes as long as it did.  The truth lies between.  At the measured shape, on the measured device, both
     give back the measurement.
     """
-    device, per_token = hardware.device(need.device), capacity.kv_bytes_per_token(need.model)
+    device, per_token = hardware.device(need.device), capacity.kv_bytes_per_token(need.model, cached=need.context)
     floor_s = (read + need.users * need.context * per_token) / (device.gb_per_s * 1e9)
     measured = recording.speeds(technique, need.model) if device.cuda else None
     if measured is None or not measured[2][0]["batch"] <= need.users <= measured[2][-1]["batch"]:
@@ -227,8 +227,9 @@ def _memory(option: Option, need: Need, device: hardware.Device, weights: float)
         option.memory_gib = (weights + cache) / GIB + device.reserve_gib
     there = device.memory_gib - need.keep_free_gib
     if (over := option.memory_gib - there) > 0:
+        per_token = capacity.kv_bytes_per_token(need.model, cached=need.context)
         free = f", of which {need.keep_free_gib:g} are to stay free" if need.keep_free_gib else ""
-        tokens = need.users * need.context - int(over * GIB / capacity.kv_bytes_per_token(need.model)) - 1
+        tokens = need.users * need.context - int(over * GIB / per_token) - 1
         cut = f", or keep all users' contexts within {tokens:,} tokens together" if tokens >= 256 else ""
         option.miss("memory", f"it needs {option.memory_gib:.1f} GiB and there are {device.memory_gib:.1f}{free}",
                     f"find {over:.1f} GiB more{cut}", option.memory_gib / max(there, 1e-9))  # fmt: skip
@@ -344,7 +345,7 @@ def training(model: str, device="H100 SXM", tokens_per_step: int = 16384, direct
     """
     import pandas
 
-    device, width = hardware.device(device), capacity.config_of(model)["hidden_size"]
+    device, width = hardware.device(device), capacity.shapes(model)["token_embd.weight"][1]
     rows = []
     for recipe, capability in RECIPES.items():
         speed, memory = _step_against_bf16(recipe, width, tokens_per_step, directory)

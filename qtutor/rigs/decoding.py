@@ -35,7 +35,8 @@ class FixedCache:
     def __init__(self, config, batch: int, length: int, device, dtype):
         import torch
 
-        size = (batch, config.num_key_value_heads, length, config.head_dim)
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = (batch, config.num_key_value_heads, length, dim)
         self.length = length
         options, layers = dict(device=device, dtype=dtype), range(config.num_hidden_layers)
         self.keys, self.values = ([torch.randn(size, **options) for _ in layers] for _ in range(2))

@@ -95,8 +95,11 @@ def te_inference(model):
             super().__init__()
             sizes, weight = (linear.in_features, linear.out_features), linear.weight
             with te.quantized_model_init(enabled=True, recipe=recipe):
-                self.inner = te.Linear(*sizes, bias=False, device="cuda", params_dtype=weight.dtype)
+                biased = linear.bias is not None
+                self.inner = te.Linear(*sizes, bias=biased, device="cuda", params_dtype=weight.dtype)
             self.inner.weight.copy_(weight)  # quantizes; an init_method would keep the BF16 weight alive
+            if biased:
+                self.inner.bias.copy_(linear.bias)
 
         def forward(self, x):
             rows = x.reshape(-1, x.shape[-1])

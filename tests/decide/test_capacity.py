@@ -3,6 +3,7 @@
 import os
 import re
 
+import families
 import pytest
 
 from qtutor import QtutorError, course_model, files, gguf_export, llamacpp
@@ -152,6 +153,51 @@ def test_cache_and_buffers_equal_llamacpp(kv_type, users, ctx, tmp_path):
     assert abs(planned / 2**20 - compute) < 0.02 + 0.02 * compute
 
 
+def _no_alloc(config, ctx, kv_type, users):
+    """Bytes of KV cache of a context that llama.cpp plans without allocating: cells and layers as it logs them."""
+    lib = llamacpp.native()
+    with capacity._stub(config) as stub:
+        params = lib.llama_model_default_params()
+        params.no_alloc, params.load_mode, params.n_gpu_layers = True, lib.LLAMA_LOAD_MODE_NONE, 0
+        model = lib.llama_model_load_from_file(os.fsencode(stub.path), params)
+    options = lib.llama_context_default_params()
+    options.n_ctx, options.n_seq_max, options.swa_full = ctx * users, users, False
+    options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    options.type_k = options.type_v = llamacpp.GGML[kv_type].number
+    llamacpp.log.clear()
+    context = lib.llama_init_from_model(model, options)
+    log = "".join(llamacpp.log)
+    lib.llama_free(context), lib.llama_model_free(model)
+    found = re.findall(r"size = +([\d.]+) MiB \( *(\d+) cells, +(\d+) layers, +\d+/(\d+) seqs", log)
+    assert found, log
+    return [(float(mib), int(cells) * int(layers) * int(streams)) for mib, cells, layers, streams in found]
+
+
+@pytest.mark.parametrize("name", families.CONFIGS)
+def test_cache_of_each_family_equals_llamacpp(name):
+    config = families.CONFIGS[name]
+    for kv_type, users, ctx in (("F16", 1, 256), ("F16", 3, 1500), ("Q8_0", 2, 4096)):
+        planned, logged = capacity.kv_bytes(config, ctx, kv_type, users), _no_alloc(config, ctx, kv_type, users)
+        layer = capacity.kv_bytes_per_token(config, kv_type) / config["num_hidden_layers"]
+        assert planned == layer * sum(cells for _, cells in logged), name  # to the byte
+        assert abs(planned / 2**20 - sum(mib for mib, _ in logged)) < 0.011
+        assert capacity.fits(config, "Q4_K_M", ctx, "H100 SXM", kv_type, users).kv_gib == planned / GIB
+
+
+def test_windows_keep_less():
+    gemma = families.CONFIGS["Gemma 2"]  # 3 layers of 5 see 300 tokens
+    every = capacity.kv_bytes_per_token(gemma)
+    assert capacity.kv_bytes_per_token(gemma, cached=300) == every
+    assert capacity.kv_bytes_per_token(gemma, cached=3000) == pytest.approx(every * (2 + 3 / 10) / 5)
+    assert capacity.kv_bytes(gemma, 4096) == every / 5 * (2 * 4096 + 3 * 1024)
+    read = capacity.size(gemma, "Q8_0").read_bytes
+    assert capacity.step_bytes(gemma, "Q8_0", 3000) == pytest.approx(read + every / 5 * (2 * 3000 + 3 * 300))
+    for other in ("Mistral", "Qwen2", "Phi-3"):  # llama.cpp ignores their windows
+        assert capacity.kv_bytes(families.CONFIGS[other], 4096) == 4096 * capacity.kv_bytes_per_token(
+            families.CONFIGS[other]
+        )
+
+
 def test_kv_cache_of_llama_2_70b():
     # 2 x 80 layers x 8 heads x 128 values x 2 bytes = 320 KiB a token, and an eighth of what 64 heads would take
     assert capacity.kv_bytes("Llama-2-70B", 4096) == 4096 * 320 * 1024
@@ -214,10 +260,100 @@ def test_biases_are_counted(tmp_path):
     assert planned == {t.name: t.nbytes for t in made.tensors} and any("bias" in name for name in planned)
 
 
+# Parameters of the model cards at https://huggingface.co/<name>: what config.json there says must give them.
+CARDS = {
+    "Qwen/Qwen2.5-0.5B": (494_032_768, dict(
+        model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=True,
+        rms_norm_eps=1e-6, rope_theta=1e6, sliding_window=32768, use_sliding_window=False)),
+    "Qwen/Qwen3-0.6B": (596_049_920, dict(
+        model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960, rope_scaling=None,
+        tie_word_embeddings=True, sliding_window=None)),
+    "mistralai/Mistral-7B-v0.1": (7_241_732_096, dict(
+        model_type="mistral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=32000, max_position_embeddings=32768, sliding_window=4096)),
+    "microsoft/Phi-3-mini-4k-instruct": (3_821_079_552, dict(
+        model_type="phi3", hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, vocab_size=32064, max_position_embeddings=4096, sliding_window=2047,
+        auto_map={"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"})),
+    "google/gemma-2b": (2_506_172_416, dict(
+        model_type="gemma", hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8,
+        num_key_value_heads=1, head_dim=256, vocab_size=256000, max_position_embeddings=8192)),
+    "google/gemma-2-2b": (2_614_341_888, dict(
+        model_type="gemma2", hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=256, vocab_size=256000, max_position_embeddings=8192, sliding_window=4096)),
+    "google/gemma-3-1b-it": (999_885_952, dict(
+        model_type="gemma3_text", hidden_size=1152, intermediate_size=6912, num_hidden_layers=26,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=256, vocab_size=262144, sliding_window=512)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_parameters_are_those_of_the_model_card(name):
+    published, config = CARDS[name]
+    assert capacity.parameters(config) == published
+    fit = capacity.fits(config, "Q4_K_M", 4096, "H100 SXM")
+    bits = 8 * sum(t.nbytes for t in capacity.plan(config, "Q4_K_M")) / published
+    assert fit.fits and fit.buffers_gib > 0 and 4 < bits < 7
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    top = tmp_path_factory.mktemp("families")
+    folders = [families.save(config, top / name) for name, config in families.CONFIGS.items()]
+    return dict(zip(families.CONFIGS, zip(folders, families.convert(folders), strict=True), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.CONFIGS)
+def test_each_family_equals_the_file_that_is_made(name, converted, tmp_path):
+    """llama.cpp's converter and quantizer on random weights: the same tensors, types and bytes as planned."""
+    folder, source = converted[name]
+    for kind in ("F16", "Q8_0", "Q4_K_M", "Q3_K_M", "Q2_K", "TQ2_0"):
+        made = source if kind == "F16" else llamacpp.quantize(source, tmp_path / f"{kind}.gguf", kind)
+        planned = {t.name: (t.type, t.shape, t.nbytes) for t in capacity.plan(folder, kind)}
+        assert planned == {t.name: (t.type, t.shape, t.nbytes) for t in llamacpp.check_gguf(made).tensors}, kind
+
+
+SEVEN = capacity.MODELS["Llama-2-7B"]
+
+
+def test_configurations_as_people_have_them(tmp_path):
+    """null where a default is meant, a quantized checkpoint's, a multimodal one's, one that leaves most to defaults."""
+    nulls = SEVEN | {"head_dim": None, "num_key_value_heads": None, "rope_scaling": None, "attention_bias": None}
+    quantized = SEVEN | {"quantization_config": {"quant_method": "gptq", "bits": 4}, "torch_dtype": "float16"}
+    for config in (nulls, quantized):
+        assert capacity.size(config, "Q6_K").tensor_bytes == capacity.size("Llama-2-7B", "Q6_K").tensor_bytes
+    mistral = CARDS["mistralai/Mistral-7B-v0.1"][1]
+    odd = mistral | {"head_dim": None, "sliding_window": None, "rope_scaling": None, "quantization_config": {"a": 1}}
+    assert capacity.parameters(odd) == capacity.parameters(mistral)
+    # google/gemma-3-4b-it names five numbers of its language model; the rest are Gemma3TextConfig's defaults
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+            "sliding_window": 1024, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}  # fmt: skip
+    gemma = {"model_type": "gemma3", "text_config": text, "vision_config": {"model_type": "siglip_vision_model"}}
+    assert capacity.parameters(gemma) == 3_880_263_168 - 160 * 0
+    assert capacity.fits(gemma, "Q4_K_M", 131072, "H100 SXM").fits
+    assert capacity.fits(gemma, "Q4_K_M", device="H100 SXM").context == 131072
+
+
+def _without(key, config=SEVEN):
+    return {k: v for k, v in config.items() if k != key}
+
+
 @pytest.mark.parametrize("call, words", [
     (lambda: capacity.size("Llama-9", "Q4_0"), "no model 'Llama-9'"),
     (lambda: capacity.size("Llama-2-7B", "Q9"), "no quantization type"),
-    (lambda: capacity.size({"model_type": "mamba"}, "Q4_0"), "Only the Llama architecture"),
+    (lambda: capacity.size({"model_type": "mamba"}, "Q4_0"), "this config.json has model_type 'mamba'"),
+    (lambda: capacity.size({}, "Q4_0"), "this config.json has model_type None"),
+    (lambda: capacity.size({"model_type": "qwen3_moe"}, "Q4_0"), "mixtures of experts"),
+    (lambda: capacity.size({"model_type": "llava", "text_config": {}}, "Q4_0"), "model_type 'llava'"),
+    (lambda: capacity.size(_without("vocab_size"), "Q4_0"), "lacks a usable 'vocab_size'"),
+    (lambda: capacity.size(SEVEN | {"vocab_size": None}, "Q4_0"), "lacks a usable"),
+    (lambda: capacity.size(families.CONFIGS["Qwen2"] | {"hidden_size": "wide"}, "Q4_0"), "a usable qwen2 model"),
+    (lambda: capacity.size(families.CONFIGS["Qwen2"] | {"hidden_size": 0}, "Q4_0"), "a usable qwen2 model"),
+    (lambda: capacity.fits(families.CONFIGS["Qwen3"] | {"attention_bias": True}, "Q4_0"), "llama.cpp cannot plan this"),
+    (lambda: capacity.size(families.CONFIGS["Qwen3"] | {"num_key_value_heads": 3}, "Q4_0"), "not a usable"),
     (lambda: capacity.size({**capacity.MODELS["Llama-2-7B"], "num_key_value_heads": 5}, "Q4_0"), "not a usable"),
     (lambda: capacity.kv_bytes("Llama-2-7B", 0), "context=0"),
     (lambda: capacity.kv_bytes("Llama-2-7B", 10, "Q6_K"), "no cache type"),
