@@ -129,6 +129,24 @@ class _Reader(gguf.GGUFReader):
             raise ValueError("it ends too early")
         return found
 
+    def _get_field_parts(self, start, kind):
+        if kind != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(start, kind)
+        kind, count = gguf.GGUFValueType(int(self._get(start, np.uint32)[0])), int(self._get(start + 4, np.uint64)[0])
+        if (number := self.gguf_scalar_to_np.get(kind)) is not None:
+            parts = [self._get(start + 12, number, count)]
+            end = start + 12 + parts[0].nbytes
+        elif kind == gguf.GGUFValueType.STRING:  # a vocabulary: gguf takes seconds for a hundred thousand words
+            parts, end, data = [], start + 12, memoryview(self.data)
+            for _ in range(count):
+                at, end = end + 8, end + 8 + int.from_bytes(data[end : end + 8], "little")
+                parts.append(self.data[at:end])
+                if end > len(data):
+                    raise ValueError("it ends too early")
+        else:
+            raise ValueError("it holds a list of lists")
+        return end - start, parts, range(len(parts)), [gguf.GGUFValueType.ARRAY, kind]
+
     def _build_tensors(self, start, fields):
         self.table = []
         for field in fields:
