@@ -128,8 +128,8 @@ def stored_as(path) -> str:
     table = llamacpp.tensor_table(path)
     total, kinds = sum(t["weights"] for t in table), dict.fromkeys(t["type"] for t in table)
     shares = {kind: sum(t["weights"] for t in table if t["type"] == kind) / total for kind in kinds}
-    return ", ".join(f"{kind} {share:.0%}".replace("%", " %")
-                     for kind, share in sorted(shares.items(), key=lambda item: -item[1]) if share >= 0.005)  # fmt: skip
+    order = sorted(shares.items(), key=lambda item: -item[1])
+    return ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in order if share >= 0.005)
 
 
 def with_intervals(row: dict, found, ctx: int) -> dict:
