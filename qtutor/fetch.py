@@ -1,5 +1,6 @@
-"""SmolLM2-135M-Instruct, a real chat model that nothing in the course needs: where ``python -m qtutor model fetch
-smollm2`` (:mod:`tools.fetch_model`) puts the Q4_1 file that somebody made of it, in a Hugging Face folder of the same."""
+"""Where ``python -m qtutor model fetch smollm2`` puts SmolLM2-135M-Instruct, a chat model.  Nothing needs it.
+
+:mod:`tools.fetch_model` makes the folder, around a Q4_1 file of somebody else's."""
 
 from pathlib import Path
 
