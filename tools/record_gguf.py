@@ -1,7 +1,7 @@
 """Record what llama.cpp's types cost: ``gguf_quality`` on the course model, ``smollm2_quality`` on a real chat model.
 
     python -m tools.record_gguf            # the whole evaluation text: a quarter of an hour on two cores
-    make results ONLY=smollm2_quality      # after python -m qtutor model fetch smollm2: half an hour
+    make results ONLY=smollm2_quality      # after python -m qtutor model fetch smollm2: a quarter of an hour
 
 ``smollm2_quality`` has no original to compare with.  Its yardstick, ``F16``, is the downloaded Q4_1 file dequantized: a
 row says what a second quantization costs, on top of what the first one did, which nobody can measure from this file.
@@ -119,8 +119,8 @@ def record(full: bool = True, *, windows: int | None = None, ctx: int = 512, cal
     return results.save("gguf_quality", rows, profile="full" if full else "quick", directory=directory)
 
 
-SMOLLM2_TYPES = ("Q8_0 Q6_K Q5_K_M Q5_1 Q5_0 Q4_K_M Q4_K_S Q4_1 Q4_0 IQ4_NL IQ4_XS Q3_K_M Q3_K_S IQ3_S IQ3_XXS Q2_K "
-                 "IQ2_M").split()  # fmt: skip
+SMOLLM2_TYPES = "Q8_0 Q6_K Q5_K_M Q5_0 Q4_K_M Q4_1 Q4_0 IQ4_NL IQ4_XS Q3_K_M Q3_K_S IQ3_S IQ3_XXS Q2_K IQ2_M".split()
+WITH_IMATRIX = {"Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_M"}  # of these
 
 
 def stored_as(path) -> str:
@@ -139,20 +139,19 @@ def with_intervals(row: dict, found, ctx: int) -> dict:
                   "perplexity_ratio_high": math.exp(nll.high)}  # fmt: skip
 
 
-def record_smollm2(full: bool = True, *, windows: int | None = None, ctx: int = 512, calibration: int | None = None,
+def record_smollm2(full: bool = True, *, windows: int = 8, ctx: int = 512, calibration: int | None = None,
                    names=SMOLLM2_TYPES, directory=None) -> Path:  # fmt: skip
     """Measure SmolLM2-135M-Instruct in several types and save ``smollm2_quality``; return its path.
 
     ``kind`` says where a file comes from: "downloaded" (the Q4_1 file as it is), "float" (from the dequantized weights)
     or "requantized" (from the Q4_1 file itself, as llama-quantize --allow-requantize does).  ``windows`` of the
-    evaluation text, by default 12, 8 where not ``full``; ``calibration``: windows of docstrings.
+    evaluation text; ``calibration``: windows of docstrings, by default 24, 8 where not ``full``.
     """
     if (source := fetch.folder()) is None:
         raise QtutorError("SmolLM2 is not here: bring it with 'python -m qtutor model fetch smollm2'.")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    parent, windows = source / fetch.FILE, windows or (12 if full else 8)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    parent, tokenizer = source / fetch.FILE, AutoTokenizer.from_pretrained(source)
     cut = evaluate.windows(corpus.tokens("eval", tokenizer), ctx)
     tokens = cut[:: len(cut) // windows][:windows].ravel()
     text = corpus.tokens("train", tokenizer, packages=CALIBRATION, progress=False)
@@ -174,7 +173,7 @@ def record_smollm2(full: bool = True, *, windows: int | None = None, ctx: int = 
         add(f16, "F16", "float")
         add(parent, "Q4_1", "downloaded")
         for name in tqdm(names, desc="types", leave=False):
-            for imatrix in (False, True)[llamacpp.TYPES[name].needs_imatrix :]:
+            for imatrix in [False] * (not llamacpp.TYPES[name].needs_imatrix) + [True] * (name in WITH_IMATRIX):
                 llamacpp.quantize(f16, made, name, imatrix=importance if imatrix else None)
                 add(made, name, "float", imatrix)
             if name in ("Q8_0", "Q4_K_M", "Q3_K_M"):

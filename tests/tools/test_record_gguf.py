@@ -97,12 +97,12 @@ def test_recording_of_a_fetched_model(tmp_path, monkeypatch):
     llamacpp.quantize(f32, home / fetch.FILE, "Q4_1")
     monkeypatch.setattr(fetch, "folder", lambda: home)
     path = record_gguf.record_smollm2(
-        False, windows=2, ctx=64, calibration=4, names=["Q8_0", "Q4_0", "IQ2_XS"], directory=tmp_path)  # fmt: skip
+        False, windows=2, ctx=64, calibration=4, names=["Q8_0", "Q4_0", "IQ2_M"], directory=tmp_path)  # fmt: skip
     data = results.validate(json.loads(path.read_text("utf-8")))
     rows = {(row["type"], row["imatrix"], row["kind"]): row for row in data.rows}
     assert list(rows) == [("F16", False, "float"), ("Q4_1", False, "downloaded"), ("Q8_0", False, "float"),
-                          ("Q8_0", True, "float"), ("Q8_0", False, "requantized"), ("Q4_0", False, "float"),
-                          ("Q4_0", True, "float"), ("IQ2_XS", True, "float")]  # fmt: skip
+                          ("Q8_0", False, "requantized"), ("Q4_0", False, "float"), ("Q4_0", True, "float"),
+                          ("IQ2_M", True, "float")]  # fmt: skip
     base = rows["F16", False, "float"]
     assert base["kld_mean"] < 1e-9 and base["perplexity_ratio"] == pytest.approx(1)
     assert base["stored_as"] == "F16 100 %" and "Q4_1" in rows["Q4_1", False, "downloaded"]["stored_as"]
