@@ -187,7 +187,7 @@ def test_the_real_one(tmp_path):
     assert sha256(folder / fetch.FILE) == fetch_model.SMOLLM2.gguf_sha256
     copied = tmp_path / folder.name
     shutil.copytree(folder, copied)
-    tokenizer = agree(copied)
+    tokenizer = agree(copied, ctx=64)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What is 2 + 2?"}], tokenize=False,
                                            add_generation_prompt=True)  # fmt: skip
     assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
