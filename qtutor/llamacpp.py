@@ -168,10 +168,10 @@ def _override_array(lib, overrides):
     return (lib.llama_model_tensor_override * (len(rows) + 1))(*rows, (None, lib.GGML_TYPE_COUNT))
 
 
-def _run_quantize(src: Path, dst, kind, imatrix, tensor_types, dry_run: bool) -> None:
+def _run_quantize(src: Path, dst, kind, imatrix, tensor_types, dry_run: bool = False) -> None:
     lib = native()
     params = lib.llama_model_quantize_default_params()
-    params.ftype, params.nthread, params.dry_run, params.allow_requantize = kind.ftype, n_threads(), dry_run, dry_run
+    params.ftype, params.nthread, params.dry_run, params.allow_requantize = kind.ftype, n_threads(), dry_run, True
     if imatrix:
         array, alive = _imatrix_array(lib, imatrix)
         params.imatrix = ctypes.cast(array, ctypes.POINTER(lib.llama_model_imatrix_data))
@@ -188,22 +188,23 @@ def _run_quantize(src: Path, dst, kind, imatrix, tensor_types, dry_run: bool) ->
         raise QtutorError(f"llama.cpp could not quantize {src.name} to {kind.name}: {why}.")
 
 
-def quantize(src, dst, type: str, imatrix=None, tensor_types: dict | None = None) -> Path:
+def quantize(src, dst, type: str, imatrix=None, tensor_types: dict | None = None, requantize: bool = False) -> Path:
     """Quantize a GGUF file and return the new file's path; same bytes as ``llama-quantize``.
 
     ``src`` is F32, F16 or BF16.  ``type`` is a name in :data:`TYPES`, e.g. ``"Q4_K_M"``.  ``imatrix`` maps GGUF
     tensor names to the mean squared activation of each column (float32, one value a column, see :func:`imatrix`), or is
     the path of llama-imatrix's file.
     ``tensor_types`` maps regular expressions to GGML types and overrules the recipe, e.g. ``{"attn_v": "Q8_0"}``.
+    ``requantize`` takes a quantized ``src``, too (llama-quantize's --allow-requantize), with the errors that it has.
     The result appears under ``dst`` only when complete.
     """
     kind, src, dst = file_type(type), Path(src), Path(dst)
     source = check_gguf(src)
     if imatrix is not None and not isinstance(imatrix, dict):
         imatrix = read_imatrix(imatrix)
-    if source.quantized:
-        raise QtutorError(f"{src.name} is already quantized ({', '.join(source.quantized)}): quantize from the "
-                          "F32, F16 or BF16 file, because errors add up.")  # fmt: skip
+    if source.quantized and not requantize:
+        raise QtutorError(f"{src.name} is already quantized ({', '.join(source.quantized)}): quantize from the F32, "
+                          "F16 or BF16 file, as errors add up, or pass requantize=True.")  # fmt: skip
     if kind.needs_imatrix and not imatrix:
         raise QtutorError(f"{kind.name} needs an importance matrix: pass imatrix=llamacpp.imatrix(model, tokens).")
     columns = {tensor.name: tensor.shape[-1] for tensor in source.tensors}
@@ -215,7 +216,7 @@ def quantize(src, dst, type: str, imatrix=None, tensor_types: dict | None = None
         raise QtutorError(f"'{dst}' is the source itself: give the result another name.")
     with files.whole(dst) as partial:
         partial.touch()  # llama.cpp's own message about a target that it cannot open names no file
-        _run_quantize(src, partial, kind, imatrix, tensor_types, dry_run=False)
+        _run_quantize(src, partial, kind, imatrix, tensor_types)
     return trust(dst)
 
 

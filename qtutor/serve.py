@@ -15,7 +15,6 @@ kernel, and (but not on Windows) also where the kernel is killed.
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import os
 import socket
 import subprocess
@@ -25,7 +24,6 @@ import time
 
 from . import QtutorError, llamacpp
 
-_NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings", "httpx")
 # The server also reads its settings from the environment: a stray API_KEY there would lock everybody out.
 _STRAY = ("API_KEY", "CONFIG_FILE", "SSL_KEYFILE", "SSL_CERTFILE", "ROOT_PATH", "CHAT_FORMAT", "CLIP_MODEL_PATH",
           "LORA_PATH", "LORA_BASE", "DRAFT_MODEL", "HF_MODEL_REPO_ID", "HF_TOKENIZER_CONFIG_PATH", "MODEL",
@@ -44,15 +42,6 @@ runpy.run_module("llama_cpp.server", run_name="__main__", alter_sys=True)
 """
 
 
-def available() -> tuple[bool, str]:
-    """``(True, "")`` where the server can run, else ``(False, why in one sentence)``."""
-    missing = [name.replace("_", "-") for name in _NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        return False, f"The server needs {', '.join(missing)}: pip install 'llama-cpp-python[server]' httpx."
-    ok, why = llamacpp.available()
-    return ok, "" if ok else why
-
-
 class Server:
     """llama-cpp-python's server for one GGUF file, on a free port of this machine only.  Use it in a ``with`` block.
 
@@ -61,19 +50,13 @@ class Server:
     """
 
     def __init__(self, path, ctx: int = 512, threads: int | None = None, *, alias: str = "model", timeout: float = 60):
-        ok, why = available()
-        if not ok:
-            raise QtutorError(why)
         found = llamacpp.check_gguf(path, to_compute=True)
         self.path, self.alias, self.timeout = found.path.resolve(), alias, timeout
         self._options = ["--model", self.path, "--model_alias", alias, "--n_ctx", ctx, "--host", "127.0.0.1",
                          "--n_threads", threads or llamacpp.n_threads(), "--verbose", "False"]  # fmt: skip
         self.process, self.port, self._log = None, None, None
 
-    @property
-    def url(self) -> str:
-        """``http://127.0.0.1:<port>/v1``."""
-        return f"http://127.0.0.1:{self.port}/v1"
+    url = property(lambda self: f"http://127.0.0.1:{self.port}/v1")
 
     def start(self) -> Server:
         """Start the server and wait until it answers."""

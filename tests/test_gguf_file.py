@@ -42,6 +42,17 @@ def test_check_gguf_reads_what_the_gguf_package_reads(q4):
     assert [t.offset for t in ours.tensors] == [t.data_offset for t in reader.tensors]
 
 
+def test_lists_of_every_kind_are_read_as_the_gguf_package_reads_them(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "lists.gguf", "llama")
+    lists = {"i": [1, -2, 3], "f": [1.5, 2.5], "b": [True, False], "s": ["ä", "", "🙂" * 300], "one": [7]}
+    for name, values in lists.items():
+        writer.add_array(f"list.{name}", values)
+    writer.add_string("after", "still in step")
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    theirs = {k: f.contents() for k, f in gguf.GGUFReader(tmp_path / "lists.gguf").fields.items() if k[:5] != "GGUF."}
+    assert gguf_file.read(tmp_path / "lists.gguf").metadata == theirs and theirs["list.s"][1] == ""
+
+
 def test_truncated_at_every_byte_of_the_header(q4, tmp_path):
     data, header = q4.read_bytes(), llamacpp.check_gguf(q4).data_offset
     for end in [*range(1, 600), *range(600, header, 97), len(data) - 1]:

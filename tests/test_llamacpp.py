@@ -83,6 +83,14 @@ def test_same_bytes_as_llama_quantize(f32, tmp_path, name):
     assert ours.read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
 
 
+@needs_quantize
+@pytest.mark.parametrize("name", ["Q8_0", "Q3_K_M", "IQ4_XS"])
+def test_same_bytes_as_llama_quantize_allowed_to_requantize(q4, tmp_path, name):
+    ours = llamacpp.quantize(q4, tmp_path / "ours.gguf", name, requantize=True)
+    run(llamacpp.tool("llama-quantize"), "--allow-requantize", q4, tmp_path / "theirs.gguf", name, 1)
+    assert ours.read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
+
+
 def write_imatrix(path, importance, n=256):
     """The file that llama-imatrix writes: sums of squares and token counts."""
     writer = gguf.GGUFWriter(path, "imatrix")

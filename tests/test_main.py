@@ -93,6 +93,15 @@ def test_every_notebook_with_recipes_prints_code_that_compiles():
     assert "qtutor" not in done.stdout
 
 
+def test_model_fetch_without_a_network_says_what_it_wanted_and_why_not(tmp_path):
+    alone = {"QTUTOR_CACHE": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    done = qtutor("model", "fetch", "smollm2", env=alone)
+    assert done.returncode == 1 and "93 MB" in done.stdout and "licence Apache-2.0" in done.stdout
+    assert "could not be downloaded" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    done = qtutor("model", "fetch", "llama-405b", env=alone)
+    assert done.returncode == 2 and "invalid choice" in done.stderr and "smollm2" in done.stderr
+
+
 @pytest.mark.parametrize("argv, status, said", [
     ([], 2, "usage:"), (["--help"], 0, "doctor"), (["--version"], 0, "qtutor 0."),
     (["frobnicate"], 2, "invalid choice"),

@@ -13,7 +13,7 @@ import tiny_llama
 
 from qtutor import QtutorError, gguf_export, llamacpp, serve
 
-pytestmark = pytest.mark.skipif(not serve.available()[0], reason=serve.available()[1])
+pytestmark = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
@@ -116,8 +116,8 @@ def test_what_cannot_be_served_is_one_sentence(path, tmp_path, monkeypatch):
     broken = serve.Server(path)
     broken._options += ["--no_such_option", "1"]
     refused("did not start", broken.start)
-    monkeypatch.setattr(serve, "_NEEDS", ("no_such_package",))
-    refused("no-such-package", lambda: serve.Server(path))
+    monkeypatch.setattr(serve, "_CHILD", "import no_such_package")
+    refused("No module named 'no_such_package'", serve.Server(path).start)
 
 
 @pytest.mark.slow

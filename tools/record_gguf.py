@@ -1,6 +1,10 @@
-"""Record ``gguf_quality``: what each llama.cpp type costs the course model, with and without an importance matrix.
+"""Record what llama.cpp's types cost: ``gguf_quality`` on the course model, ``smollm2_quality`` on a real chat model.
 
     python -m tools.record_gguf            # the whole evaluation text: a quarter of an hour on two cores
+    make results ONLY=smollm2_quality      # after python -m qtutor model fetch smollm2: a quarter of an hour
+
+``smollm2_quality`` has no original to compare with.  Its yardstick, ``F16``, is the downloaded Q4_1 file dequantized: a
+row says what a second quantization costs, on top of what the first one did, which nobody can measure from this file.
 
 Not every type uses the importance matrix.  Those that do not (``Q8_0``, the ternary, 1-bit and block float types) give
 the same file with and without it: they have one row, marked ``imatrix_ignored``.
@@ -15,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from qtutor import QtutorError, corpus, course_model, evaluate, gguf_export, llamacpp, results
+from qtutor import QtutorError, corpus, course_model, evaluate, fetch, gguf_export, llamacpp, paired, results
 
 CALIBRATION = ("logging", "unittest", "email", "asyncio", "concurrent", "http", "json", "xml")  # in every Python
 
@@ -115,7 +119,69 @@ def record(full: bool = True, *, windows: int | None = None, ctx: int = 512, cal
     return results.save("gguf_quality", rows, profile="full" if full else "quick", directory=directory)
 
 
-RECORDS = {"gguf_quality": record}
+SMOLLM2_TYPES = "Q8_0 Q6_K Q5_K_M Q5_0 Q4_K_M Q4_1 Q4_0 IQ4_NL IQ4_XS Q3_K_M Q3_K_S IQ3_S IQ3_XXS Q2_K IQ2_M".split()
+WITH_IMATRIX = {"Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_M"}  # of these
+
+
+def stored_as(path) -> str:
+    """Which tensor types hold which share of the weights, e.g. "Q5_0 58 %, Q8_0 42 %", the largest first."""
+    table = llamacpp.tensor_table(path)
+    total, kinds = sum(t["weights"] for t in table), dict.fromkeys(t["type"] for t in table)
+    shares = {kind: sum(t["weights"] for t in table if t["type"] == kind) / total for kind in kinds}
+    order = sorted(shares.items(), key=lambda item: -item[1])
+    return ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in order if share >= 0.005)
+
+
+def with_intervals(row: dict, found, ctx: int) -> dict:
+    """The row with 95 % intervals over windows (:mod:`qtutor.paired`) of mean KLD and the perplexities' ratio."""
+    kld, nll = (paired.paired_nll(values, block=ctx - 1) for values in (found.token_kld, found.token_dnll))
+    return row | {"kld_mean_low": kld.low, "kld_mean_high": kld.high, "perplexity_ratio_low": math.exp(nll.low),
+                  "perplexity_ratio_high": math.exp(nll.high)}  # fmt: skip
+
+
+def record_smollm2(full: bool = True, *, windows: int = 8, ctx: int = 512, calibration: int | None = None,
+                   names=SMOLLM2_TYPES, directory=None) -> Path:  # fmt: skip
+    """Measure SmolLM2-135M-Instruct in several types and save ``smollm2_quality``; return its path.
+
+    ``kind`` says where a file comes from: "downloaded" (the Q4_1 file as it is), "float" (from the dequantized weights)
+    or "requantized" (from the Q4_1 file itself, as llama-quantize --allow-requantize does).  ``windows`` of the
+    evaluation text; ``calibration``: windows of docstrings, by default 24, 8 where not ``full``.
+    """
+    if (source := fetch.folder()) is None:
+        raise QtutorError("SmolLM2 is not here: bring it with 'python -m qtutor model fetch smollm2'.")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    parent, tokenizer = source / fetch.FILE, AutoTokenizer.from_pretrained(source)
+    cut = evaluate.windows(corpus.tokens("eval", tokenizer), ctx)
+    tokens = cut[:: len(cut) // windows][:windows].ravel()
+    text = corpus.tokens("train", tokenizer, packages=CALIBRATION, progress=False)
+    text = text[: (calibration or (24 if full else 8)) * ctx]
+    about = {"model": source.name, "windows": windows, "calibration_tokens": len(text),
+             "text": corpus.fingerprint(corpus.eval_text())}  # fmt: skip
+    importance = llamacpp.imatrix(AutoModelForCausalLM.from_pretrained(source, dtype="float32").eval(), text, ctx=ctx)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="qtutor-smollm2-") as folder:
+        f16, made = gguf_export.export(source, Path(folder) / "f16.gguf", "f16"), Path(folder) / "made.gguf"
+        with llamacpp.Model(f16, ctx=ctx, exact=False) as original:
+            bos = evaluate.bos_of(original)
+            base = evaluate.logits_of(original, tokens, ctx, bos=bos)
+
+        def add(path, name, kind, imatrix=False):
+            row, found = measure(path, name, imatrix, base, tokens, ctx, bos)
+            rows.append(about | {"kind": kind, "stored_as": stored_as(path)} | with_intervals(row, found, ctx))
+
+        add(f16, "F16", "float")
+        add(parent, "Q4_1", "downloaded")
+        for name in tqdm(names, desc="types", leave=False):
+            for imatrix in [False] * (not llamacpp.TYPES[name].needs_imatrix) + [True] * (name in WITH_IMATRIX):
+                llamacpp.quantize(f16, made, name, imatrix=importance if imatrix else None)
+                add(made, name, "float", imatrix)
+            if name in ("Q8_0", "Q4_K_M", "Q3_K_M"):
+                add(llamacpp.quantize(parent, made, name, requantize=True), name, "requantized")
+    return results.save("smollm2_quality", rows, profile="full" if full else "quick", directory=directory)
+
+
+RECORDS = {"gguf_quality": record, "smollm2_quality": record_smollm2}
 
 if __name__ == "__main__":
     try:

@@ -42,6 +42,7 @@ NEEDS = {
     "gpu": ("a CUDA GPU", _cuda),
     "80 GB": ("a CUDA GPU of 80 GB, with a llama.cpp that uses it", _cuda),  # the recorder says what is not enough
     "llama.cpp": ("llama.cpp", lambda: qtutor.llamacpp.available()[0]),
+    "smollm2": ("SmolLM2: python -m qtutor model fetch smollm2", lambda: qtutor.fetch.folder() is not None),
     "any": ("any machine", lambda: True),
 }
 
@@ -72,6 +73,8 @@ RESULTS = {
                           "offers and that run here: size, speed, quality."),
     "gguf_quality": About("ptq_llamacpp", "llama.cpp", "record_gguf", "What each llama.cpp type costs the course model "
                           "in quality, with and without an importance matrix."),
+    "smollm2_quality": About("ptq_llamacpp", "smollm2", "record_gguf", "What quantizing a quantized chat model costs: "
+                             "types of SmolLM2-135M-Instruct against its dequantized Q4_1 file."),
     "llama70b": About("llama2_70b_on_one_gpu", "80 GB", "record_llama70b", "A model of Llama-2-70B's shape in four "
                       "types on one GPU: memory, speed, energy, batch sizes."),
     "fake_quant_speed": About("fake_quantization", "gpu", "record_qat", "Fake quantization, forward and backward, "

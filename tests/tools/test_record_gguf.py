@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import tiny_llama
 
-from qtutor import QtutorError, files, gguf_export, llamacpp, results
+from qtutor import QtutorError, fetch, files, gguf_export, llamacpp, results
 from tools import record_gguf
 
 needs_llamacpp = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])
@@ -87,3 +87,38 @@ def test_what_is_recorded_in_the_project_is_complete():
         assert row["imatrix"] or not quant.needs_imatrix
         assert row["imatrix_ignored"] or quant.needs_imatrix or (row["type"], True) in {
             (r["type"], r["imatrix"]) for r in data.rows}  # fmt: skip
+
+
+@needs_llamacpp
+def test_recording_of_a_fetched_model(tmp_path, monkeypatch):
+    """The parent, its float weights and what is made of them: a tiny model in the place of the real one."""
+    home = tiny_llama.save(tmp_path / "home")
+    f32 = gguf_export.export(home, tmp_path / "f32.gguf")
+    llamacpp.quantize(f32, home / fetch.FILE, "Q4_1")
+    monkeypatch.setattr(fetch, "folder", lambda: home)
+    path = record_gguf.record_smollm2(
+        False, windows=2, ctx=64, calibration=4, names=["Q8_0", "Q4_0", "IQ2_M"], directory=tmp_path)  # fmt: skip
+    data = results.validate(json.loads(path.read_text("utf-8")))
+    rows = {(row["type"], row["imatrix"], row["kind"]): row for row in data.rows}
+    assert list(rows) == [("F16", False, "float"), ("Q4_1", False, "downloaded"), ("Q8_0", False, "float"),
+                          ("Q8_0", False, "requantized"), ("Q4_0", False, "float"), ("Q4_0", True, "float"),
+                          ("IQ2_M", True, "float")]  # fmt: skip
+    base = rows["F16", False, "float"]
+    assert base["kld_mean"] < 1e-9 and base["perplexity_ratio"] == pytest.approx(1)
+    assert base["stored_as"] == "F16 100 %" and "Q4_1" in rows["Q4_1", False, "downloaded"]["stored_as"]
+    for row in data.rows:
+        assert row["perplexity_ratio_low"] <= row["perplexity_ratio"] <= row["perplexity_ratio_high"]
+        assert row["kld_mean_low"] <= row["kld_mean"] <= row["kld_mean_high"] and row["kld_mean_se_windows"] >= 0
+    monkeypatch.setattr(fetch, "folder", lambda: None)
+    with pytest.raises(QtutorError, match="model fetch smollm2"):
+        record_gguf.record_smollm2(False)
+
+
+def test_what_is_recorded_of_smollm2_has_its_yardstick_and_its_errors():
+    data = results.load("smollm2_quality", "cpu")
+    assert len({row["type"] for row in data.rows}) >= 12
+    kinds = {(row["type"], row["kind"]) for row in data.rows if not row["imatrix"]}
+    assert {("F16", "float"), ("Q4_1", "downloaded"), ("Q4_K_M", "float"), ("Q4_K_M", "requantized")} <= kinds
+    for row in data.rows:
+        assert row["windows"] >= 8 and row["ctx"] == 512 and row["kld_mean_se_windows"] >= 0
+        assert row["perplexity_ratio_low"] <= row["perplexity_ratio"] <= row["perplexity_ratio_high"]
