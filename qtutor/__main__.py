@@ -102,7 +102,8 @@ def check_disk():
 
 def check_model():
     """The model in use is complete, and its weights are finite."""
-    from . import course_model, fetch, lesson
+    from . import course_model, lesson
+    from .checkpoints import fetch
 
     where = course_model.model_dir()
     if isinstance(where, str):
@@ -182,7 +183,7 @@ def doctor(argv: list[str]) -> int:
 
 def lab(argv: list[str]) -> int:
     """Open JupyterLab on the start page; further arguments go to ``jupyter lab``."""
-    from . import fetch
+    from .checkpoints import fetch
 
     if not (NOTEBOOKS / START_PAGE).is_file():
         raise QtutorError(f"notebooks/{START_PAGE} is missing: restore it with 'git checkout notebooks'.")

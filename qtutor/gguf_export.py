@@ -14,8 +14,8 @@ Converting a Llama takes four steps:
    the name of the regular expression that splits text before the merges, which llama.cpp has compiled in
 
 Every tensor of the checkpoint is accounted for: written, tied, or refused by name.  This is the lesson, and what the
-course model takes: a Llama with a byte-level BPE tokenizer.  Of any other family :mod:`qtutor.convert` makes the file,
-with llama.cpp's own ``convert_hf_to_gguf.py``.
+course model takes: a Llama with a byte-level BPE tokenizer.  Of any other family :mod:`qtutor.checkpoints.convert`
+makes the file, with llama.cpp's own ``convert_hf_to_gguf.py``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType, siz
 from . import QtutorError, files
 
 DTYPES = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "bf16": LlamaFileType.MOSTLY_BF16}
-CONVERTER = "use qtutor.convert.to_gguf"
+CONVERTER = "use checkpoints.convert.to_gguf"
 
 
 class NotOursError(QtutorError):

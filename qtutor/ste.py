@@ -180,10 +180,10 @@ def by_operators(blocks: torch.Tensor, grid: Grid, target: Target) -> torch.Tens
 
 
 def _fused(blocks: torch.Tensor):
-    """:mod:`qtutor.fused`, where it takes ``blocks``; None elsewhere."""
+    """:mod:`qtutor.kernels.fused`, where it takes ``blocks``; None elsewhere."""
     if not blocks.is_cuda or torch.compiler.is_compiling():
         return None
-    from . import fused
+    from .kernels import fused
 
     return fused if fused.fits(blocks) else None
 

@@ -3,7 +3,8 @@
 import gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from qtutor import convert, gguf_export
+from qtutor import gguf_export
+from qtutor.checkpoints import convert
 
 CONTROL, USER, BYTE, UNUSED = 3, 4, 6, 5
 

@@ -24,7 +24,8 @@ from typing import NamedTuple
 import gguf
 import numpy as np
 
-from qtutor import QtutorError, corpus, course_model, fetch, files, gguf_export, llamacpp
+from qtutor import QtutorError, corpus, course_model, files, gguf_export, llamacpp
+from qtutor.checkpoints import fetch
 
 from . import command
 

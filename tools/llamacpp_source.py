@@ -6,7 +6,7 @@
 The source distribution that llama-cpp-python is compiled from holds llama.cpp's ``convert_hf_to_gguf.py`` with its
 package; a wheel does not, and so pip leaves them out.  pip, as it is configured here, gets the source distribution
 again (76 MB, from its cache where that still has it), and what is needed goes to ``bin/llama.cpp`` in site-packages,
-with its licence.  Done once for each version; :func:`qtutor.convert.to_gguf` looks there.
+with its licence.  Done once for each version; :func:`qtutor.checkpoints.convert.to_gguf` looks there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from qtutor import QtutorError, convert
+from qtutor import QtutorError
+from qtutor.checkpoints import convert
 
 from . import command
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from qtutor import QtutorError, corpus, course_model, evaluate, fetch, gguf_export, llamacpp, paired, results
+from qtutor import QtutorError, corpus, course_model, evaluate, gguf_export, llamacpp, paired, results
+from qtutor.checkpoints import fetch
 
 CALIBRATION = ("logging", "unittest", "email", "asyncio", "concurrent", "http", "json", "xml")  # in every Python
 

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .. import QtutorError, convert, corpus, course_model, energy, evaluate, llamacpp, measure, paired, qat
+from .. import QtutorError, corpus, course_model, energy, evaluate, llamacpp, measure, paired, qat
+from ..checkpoints import convert
 from ..decide import accuracy
 from ..decide.techniques import TECHNIQUES, Technique
 from . import decoding, random_gguf, techniques

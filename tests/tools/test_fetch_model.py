@@ -12,7 +12,8 @@ import pytest
 import tiny_llama
 import torch
 
-from qtutor import QtutorError, course_model, evaluate, fetch, gguf_export, llamacpp
+from qtutor import QtutorError, course_model, evaluate, gguf_export, llamacpp
+from qtutor.checkpoints import fetch
 from tools import fetch_model
 
 pytestmark = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])

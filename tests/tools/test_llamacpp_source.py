@@ -7,7 +7,8 @@ import tarfile
 
 import pytest
 
-from qtutor import QtutorError, convert
+from qtutor import QtutorError
+from qtutor.checkpoints import convert
 from tools import llamacpp_source
 
 WANTED = [

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import tiny_llama
 
-from qtutor import QtutorError, fetch, files, gguf_export, llamacpp, results
+from qtutor import QtutorError, files, gguf_export, llamacpp, results
+from qtutor.checkpoints import fetch
 from tools import record_gguf
 
 needs_llamacpp = pytest.mark.skipif(not llamacpp.available()[0], reason=llamacpp.available()[1])

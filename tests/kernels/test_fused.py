@@ -9,7 +9,7 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from qtutor import fused  # noqa: E402
+from qtutor.kernels import fused  # noqa: E402
 
 CASES = {
     "int4": (fused.SYMMETRIC, {}), "int8": (fused.SYMMETRIC, {}), "int3": (fused.NO_CLIPPING, {"no_clipping": True}),

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from . import QtutorError, files, gguf_export, llamacpp
+from .. import QtutorError, files, gguf_export, llamacpp
 
 SCRIPT = "convert_hf_to_gguf.py"
 #: added to what the tokenizer's own added tokens make

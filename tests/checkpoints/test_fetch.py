@@ -1,6 +1,6 @@
 """fetch: where a fetched model lies; how it gets there is tested in tools/test_fetch_model.py."""
 
-from qtutor import fetch
+from qtutor.checkpoints import fetch
 
 
 def test_a_folder_counts_when_its_file_is_there(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ import tiny_llama
 import torch
 import vocabularies
 
-from qtutor import QtutorError, convert, course_model, gguf_export, llamacpp
+from qtutor import QtutorError, course_model, gguf_export, llamacpp
+from qtutor.checkpoints import convert
 
 installed = (convert.folder() / convert.SCRIPT).is_file() if llamacpp.available()[0] else False
 needs_converter = pytest.mark.skipif(

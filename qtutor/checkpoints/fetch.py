@@ -4,7 +4,7 @@
 
 from pathlib import Path
 
-from . import corpus
+from .. import corpus
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
