@@ -88,15 +88,14 @@ def to_gguf(model, path, dtype: str = "f16", tokenizer=None) -> Path:
                               "course's folder, once, with a network.") from None  # fmt: skip
     with files.whole(path) as partial, tempfile.TemporaryDirectory(dir=partial.parent) as temporary:
         staged = _staged(model, tokenizer, Path(temporary))
-        left_out = _run(staged, made := Path(temporary) / "model.gguf", dtype)
+        left_out = _run(staged, partial, dtype)
         try:
-            _same_model(staged, made, dtype, left_out)
+            _same_model(staged, partial, dtype, left_out)
         except (QtutorError, OSError):
             raise
         except Exception as err:  # transformers or a tokenizer has met what it does not know
             why = f"{type(err).__name__}: {err}".strip().splitlines()[0].rstrip(".")
             raise QtutorError(f"{staged.name} cannot be compared with its GGUF file ({why}).") from None
-        os.replace(made, partial)
     return llamacpp.trust(path)
 
 
