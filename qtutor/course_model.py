@@ -160,6 +160,25 @@ def load_tokenizer():
         raise QtutorError(f"The tokenizer in {where} cannot be read ({reason}): download the model again.") from None
 
 
+def bits_per_byte(model=None, tokenizer=None, text: str | None = None) -> dict:
+    """Return bits per byte of a text (the evaluation text by default): keys ``model``, ``gzip`` and ``xz``, both at -9.
+
+    A model's figure is its total cross-entropy in bits over the text's UTF-8 bytes: unlike perplexity per token, it
+    does not depend on the tokenizer.
+    """
+    import gzip
+    import lzma
+
+    from . import corpus, evaluate
+
+    model, tokenizer = model or load(), tokenizer or load_tokenizer()
+    text = corpus.eval_text() if text is None else text
+    data, ids = text.encode("utf-8"), corpus.tokens(text, tokenizer)
+    nats = evaluate.perplexity(model, ids, TRAINED_CONTEXT).nll * len(ids)
+    compressed = {"gzip": gzip.compress(data, 9), "xz": lzma.compress(data, preset=9)}
+    return {"model": nats / math.log(2) / len(data), **{k: 8 * len(v) / len(data) for k, v in compressed.items()}}
+
+
 def complete(prompt: str, model=None, tokenizer=None, max_tokens: int = 40, temperature: float = 0.0, seed: int = 0):
     """Return the prompt with the model's continuation; greedy at temperature 0, else sampled with ``seed``."""
     import torch

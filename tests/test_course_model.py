@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from qtutor import QtutorError, corpus, course_model
-from tools.train_course_model import bits_per_byte
 
 TRICKY = "naïve 😀 café\r\n\tdef f(x):\n        return  x<|endoftext|> ÿ\x00 日本語  end "
 
@@ -57,7 +56,7 @@ def test_the_course_model_is_worth_quantizing(model, tokenizer):
     """Better than gzip -9 and xz -9 on text it never saw, and near what its card says."""
     # A slice is enough to tell a trained model from a broken one; the card's figure is for the whole text.
     text = corpus.eval_text()[:60_000]
-    bits = bits_per_byte(model, tokenizer, text)
+    bits = course_model.bits_per_byte(model, tokenizer, text)
     card = json.loads((course_model.MODEL_DIR / "training.json").read_text())["bits_per_byte"]["model"]
     assert bits["model"] < bits["xz"] and bits["model"] < bits["gzip"]
     assert abs(bits["model"] - card) < 0.25
@@ -68,7 +67,7 @@ def test_bits_per_byte_of_a_uniform_model_is_its_vocabulary(tokenizer):
     for p in fresh.parameters():
         p.data.zero_()
     text = "x = 1\n" * 500
-    bits = bits_per_byte(fresh, tokenizer, text)
+    bits = course_model.bits_per_byte(fresh, tokenizer, text)
     tokens = len(corpus.tokens(text, tokenizer))
     assert math.isclose(bits["model"], math.log2(4096) * tokens / len(text), rel_tol=1e-5)
 

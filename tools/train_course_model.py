@@ -60,21 +60,6 @@ def train_tokenizer(documents: list[str], folder: Path, vocab_size: int = course
     return fast
 
 
-def bits_per_byte(model, tokenizer, text: str) -> dict:
-    """Return bits per byte of a text: keys ``model``, ``gzip`` and ``xz``, both at -9.
-
-    A model's figure is its total cross-entropy in bits over the text's UTF-8 bytes: unlike perplexity per token, it
-    does not depend on the tokenizer.
-    """
-    import gzip
-    import lzma
-
-    data, ids = text.encode("utf-8"), corpus.tokens(text, tokenizer)
-    nats = evaluate.perplexity(model, ids, TRAINED_CONTEXT).nll * len(ids)
-    compressed = {"gzip": gzip.compress(data, 9), "xz": lzma.compress(data, preset=9)}
-    return {"model": nats / math.log(2) / len(data), **{k: 8 * len(v) / len(data) for k, v in compressed.items()}}
-
-
 def optimizers(model, rate: float, name: str = "muon", weight_decay: float = 0.1):
     """Return the optimizers of a model: AdamW for all of it, or Muon for the hidden matrices and AdamW for the rest.
 
@@ -257,7 +242,7 @@ sounds, and nothing that you should rely on.
 def evaluation(model, tokenizer) -> dict:
     """What the card says of the evaluation text."""
     text = corpus.eval_text()
-    bits = bits_per_byte(model, tokenizer, text)
+    bits = course_model.bits_per_byte(model, tokenizer, text)
     return dict(python=platform.python_version(), eval_bytes=len(text.encode()),
                 eval_fingerprint=corpus.fingerprint(text),
                 bits_per_byte={name: round(value, 4) for name, value in bits.items()})  # fmt: skip
