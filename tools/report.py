@@ -24,6 +24,7 @@ from pathlib import Path
 
 import qtutor
 from qtutor import QtutorError, files, results
+from qtutor.checkpoints import fetch
 
 from . import command, keep, notebooks, runs, topic
 
@@ -42,7 +43,7 @@ NEEDS = {
     "gpu": ("a CUDA GPU", _cuda),
     "80 GB": ("a CUDA GPU of 80 GB, with a llama.cpp that uses it", _cuda),  # the recorder says what is not enough
     "llama.cpp": ("llama.cpp", lambda: qtutor.llamacpp.available()[0]),
-    "smollm2": ("SmolLM2: python -m qtutor model fetch smollm2", lambda: qtutor.fetch.folder() is not None),
+    "smollm2": ("SmolLM2: python -m qtutor model fetch smollm2", lambda: fetch.folder() is not None),
     "any": ("any machine", lambda: True),
 }
 
