@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import families
 import nbformat
@@ -29,13 +28,30 @@ def others(tmp_path_factory):
     return made
 
 
-def run(topic: str, folder, upto: str = "", tmp_path: Path | None = None):
-    """Execute a notebook of the course with another model, to the end or up to the first cell that holds ``upto``."""
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory):
+    """A tiny Qwen2 with the real one's vocabulary; skips where that, or llama.cpp's converter, is not installed."""
+    vocabularies = pytest.importorskip("vocabularies")
+    families.converter()
+    if not vocabularies.available("qwen2"):
+        pytest.skip("the vocabulary files are not installed: python -m tools.llamacpp_source --vocabularies")
+    from transformers import PreTrainedTokenizerFast
+
+    tok, special, tokens = vocabularies.byte_level("qwen2")
+    sizes = dict(vocab_size=len(tokens), hidden_size=64, intermediate_size=256, num_attention_heads=4,
+                 num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+    config = SMALL | OTHERS["qwen2"] | sizes | {key: at for key, at in special.items() if key in SMALL}
+    folder = families.save(config, tmp_path_factory.mktemp("others") / "real-words")
+    PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+def run(topic: str, folder, upto: str) -> str:
+    """Execute a notebook of the course with another model, up to the first cell that holds ``upto``; what it prints."""
     (path,) = [path for path in NOTEBOOKS if path.stem.partition("_")[2] == topic]
     notebook = nbformat.read(path, 4)
-    if upto:
-        last = next(i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and upto in cell.source)
-        notebook.cells = notebook.cells[: last + 1]
+    last = next(i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and upto in cell.source)
+    notebook.cells = notebook.cells[: last + 1]
     before = os.environ.get("QTUTOR_MODEL")
     os.environ["QTUTOR_MODEL"] = str(folder)
     try:
@@ -58,10 +74,14 @@ def test_a_llama_of_other_sizes(topic, upto, others):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topic", ["qat", "ptq_llamacpp"])
-def test_another_family_to_the_end(topic, others):
-    families.converter()  # or skip
-    assert "goes on with the course model" not in run(topic, others["qwen2"])
+@pytest.mark.parametrize("topic, upto", [("fp8_scaling", "caught ="), ("ptq_fundamentals", "def watch")])
+def test_another_family(topic, upto, others):
+    assert "goes on with the course model" not in run(topic, others["qwen2"], upto)
+
+
+@pytest.mark.slow
+def test_another_family_in_llama_cpp(qwen2):
+    assert "goes on with the course model" not in run("ptq_llamacpp", qwen2, "precise.tokenize")
 
 
 @pytest.mark.slow
