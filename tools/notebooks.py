@@ -288,6 +288,7 @@ def execute(path, timeout: float = 600) -> float:
                                       env={"PYTHONPATH": paths})  # fmt: skip
     client = NotebookClient(nb, manager, timeout=int(timeout), resources={"metadata": {"path": str(path.parent)}},
                             store_widget_state=False, record_timing=False)  # fmt: skip
+    client.owns_km = True  # it ends the kernel of a manager that it was given, too
     start, at = time.perf_counter(), {}
     client.on_cell_start = lambda cell, cell_index: at.update(cell=cell_index)
     try:
