@@ -104,7 +104,8 @@ def _staged(model, tokenizer, temporary: Path) -> Path:
     if isinstance(model, (str, os.PathLike)):
         source = Path(model)
     else:
-        source, model = temporary / "saved" / type(gguf_export.plain(model)).__name__, gguf_export.plain(model)
+        model = gguf_export.plain(model)
+        source = temporary / "saved" / type(model).__name__
         if getattr(model.config, "quantization_config", None):
             raise QtutorError("This model is quantized already (config.quantization_config): export the original.")
         model.save_pretrained(source)
@@ -195,15 +196,24 @@ def _run(staged: Path, target: Path, dtype: str) -> list[str]:
 
 def _same_model(staged: Path, target: Path, dtype: str, left_out: list[str]) -> None:
     """Raise QtutorError where the file is not the folder's model: by its settings, weights, tokens and logits."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig
 
     def refuse(why: str):
         raise QtutorError(f"{staged.name} cannot become a GGUF file: {why}.")
 
-    found, (_, where) = llamacpp.check_gguf(target), gguf_export.checkpoint(staged)
+    found, config = llamacpp.check_gguf(target), AutoConfig.from_pretrained(staged).get_text_config()
+    packed = bool(getattr(config, "quantization_config", None))  # the original's values are not in the folder
+    _same_settings(config, found, staged.name, refuse)
+    _same_weights(config, found, gguf_export.checkpoint(staged)[1], left_out, packed, refuse)
+    with llamacpp.Model(target, ctx=512) as llama:
+        ids = _same_tokens(staged, llama, refuse)
+        if not packed and 12 * found.n_weights <= psutil.virtual_memory().available and found.n_weights <= 2e9:
+            _same_logits(staged, llama, ids, dtype, refuse)
+
+
+def _same_settings(config, found: llamacpp.Gguf, name: str, refuse) -> None:
+    """Activation, rotary embedding and window."""
     setting = lambda key: found.metadata.get(f"{found.metadata['general.architecture']}.{key}")  # noqa: E731
-    config = AutoConfig.from_pretrained(staged).get_text_config()
     for key in ("hidden_act", "hidden_activation", "activation_function", "use_bidirectional_attention"):
         usual, here = getattr(type(config)(), key, None), getattr(config, key, None)
         if here != usual and (here, usual) != ("swish", "silu"):
@@ -222,8 +232,14 @@ def _same_model(staged: Path, target: Path, dtype: str, left_out: list[str]) -> 
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and not setting("attention.sliding_window"):
         if window < config.max_position_embeddings:
-            warnings.warn(f"llama.cpp has no sliding window in this family: beyond {window} tokens {staged.name} "
-                          "differs from transformers.", stacklevel=3)  # fmt: skip
+            warnings.warn(f"llama.cpp has no sliding window in this family: beyond {window} tokens {name} differs "
+                          "from transformers.", stacklevel=4)  # fmt: skip
+
+
+def _same_weights(config, found: llamacpp.Gguf, where: dict, left_out: list[str], packed: bool, refuse) -> None:
+    """As many weights as in the checkpoint ``where``, and a head that is the embedding where the file ties them."""
+    import torch
+
     sizes = {name: prod(handle.get_slice(name).get_shape()) for name, (_, handle) in where.items()
              if not name.endswith(_BUFFERS)}  # fmt: skip
     written = {t.name: prod(t.shape) for t in found.tensors if not t.name.startswith("rope_f")}
@@ -238,31 +254,40 @@ def _same_model(staged: Path, target: Path, dtype: str, left_out: list[str]) -> 
                 refuse(f"its {head} is not the embedding, and llama.cpp ties the two in this family")
             del sizes[head]
     lost = sum(sizes.values()) - sum(written.values())
-    packed = getattr(config, "quantization_config", None)
     if lost > 0 and not packed:
         names = [name for name in left_out if name in sizes] or ["the converter does not say which"]
         refuse(f"{lost:,} of its weights have no place in the file ({names[0]})")
+
+
+def _same_tokens(staged: Path, llama: llamacpp.Model, refuse) -> list[int]:
+    """The ids of :data:`PROBE`, which are the same in both, as are those of the added tokens."""
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(staged)
-    ids = tokenizer(PROBE)["input_ids"]
-    with llamacpp.Model(target, ctx=512) as llama:
-        for text in (PROBE, *PROBE.split(" ")):
-            if llama.tokenize(text) != tokenizer(text)["input_ids"]:
-                refuse(f"llama.cpp splits {text!r} into other tokens than transformers")
-        if llama.tokenize("e\u0301") != tokenizer("e\u0301")["input_ids"]:
-            warnings.warn(f"llama.cpp does not normalize text as the tokenizer of {staged.name} does: compose accents "
-                          "(NFC) before.", stacklevel=3)  # fmt: skip
-        added = tokenizer.added_tokens_decoder
-        for token in added.values():
-            pair = [llama.tokenize(f"a {token} b"), tokenizer(f"a {token} b")["input_ids"]]
-            if not (token.lstrip or token.rstrip or token.single_word):  # spaces beside it are then of two schools
-                pair = [[number for number in one if number in added] for one in pair]
-            if pair[0] != pair[1]:
-                refuse(f"llama.cpp reads the added token {str(token)!r} in another way than transformers")
-        if packed or 12 * found.n_weights > psutil.virtual_memory().available or found.n_weights > 2e9:
-            return
-        with torch.inference_mode():
-            model = AutoModelForCausalLM.from_pretrained(staged, dtype=torch.float32).eval()
-            theirs = model(torch.tensor(ids)[None]).logits[0].numpy()
-        off = float(np.sqrt(np.mean((llama.logits(ids) - theirs) ** 2)) / theirs.std())
-        if not off < _TOLERANCE[dtype]:
-            refuse(f"its logits in llama.cpp are {off:.1%} of their spread away from transformers'")
+    for text in (PROBE, *PROBE.split(" ")):
+        if llama.tokenize(text) != tokenizer(text)["input_ids"]:
+            refuse(f"llama.cpp splits {text!r} into other tokens than transformers")
+    if llama.tokenize("e\u0301") != tokenizer("e\u0301")["input_ids"]:
+        warnings.warn(f"llama.cpp does not normalize text as the tokenizer of {staged.name} does: compose accents "
+                      "(NFC) before.", stacklevel=4)  # fmt: skip
+    added = tokenizer.added_tokens_decoder
+    for token in added.values():
+        pair = [llama.tokenize(f"a {token} b"), tokenizer(f"a {token} b")["input_ids"]]
+        if not (token.lstrip or token.rstrip or token.single_word):  # spaces beside it are then of two schools
+            pair = [[number for number in one if number in added] for one in pair]
+        if pair[0] != pair[1]:
+            refuse(f"llama.cpp reads the added token {str(token)!r} in another way than transformers")
+    return tokenizer(PROBE)["input_ids"]
+
+
+def _same_logits(staged: Path, llama: llamacpp.Model, ids: list[int], dtype: str, refuse) -> None:
+    """Logits within :data:`_TOLERANCE` of transformers' own."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(staged, dtype=torch.float32).eval()
+        theirs = model(torch.tensor(ids)[None]).logits[0].numpy()
+    off = float(np.sqrt(np.mean((llama.logits(ids) - theirs) ** 2)) / theirs.std())
+    if not off < _TOLERANCE[dtype]:
+        refuse(f"its logits in llama.cpp are {off:.1%} of their spread away from transformers'")
