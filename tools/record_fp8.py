@@ -148,7 +148,10 @@ def record_breakeven(full: bool):
     return _save("fp8_breakeven", [row for size in tqdm(sizes, leave=False) for row in breakeven(*size)], full)
 
 
-LOSS_RECIPES = {"BF16": None, "FP8 delayed": "delayed", "FP8 current": "current", "FP8 block": "block"}
+LOSS_RECIPES = {"BF16": {"name": None}, "FP8 delayed": {"name": "delayed"}, "FP8 current": {"name": "current"},
+                "FP8 block": {"name": "block"},
+                "FP8 delayed, fast accumulation": {"name": "delayed", "fast_accumulation": True}}  # fmt: skip
+LOSS_SEEDS = 8
 
 
 def loss_run(precision: str, seed: int, ids, held_out, steps: int, batch_size: int = 16, context: int = 512,
@@ -163,7 +166,7 @@ def loss_run(precision: str, seed: int, ids, held_out, steps: int, batch_size: i
 
     te = rig.require_fp8()
     torch.manual_seed(seed)
-    model, recipe = course_model.new_model(seed).cuda().train(), rig.recipe_of(LOSS_RECIPES[precision])
+    model, recipe = course_model.new_model(seed).cuda().train(), rig.recipe_of(**LOSS_RECIPES[precision])
     if recipe is not None:
         te_switch.swap_linears(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -209,13 +212,13 @@ def loss_run(precision: str, seed: int, ids, held_out, steps: int, batch_size: i
 
 
 def record_loss(full: bool):
-    """The docstrings of the installed packages, of which the last 2 % are held out; five seeds."""
+    """The docstrings of the installed packages, of which the last 2 % are held out; the same seeds and batches for each recipe."""
     rig.require_fp8()
     ids, rows, path = corpus.tokens("train", course_model.load_tokenizer()), [], None
     ids, held_out = ids[: -len(ids) // 50], ids[-len(ids) // 50 :]
-    for seed, precision in itertools.product(range(5 if full else 1), LOSS_RECIPES):
+    for seed, precision in itertools.product(range(LOSS_SEEDS if full else 1), LOSS_RECIPES):
         rows += loss_run(precision, seed, ids, held_out, 3000 if full else 40)
-        path = _save("fp8_loss", rows, full)  # after each run, so that an interruption costs one run and not twelve
+        path = _save("fp8_loss", rows, full)  # after each run, so that an interruption costs one run only
     return path
 
 
