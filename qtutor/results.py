@@ -65,7 +65,8 @@ VOCABULARY = {
         (both of the evaluation text), text (fingerprint of the evaluation text, or "before pinning"), repeats (timed
         calls)""",
     "training": """
-        seed, rate (learning rate), step (from 0), steps (in all), tokens_per_step, train_nats, held_out_nats (negative
+        seed, rate (learning rate), step (from 0), steps (in all), tokens_per_step, optimizer, trained_weights (numbers
+        that it updates), train_nats, held_out_nats (negative
         log-likelihood a token of the training batch, of held-out text)""",
     "quality": """
         perplexity (exp of the mean negative log-likelihood, on scored_tokens), base_perplexity (of the unquantized
@@ -86,8 +87,8 @@ VOCABULARY = {
     "speed": """
         ms_per_step (median time of a step, a call or a product), ms_bf16, ms_fp8 (the same, side by side), ms (time of
         a group of kernels), seconds (wall-clock time), load_s, write_s, speedup (time of the other over time of this),
-        prefill_speedup, decode_speedup (over the unquantized model), time_to_first_token_ms, prefill_tokens_per_s,
-        decode_tokens_per_s (read and written, all sequences together), tool_prefill_tokens_per_s,
+        prefill_speedup, decode_speedup (over the unquantized model), time_to_first_token_ms, train_tokens_per_s,
+        prefill_tokens_per_s, decode_tokens_per_s (read and written, all sequences together), tool_prefill_tokens_per_s,
         tool_decode_tokens_per_s (as llama-bench says), ceiling_tokens_per_s (bandwidth over bytes read), ceiling_share
         (decode_tokens_per_s over that ceiling), copy_gb_per_s, read_gb_per_s (bandwidth of a copy, read and written; of
         reading), bandwidth_gb_per_s (the larger of both), gb_per_s (bytes that have to move over the time),

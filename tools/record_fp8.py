@@ -12,8 +12,9 @@ import math
 from qtutor import corpus, course_model, evaluate, measure, results, te_switch
 from qtutor.rigs import fp8_layers as rig
 from qtutor.rigs import techniques
-from qtutor.rigs.decoding import FixedCache, llama_logits
+from qtutor.rigs.decoding import FixedCache, compile_layers, llama_logits
 
+from . import record_training
 from .train_course_model import learning_rate
 
 
@@ -46,7 +47,8 @@ def gemm(m: int, n: int, k: int, seconds: float) -> list[dict]:
             "quantize input, delayed": lambda: delayed(x), "quantize input, current": lambda: current(x)}  # fmt: skip
     rows = []
     for what, call in work.items():
-        row = {"m": m, "n": n, "k": k, "what": what, **rig.timed(call, seconds, warmup=10)}
+        window = seconds if "product" in what else min(seconds, 1.0)
+        row = {"m": m, "n": n, "k": k, "what": what, **rig.timed(call, window, warmup=10)}
         if "product" in what:
             row["tflop_per_s"] = round(2 * m * n * k / row["ms_per_step"] / 1e9, 1)
         else:  # BF16 in, FP8 out, twice
@@ -59,18 +61,19 @@ def record_gemm(full: bool):
     """``fp8_gemm``: one product in BF16 and FP8, with what the casts cost."""
     rows = []
     for n, k in ((4096, 4096), (11008, 4096), (28672, 8192)) if full else ((4096, 4096),):
-        rows += gemm(8192, n, k, 0.8 if full else 0.2)
+        rows += gemm(8192, n, k, 10 if full else 0.2)
         rig.free()
     return _save("fp8_gemm", rows, full)
 
 
 def record_layers(full: bool):
     """Every rung of every shape; see :func:`qtutor.rigs.fp8_layers.ladder`."""
-    shapes, rungs = (rig.SHAPES, rig.RUNGS) if full else (("Llama-2-7B",), ("TE BF16", "TE FP8 delayed"))
-    return _save("fp8_layers", rig.ladder(tuple(shapes), tuple(rungs), 0.8 if full else 0.2), full)
+    rows = rig.ladder() if full else rig.ladder(("Llama-2-7B",), ("TE BF16", "TE FP8 delayed"), 0.2)
+    return _save("fp8_layers", rows, full)
 
 
 KINDS = (  # the first match wins; parts of the names of kernels, in lower case
+    ("optimizer", ("multi_tensor", "adam")),
     ("attention", ("fmha", "flash", "sdpa", "fused_attn", "dot_do_o", "convert_dq")),
     ("matrix products", ("nvjet", "gemm", "cutlass", "xmma", "cublas", "splitk")),
     ("quantization", ("cast_", "transpose_optimized", "quantize", "amax", "compute_scale", "scaled_1d", "scaled_2d")),
@@ -84,14 +87,11 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, words in KINDS if any(word in name for word in words)), "other")
 
 
-def profile(shape: rig.Shape, rung: str, steps: int = 3) -> list[dict]:
-    """Rows of ``fp8_profile``: milliseconds a step by kind of kernel; "idle" is what lies between them."""
+def profile(step, steps: int = 3) -> list[dict]:
+    """Rows of ``fp8_profile``: milliseconds of ``step()`` by kind of kernel; "idle" is what lies between them."""
     import torch
     from torch.profiler import ProfilerActivity
 
-    rig.require_fp8()
-    rig.free()
-    _, step = rig.build(shape, rung)
     rig.timed(step, 0.5)  # as warm, and as slow, as in a long run
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
         for _ in range(steps):
@@ -104,14 +104,26 @@ def profile(shape: rig.Shape, rung: str, steps: int = 3) -> list[dict]:
             kind = kind_of(event.name)
             total[kind] = total.get(kind, 0.0) + event.time_range.elapsed_us() / 1000 / steps
     total["idle"] = max(0.0, (end - begin) / 1000 / steps - sum(total.values()))
-    return [{"shape": shape.name, "rung": rung, "kind": kind, "ms": round(ms, 4)} for kind, ms in total.items()]
+    return [{"kind": kind, "ms": round(ms, 4)} for kind, ms in total.items()]
 
 
 def record_profile(full: bool):
-    """``fp8_profile``: time of a step by kind of kernel."""
-    pairs = itertools.product(("Llama-2-7B", "Llama-2-70B") if full else ("Llama-2-7B",),
-                              ("TE BF16", "TE FP8 delayed", "TE FP8 delayed + FP8 weights"))  # fmt: skip
-    return _save("fp8_profile", [row for name, rung in pairs for row in profile(rig.SHAPES[name], rung)], full)
+    """``fp8_profile``: time of a step by kind of kernel, of two layers and of a whole model with its optimizer."""
+    rig.require_fp8()
+    rows, stored = [], "TE FP8 delayed + FP8 weights"
+    for name in ("Llama-2-7B", "Llama-2-70B") if full else ("Llama-2-7B",):
+        for rung in ("TE BF16", "TE FP8 delayed", stored, f"{stored} + fast accumulation"):
+            rig.free()
+            about = {"shape": name, "layers": rig.LAYERS, "rung": rung, "tokens": rig.SHAPES[name].tokens}
+            rows += [about | row for row in profile(rig.build(rig.SHAPES[name], rung)[1])]
+    layers = record_training.LAYERS if full else 2
+    for rung in ("Hugging Face BF16", "TE BF16", "TE FP8 delayed"):
+        rig.free()
+        step = record_training.build("Llama-2-7B", layers, record_training.ARMS[rung], 4, 2048)[2]
+        about = {"shape": "Llama-2-7B", "layers": layers, "rung": rung, "tokens": 4 * 2048}
+        rows += [about | row for row in profile(step)]
+        del step
+    return _save("fp8_profile", rows, full)
 
 
 def breakeven(hidden: int, tokens: int) -> list[dict]:
@@ -212,7 +224,7 @@ def loss_run(precision: str, seed: int, ids, held_out, steps: int, batch_size: i
 
 
 def record_loss(full: bool):
-    """The docstrings of the installed packages, of which the last 2 % are held out; the same seeds and batches for each recipe."""
+    """The docstrings of the installed packages, the last 2 % held out; the same seeds and batches for each recipe."""
     rig.require_fp8()
     ids, rows, path = corpus.tokens("train", course_model.load_tokenizer()), [], None
     ids, held_out = ids[: -len(ids) // 50], ids[-len(ids) // 50 :]
@@ -224,6 +236,7 @@ def record_loss(full: bool):
 
 INFERENCE = ("BF16", "FP8 (Transformer Engine)", "torchao FP8 dynamic", "torchao INT8 dynamic",
              "torchao INT8 weight-only", "torchao INT4 group 32")  # fmt: skip
+EAGER = ("BF16", "torchao INT8 dynamic", "torchao INT4 group 32")  # once more without torch.compile
 
 
 def quality(technique: str) -> list[dict]:
@@ -234,32 +247,39 @@ def quality(technique: str) -> list[dict]:
     return [{"model": "course model", "technique": technique, **compared.row()}]
 
 
-def speed(technique: str, prefill_tokens: int = 2048, length: int = 1024) -> list[dict]:
+def speed(technique: str, seconds: float, compiled: bool, prefill_tokens: int = 2048, length: int = 1024) -> list[dict]:
     """Rows of Llama-2-7B's shape, one a batch: memory, time and energy of one sequence of ``prefill_tokens`` and of one
-    decoding step at ``length`` tokens, each replayed from a CUDA graph, without torch.compile."""
+    decoding step at ``length`` tokens, each replayed from a CUDA graph; ``compiled``: torch.compile made the kernels,
+    as torchao expects (Transformer Engine brings its own)."""
     import torch
 
     before, rows = torch.cuda.memory_allocated() / measure.GIB, []
     model = techniques.build(technique, "Llama-2-7B", "cuda")
     rig.free()
     weights = torch.cuda.memory_allocated() / measure.GIB - before
+    if compiled:
+        compile_layers(model)
     ids = torch.randint(0, 32000, (1, prefill_tokens), device="cuda")
     with measure.track_memory("cuda") as memory:
         llama_logits(model, ids, last_only=True)
-    prefill = rig.timed(measure.captured(lambda: llama_logits(model, ids, last_only=True))[0], 0.7)
+    prefill = rig.timed(measure.captured(lambda: llama_logits(model, ids, last_only=True))[0], seconds)
     for batch in (1, 32):
         cache = FixedCache(model.config, batch, length, "cuda", torch.bfloat16)
         token = torch.randint(0, 32000, (batch, 1), device="cuda")
-        step = rig.timed(measure.captured(lambda token=token, cache=cache: llama_logits(model, token, cache))[0], 0.7)
-        rows.append({"model": "Llama-2-7B shape", "technique": technique, "prefill_tokens": prefill_tokens,
-                     "length": length, "batch": batch, "weights_gib": round(weights, 3),
-                     "peak_gib": round(memory.peak - before, 3), "ms_per_step": step["ms_per_step"],
-                     "decode_tokens_per_s": batch / step["ms_per_step"] * 1000,
-                     "joules_per_decode_token": step.get("joules_per_step", math.nan) / batch})  # fmt: skip
-    rows[0] |= {"time_to_first_token_ms": prefill["ms_per_step"],
-                "prefill_tokens_per_s": prefill_tokens / prefill["ms_per_step"] * 1000,
-                "joules_per_prefill_token": prefill.get("joules_per_step", math.nan) / prefill_tokens}  # fmt: skip
-    return [{k: v for k, v in row.items() if v == v} for row in rows]
+        replay, _ = measure.captured(lambda token=token, cache=cache: llama_logits(model, token, cache))
+        step = rig.timed(replay, seconds)
+        row = {"model": "Llama-2-7B shape", "technique": technique, "compiled": compiled, "batch": batch,
+               "prefill_tokens": prefill_tokens, "length": length, "weights_gib": round(weights, 3),
+               "peak_gib": round(memory.peak - before, 3), "ms_per_step": step["ms_per_step"],
+               "decode_tokens_per_s": batch / step["ms_per_step"] * 1000}  # fmt: skip
+        if batch == 1:
+            row |= {"time_to_first_token_ms": prefill["ms_per_step"],
+                    "prefill_tokens_per_s": prefill_tokens / prefill["ms_per_step"] * 1000}  # fmt: skip
+        for name, run, tokens in (("decode", step, batch), *([("prefill", prefill, prefill_tokens)] * (batch == 1))):
+            row |= {f"joules_per_{name}_token{key.removeprefix('joules_per_step')}": value / tokens
+                    for key, value in run.items() if key.startswith("joules_per_step")}  # fmt: skip
+        rows.append(row)
+    return rows
 
 
 def record_inference(full: bool):
@@ -269,13 +289,17 @@ def record_inference(full: bool):
 
     rig.require_fp8()
     rows, wanted = [], INFERENCE if full else INFERENCE[:2]
-    for measured, name in tqdm(list(itertools.product((quality, speed), wanted)), leave=False):
+    work = [(quality, (name,)) for name in wanted]
+    work += [(speed, (name, 10 if full else 0.3, "Transformer Engine" not in name)) for name in wanted]
+    work += [(speed, (name, 1.0, False)) for name in EAGER if full]
+    for measured, arguments in tqdm(work, leave=False):
         rig.free()
+        torch._dynamo.reset()
         try:
             with torch.no_grad():
-                rows += measured(name)
+                rows += measured(*arguments)
         except Exception as error:  # noqa: BLE001 - what one version of a library cannot run must not cost the rest
-            print(f"{name}: left out, {type(error).__name__}: {str(error).splitlines()[0][:300]}")
+            print(f"{arguments[0]}: left out, {type(error).__name__}: {str(error).splitlines()[0][:300]}")
     rig.free()
     return _save("fp8_inference", rows, full)
 

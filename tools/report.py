@@ -13,7 +13,7 @@ answer.  What has not been recorded has no headline: it is listed on the page as
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import math
 import os
 import re
@@ -40,6 +40,8 @@ def _cuda() -> bool:
 #: what results may need -> (in words, whether this machine has it)
 NEEDS = {
     "fp8": ("a GPU with FP8 units, with Transformer Engine", lambda: _cuda() and qtutor.te_switch.activate().real),
+    "qlora": ("a GPU with FP8 units, with Transformer Engine, peft and bitsandbytes",
+              lambda: NEEDS["fp8"][1]() and all(map(importlib.util.find_spec, ("peft", "bitsandbytes")))),
     "gpu": ("a CUDA GPU", _cuda),
     "80 GB": ("a CUDA GPU of 80 GB, with a llama.cpp that uses it", _cuda),  # the recorder says what is not enough
     "llama.cpp": ("llama.cpp", lambda: qtutor.llamacpp.available()[0]),
@@ -60,6 +62,10 @@ RESULTS = {
     "fp8_layers": About("fp8_speed_and_memory", "fp8", "record_fp8", "A training step of two layers, from Hugging Face "
                         "in BF16 to FP8 weights and CUDA graphs, one change at a time: time, energy, memory."),
     "fp8_profile": About("fp8_speed_and_memory", "fp8", "record_fp8", "Time of a training step, by kind of kernel."),
+    "fp8_model": About("fp8_speed_and_memory", "fp8", "record_training", "Training steps of whole models, optimizer "
+                       "included: Hugging Face, torch.compile, torchao FP8, Transformer Engine by recipe; memory too."),
+    "fp8_finetune": About("fp8_speed_and_memory", "qlora", "record_training", "Fine-tuning Llama-3-8B's shape on one "
+                          "GPU: all weights in BF16 and FP8, LoRA, QLoRA: tokens a second, memory, energy."),
     "fp8_breakeven": About("fp8_speed_and_memory", "fp8", "record_fp8", "BF16 against FP8 by width and by tokens in a "
                            "step: where FP8 begins to pay."),
     "fp8_inference": About("fp8_speed_and_memory", "fp8", "record_fp8", "Inference in BF16, FP8, INT8 and INT4: "

@@ -21,16 +21,22 @@ def llama_logits(model, ids, cache=None, last_only: bool = False):
     first = 0 if cache is None else cache.length - ids.shape[1]
     positions = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
     cos_sin = body.rotary_emb(x, positions)
-    for layer in body.layers:
-        x = layer(x, attention_mask=None, position_embeddings=cos_sin, past_key_values=cache,
-                  use_cache=cache is not None)  # fmt: skip
+    for layer, past in zip(body.layers, [None] * len(body.layers) if cache is None else cache.layers, strict=True):
+        x = layer(x, attention_mask=None, position_embeddings=cos_sin, past_key_values=past, use_cache=past is not None)
         x = x[0] if isinstance(x, tuple) else x  # a tuple in older versions of transformers
     return model.lm_head(body.norm(x[:, -1:] if last_only else x))
 
 
+def compile_layers(model) -> None:
+    """torch.compile each decoder layer of a LlamaForCausalLM, in place: compiled once, since all look alike."""
+    for layer in model.model.layers:
+        layer.self_attn.layer_idx = 0  # FixedCache needs no number, and torch.compile would compile for each
+        layer.compile(dynamic=False)
+
+
 class FixedCache:
-    """Keys and values of ``length`` tokens, random but for the last one: what one decoding step reads.  It has the one
-    method of transformers' caches that an attention layer calls."""
+    """Keys and values of ``length`` tokens, random but for the last one: what one decoding step reads.  Each of
+    ``layers`` has the one method of transformers' caches that an attention layer calls."""
 
     def __init__(self, config, batch: int, length: int, device, dtype):
         import torch
@@ -38,10 +44,15 @@ class FixedCache:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         size = (batch, config.num_key_value_heads, length, dim)
         self.length = length
-        options, layers = dict(device=device, dtype=dtype), range(config.num_hidden_layers)
-        self.keys, self.values = ([torch.randn(size, **options) for _ in layers] for _ in range(2))
+        self.layers = [_LayerCache(*(torch.randn(size, device=device, dtype=dtype) for _ in range(2)))
+                       for _ in range(config.num_hidden_layers)]  # fmt: skip
 
-    def update(self, keys, values, layer: int, *_, **__):
+
+class _LayerCache:
+    def __init__(self, keys, values):
+        self.keys, self.values = keys, values
+
+    def update(self, keys, values, *_, **__):
         n = keys.shape[2]
-        self.keys[layer][:, :, -n:], self.values[layer][:, :, -n:] = keys, values
-        return self.keys[layer], self.values[layer]
+        self.keys[:, :, -n:], self.values[:, :, -n:] = keys, values
+        return self.keys, self.values

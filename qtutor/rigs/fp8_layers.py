@@ -76,7 +76,7 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def huggingface_layers(shape: Shape):
+def huggingface_layers(shape: Shape, compiled: bool = False):
     """Decoder layers of transformers' Llama in BF16 and their call ``f(x)``; x: (batch, sequence, hidden)."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -87,6 +87,8 @@ def huggingface_layers(shape: Shape):
     with torch.device("cuda"):
         stack = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(LAYERS)).to(torch.bfloat16)
         cos_sin = LlamaRotaryEmbedding(config)(torch.empty(1, dtype=torch.bfloat16), torch.arange(shape.sequence)[None])
+    for layer in stack if compiled else ():
+        layer.compile()
 
     def forward(x):
         for layer in stack:
@@ -97,9 +99,11 @@ def huggingface_layers(shape: Shape):
     return stack, forward
 
 
-def te_layers(shape: Shape, layers: int = LAYERS, recipe: str | None = None, fp8_weights=False, graph=False, **options):
+def te_layers(shape: Shape, layers: int = LAYERS, recipe: str | None = None, fp8_weights=False, graph=False,
+              checkpointing=False, **options):  # fmt: skip
     """The same layers as te.TransformerLayer, in BF16 or (with a ``recipe``) FP8; ``graph``: replayed from CUDA graphs,
-    which launch all kernels of a pass at once; ``options`` are those of :func:`recipe_of`."""
+    which launch all kernels of a pass at once; ``checkpointing``: each layer keeps its input only and computes the rest
+    again in the backward pass; ``options`` are those of :func:`recipe_of`."""
     import transformer_engine.pytorch as te
 
     fp8 = {"enabled": recipe is not None, "recipe": recipe_of(recipe, **options)}
@@ -108,7 +112,8 @@ def te_layers(shape: Shape, layers: int = LAYERS, recipe: str | None = None, fp8
     class Stack(nn.ModuleList):
         def forward(self, x):
             for layer in self:
-                x = layer(x, rotary_pos_emb=rope)
+                x = (te.checkpoint(layer, x, rotary_pos_emb=rope) if checkpointing
+                     else layer(x, rotary_pos_emb=rope))  # fmt: skip
             return x
 
     with te.quantized_model_init(enabled=fp8_weights, recipe=fp8["recipe"]):
@@ -144,18 +149,22 @@ def training_step(shape: Shape, stack, forward):
     return step
 
 
-DELAYED = {"recipe": "delayed", "fp8_weights": True}
-RUNGS = {  # None: transformers' layers; else the arguments of te_layers
-    "Hugging Face BF16": None,
-    "TE BF16": {},
-    "TE FP8 block": {"recipe": "block"},
+DELAYED = {"recipe": "delayed"}
+STORED = DELAYED | {"fp8_weights": True}
+RUNGS = {  # each changes one thing of the rung before; the arguments of huggingface_layers, with "recipe" of te_layers
+    "Hugging Face BF16": {},
+    "Hugging Face BF16, compiled": {"compiled": True},
+    "TE BF16": {"recipe": None},
     "TE FP8 current": {"recipe": "current"},
-    "TE FP8 current + fast accumulation": {"recipe": "current", "fast_accumulation": True},
-    "TE FP8 delayed": {"recipe": "delayed"},
-    "TE FP8 delayed + FP8 weights": DELAYED,
-    "TE FP8 delayed + FP8 weights + FP8 attention": DELAYED | {"fp8_attention": True},
-    "TE FP8 delayed + FP8 weights + CUDA graph": DELAYED | {"graph": True},
-    "TE BF16 + CUDA graph": {"graph": True},
+    "TE FP8 delayed": DELAYED,
+    "TE FP8 delayed + FP8 weights": STORED,
+    "TE FP8 delayed + FP8 weights + fast accumulation": STORED | {"fast_accumulation": True},
+}
+BRANCHES = {  # name: (the rung that it changes, the arguments)
+    "TE FP8 block": ("TE FP8 delayed", {"recipe": "block"}),
+    "TE FP8 delayed + FP8 weights + FP8 attention": ("TE FP8 delayed + FP8 weights", STORED | {"fp8_attention": True}),
+    "TE FP8 delayed + FP8 weights + CUDA graph": ("TE FP8 delayed + FP8 weights", STORED | {"graph": True}),
+    "TE BF16 + CUDA graph": ("TE BF16", {"recipe": None, "graph": True}),
 }
 
 
@@ -173,28 +182,32 @@ def recipe_of(name: str | None, fp8_attention: bool = False, fast_accumulation: 
 def build(shape: Shape, rung: str):
     """Build the layers of a rung; return (module, ``step()``), where a step is one forward and backward pass."""
     torch.manual_seed(0)
-    how = RUNGS[rung]
-    stack, forward = huggingface_layers(shape) if how is None else te_layers(shape, **how)
+    how = RUNGS[rung] if rung in RUNGS else BRANCHES[rung][1]
+    stack, forward = te_layers(shape, **how) if "recipe" in how else huggingface_layers(shape, **how)
     return stack, training_step(shape, stack, forward)
 
 
 def timed(step, seconds: float = 1.5, warmup: int = 3) -> dict:
-    """Time ``step()`` for about ``seconds``: ms_per_step with percentiles, repeats, joules_per_step, watts and clock.
-    The steps run back to back, so that the power limit acts as it does in training."""
+    """Time ``step()`` for about ``seconds``: ms_per_step with percentiles, repeats, joules_per_step and the interval
+    that the counter's resolution leaves, watts and clock.  The steps run back to back, so that the power limit acts as
+    it does in training."""
     timing, used = energy.timed(step, warmup=warmup, repeats=5, seconds=seconds, device="cuda")
-    board, n = energy.board("cuda"), timing.n
+    board, n, joules = energy.board("cuda"), timing.n, used.per(timing.n)
     row = {"ms_per_step": timing.median_ms, "ms_p10": timing.p10, "ms_p90": timing.p90, "repeats": n,
-           "mhz": board and board.mhz(), "joules_per_step": used.per(n), "watts": used.per(used.seconds)}  # fmt: skip
+           "mhz": board and board.mhz(), "joules_per_step": joules, "watts": used.per(used.seconds)}  # fmt: skip
+    if joules is not None:
+        row |= {f"joules_per_step_{end}": joules * (1 + sign * used.relative_error)
+                for end, sign in (("low", -1), ("high", 1))}  # fmt: skip
     return {key: round(value, 4) for key, value in row.items() if value is not None}
 
 
-def peaks(size: int = 8192) -> dict:
+def peaks(seconds: float = 1.0, size: int = 8192) -> dict:
     """Measured peak of the matrix units, in TFLOP/s, of one large product of random data: {"BF16": ..., "FP8": ...}."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     one, (a8, b8) = torch.ones((), device="cuda"), (t.to(torch.float8_e4m3fn) for t in (a, b))
     work = {"BF16": lambda: a @ b.t(), "FP8": lambda: torch._scaled_mm(a8, b8.t(), one, one, out_dtype=torch.bfloat16,
                                                                        use_fast_accum=True)}  # fmt: skip
-    return {name: round(2 * size**3 / timed(product, 0.8, 10)["ms_per_step"] / 1e9, 1)
+    return {name: round(2 * size**3 / timed(product, seconds, 10)["ms_per_step"] / 1e9, 1)
             for name, product in work.items()}  # fmt: skip
 
 
@@ -218,28 +231,19 @@ def measure_rung(shape: Shape, rung: str, seconds: float) -> dict:
     return row
 
 
-def ladder(shapes=tuple(SHAPES), rungs=tuple(RUNGS), seconds: float = 0.8) -> list[dict]:
-    """Rows of ``fp8_layers``: every rung for every shape (names).
-
-    Rungs are measured in order and then in reverse order, and the two figures averaged: a GPU that grows warm, and
-    slows down, would otherwise favour the rungs that came first.
-    """
+def ladder(shapes=("Llama-2-7B", "Llama-2-70B"), rungs=(*RUNGS, *BRANCHES), seconds: float = 10.0) -> list[dict]:
+    """Rows of ``fp8_layers``: every rung for every shape (names), on a GPU that is warm from the first on."""
     from tqdm.auto import tqdm
 
     require_fp8()
-    peak, rows, found = peaks(), [], {}
-    turns = [(name, rung) for name in shapes for rung in (*rungs, *reversed(rungs))]
-    for name, rung in tqdm(turns, desc="ladder", leave=False):
+    peak, rows = peaks(seconds), []  # which also warms the GPU up: a cold one clocks higher
+    for name, rung in tqdm([(name, rung) for name in shapes for rung in rungs], desc="ladder", leave=False):
         try:
-            found.setdefault((name, rung), []).append(measure_rung(SHAPES[name], rung, seconds))
+            row = measure_rung(SHAPES[name], rung, seconds)
         except Exception as error:  # noqa: BLE001 - what one version of the library cannot run must not cost the rest
             print(f"{name}, {rung}: left out, {type(error).__name__}: {str(error).splitlines()[0][:200]}")
-    for (name, rung), pair in found.items():
-        row = dict(pair[0])
-        for key in ("ms_per_step", "ms_p10", "ms_p90", "mhz", "joules_per_step", "watts"):
-            if all(key in r for r in pair):
-                row[key] = round(sum(r[key] for r in pair) / len(pair), 4)
+            continue
         rate, most = SHAPES[name].flop() / row["ms_per_step"] / 1e9, peak["FP8" if "FP8" in rung else "BF16"]
-        rows.append(row | {"repeats": sum(r["repeats"] for r in pair), "tflop_per_s": round(rate, 1),
-                           "peak_tflop_per_s": most, "share_of_peak": round(rate / most, 4)})  # fmt: skip
+        rows.append(row | {"tflop_per_s": round(rate, 1), "peak_tflop_per_s": most,
+                           "share_of_peak": round(rate / most, 4)})  # fmt: skip
     return rows

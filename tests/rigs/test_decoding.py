@@ -17,7 +17,7 @@ def test_the_llama_without_its_wrapping_is_the_same_llama():
         cache = decoding.FixedCache(model.config, 2, 40, "cpu", torch.float32)
         past = model(input_ids=ids[:, :39], use_cache=True).past_key_values
         for i, layer in enumerate(past.layers):
-            cache.keys[i][:, :, :39], cache.values[i][:, :, :39] = layer.keys, layer.values
+            cache.layers[i].keys[:, :, :39], cache.layers[i].values[:, :, :39] = layer.keys, layer.values
         step = decoding.llama_logits(model, ids[:, 39:], cache)
     assert torch.allclose(step[:, 0], expected[:, -1], atol=1e-4)
 
