@@ -1,7 +1,7 @@
 """Checks of the exercises: FP8 speed and memory."""
 
 from ..lesson import exercise, expect
-from .answers import function, number, several
+from .answers import number, several
 
 
 def _share(sequence: int, hidden: int = 4096, intermediate: int = 14336, kv: int = 1024) -> float:
@@ -21,23 +21,26 @@ def _attention_share(answer):
     return f"{right:.1%}: long sequences move work to where FP8 does not help."
 
 
-@exercise("fp8_speed_and_memory.amdahl", solution=lambda share, faster, overhead: (
-    1 / (1 - share + share / faster + overhead)), wrong=[
-    lambda share, faster, overhead: 1 / (1 - share + share / faster),                  # no overhead
-    lambda share, faster, overhead: 1 - share + share / faster + overhead,             # the time, not the speedup
-    lambda share, faster, overhead: 1 / (1 - share + share / faster - overhead),       # overhead as a gain
-    lambda share, faster, overhead: 1 / (share + (1 - share) / faster + overhead),     # the shares exchanged
-    lambda share, faster, overhead: share * faster + (1 - share) - overhead,           # averages the rates
-    lambda share, faster, overhead: 1 / (1 - share + (share + overhead) / faster),     # overhead made faster, too
-])  # fmt: skip
-def _amdahl(answer):
-    answer = function(answer, "fp8_speedup")
-    number(answer(0.0, 2, 0.0), 1, "Without matrix products and without overhead nothing changes: 1.")
-    number(answer(1.0, 2, 0.0), 2, "If all is matrix products, twice as fast, the step is twice as fast.")
-    number(answer(0.8, 2, 0.0), 1 / 0.6, "Add up times, not rates: 0.2 stays, 0.8 becomes 0.4.")
-    expect(answer(0.8, 2, 0.1) < answer(0.8, 2, 0.0), "Overhead makes the step longer.")
-    number(answer(0.8, 2, 0.1), 1 / 0.7, "0.2 stays, 0.8 becomes 0.4, and 0.1 comes on top: 0.7.")
-    return "The same three numbers, read off a profile, tell you beforehand what FP8 can give."
+_SPENT = {"a": 6, "b": 34 - 34 / 1.2, "c": 20 - 20 / 1.5, "d": 2.5}  # ms saved by each purchase
+_BOUGHT = {letter: 100 / (80 - saved) for letter, saved in _SPENT.items()}
+
+
+@exercise("fp8_speed_and_memory.where_to_spend", solution=[1.25, _BOUGHT["c"], "c"], wrong=[
+    [100 / 74, 100 / (74 - _SPENT["c"]), "c"], [1.25, _BOUGHT["a"], "a"], [1.25, _BOUGHT["b"], "b"],
+    [1.25, _BOUGHT["d"], "d"], [1.25, 1.25 * 1.5, "c"], [60 / 34, _BOUGHT["c"], "c"], [1.25, _BOUGHT["c"], "a"],
+    "c"])  # fmt: skip
+def _where(answer):
+    before, after, letter = several(answer, 3, "two speedups and a letter")
+    number(before, 1.25, "The FP8 step takes 34 + 6 + 20 + 15 + 5 ms.", {
+        100 / 74: "Quantization is part of the FP8 step: add its 6 ms.",
+        60 / 34: "That is the speedup of the products alone; the other parts do not change."}, within=0.005)
+    letter = str(letter).strip().lower()
+    expect(letter in _SPENT, 'The last answer is "a", "b", "c" or "d".')
+    expect(letter == "c", f"{letter} saves {_SPENT[letter]:.1f} ms of the FP8 step; another purchase saves more: compare "
+                          "the milliseconds that each one saves, not its factor.")  # fmt: skip
+    number(after, _BOUGHT["c"], "Subtract what faster attention saves, 20 - 20 / 1.5 ms, from the FP8 step of 80 ms.", {
+        1.25 * 1.5: "Only attention becomes 1.5 times as fast, not the step."}, within=0.005)
+    return "FP8 moved the bottleneck: in the BF16 step, faster products would have saved most, 10 ms."
 
 
 def _training_gib(*bytes_per_parameter):

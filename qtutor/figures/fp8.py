@@ -1,4 +1,4 @@
-"""Pictures of the FP8 topics: delayed scaling at work, and where FP8 begins to pay."""
+"""Pictures of delayed scaling at work."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.colors import TwoSlopeNorm
 
-from .. import plots, results
+from .. import plots
 from .live import dropdown, live_picture
 
 STEPS, AT = 28, 6  # of a run; and the step at which something happens
@@ -132,65 +131,3 @@ def scaling_explorer():
     six = list(controls.values())
     return live_picture(lambda **chosen: (scaling_sentence(**chosen), scaling_picture(**chosen)),
                         ipywidgets.HBox([ipywidgets.VBox(six[i : i + 2]) for i in (0, 2, 4)]), **controls)  # fmt: skip
-
-
-def breakeven_speedup(rows, hidden: float, tokens: float, graph: bool, column: str = "speedup") -> float:
-    """Read the recorded map between its points: linear in the logarithms; beyond its edge, the value at the edge.
-
-    ``rows``: DataFrame of ``fp8_breakeven`` on a full grid of hidden and tokens; ``graph``: replayed from a CUDA graph,
-    or launched from Python; ``column``: which figure, all of them positive.
-    """
-    grid = np.log(rows[rows["graph"] == graph].pivot(index="hidden", columns="tokens", values=column))
-    line = [np.interp(np.log2(tokens), np.log2(grid.columns), row) for row in grid.to_numpy()]
-    return float(np.exp(np.interp(np.log2(hidden), np.log2(grid.index), line)))
-
-
-def breakeven_picture(rows, hidden: int = 4096, tokens: int = 4096, graph: bool = False):
-    """Figure: the recorded map with the reader's size marked, and the times of a layer over tokens at that size."""
-    fig, (left, right) = plots.figure(8.5, 3.5, ncols=2, width_ratios=(1.25, 1))
-    y, x = np.sort(rows["hidden"].unique()), np.sort(rows["tokens"].unique())
-    fine_y, fine_x = np.geomspace(y[0], y[-1], 41), np.geomspace(x[0], x[-1], 49)
-    surface = np.array([[breakeven_speedup(rows, h, t, graph) for t in fine_x] for h in fine_y])
-    image = left.pcolormesh(fine_x, fine_y, surface, cmap="PuOr", norm=TwoSlopeNorm(1, 0.5, 2), shading="gouraud")
-    left.contour(fine_x, fine_y, surface, levels=[1], colors="black", linewidths=1.6)
-    left.plot([tokens], [hidden], "o", ms=11, mfc="none", mec="black", mew=2.5)
-    left.set(title="CUDA graph" if graph else "Eager", xlabel="tokens in a batch", ylabel="hidden size")
-    left.grid(False)
-    fig.colorbar(image, ax=left, label="BF16 time / FP8 time", ticks=[0.5, 0.75, 1, 1.5, 2])
-    for column, name, style in (("ms_bf16", "BF16", "-"), ("ms_fp8", "FP8", "--")):
-        times = [breakeven_speedup(rows, hidden, t, graph, column) for t in fine_x]
-        right.plot(fine_x, times, style, color=plots.PALETTE[0 if name == "BF16" else 1], label=name)
-        right.plot([tokens], [breakeven_speedup(rows, hidden, tokens, graph, column)], "o", color="black", ms=5)
-    right.set(title=f"One layer, hidden {hidden:,}", xlabel="tokens in a batch", ylabel="ms, forward + backward",
-              yscale="log")  # fmt: skip
-    right.legend()
-    for axis, ticks in ((left, x), (right, x[::2])):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else f"{t}" for t in ticks])
-    left.set_yscale("log", base=2)
-    left.set_yticks(y, [f"{h}" for h in y])
-    left.minorticks_off()
-    plots.plain_ticks(right.yaxis)
-    return fig
-
-
-def breakeven_explorer():
-    """Choose hidden size, tokens and CUDA graph; see where that lies on the recorded break-even map."""
-    recorded = results.load("fp8_breakeven", "h200")
-    rows = recorded.frame()
-
-    def slider(label, sizes, value):
-        return ipywidgets.SelectionSlider(options=sizes, value=value, description=label,
-                                          style={"description_width": "90px"})  # fmt: skip
-
-    def draw(**at):
-        gain, bf16, fp8 = (breakeven_speedup(rows, **at, column=c) for c in ("speedup", "ms_bf16", "ms_fp8"))
-        verdict = "FP8 pays" if gain >= 1.1 else "about even" if gain > 0.95 else "FP8 is slower"
-        return (f"<b>{verdict}</b>: {gain:.2f}x; a layer takes about {bf16:.2f} ms in BF16 and {fp8:.2f} ms in FP8 "
-                f"(delayed scaling). Recorded on an {recorded.device}, {recorded.created[:10]}; interpolated.",
-                breakeven_picture(rows, **at))  # fmt: skip
-
-    hidden = slider("hidden size", (512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192), 4096)
-    tokens = slider("tokens", [2**i for i in range(8, 15)], 2048)
-    graph = ipywidgets.Checkbox(description="CUDA graph", indent=False)
-    return live_picture(draw, hidden=hidden, tokens=tokens, graph=graph)

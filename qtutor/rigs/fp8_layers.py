@@ -231,8 +231,9 @@ def measure_rung(shape: Shape, rung: str, seconds: float) -> dict:
     return row
 
 
-def ladder(shapes=("Llama-2-7B", "Llama-2-70B"), rungs=(*RUNGS, *BRANCHES), seconds: float = 10.0) -> list[dict]:
-    """Rows of ``fp8_layers``: every rung for every shape (names), on a GPU that is warm from the first on."""
+def ladder(shapes=("Llama-2-7B", "Llama-2-70B"), rungs=(*RUNGS, *BRANCHES, "TE BF16"), seconds: float = 10.0) -> list:
+    """Rows of ``fp8_layers``: every rung for every shape (names), on a GPU that is warm from the first on.  A rung that
+    comes twice, "TE BF16 (again)", shows how far the figures drift within one recording."""
     from tqdm.auto import tqdm
 
     require_fp8()
@@ -244,6 +245,8 @@ def ladder(shapes=("Llama-2-7B", "Llama-2-70B"), rungs=(*RUNGS, *BRANCHES), seco
             print(f"{name}, {rung}: left out, {type(error).__name__}: {str(error).splitlines()[0][:200]}")
             continue
         rate, most = SHAPES[name].flop() / row["ms_per_step"] / 1e9, peak["FP8" if "FP8" in rung else "BF16"]
+        if any((r["shape"], r["rung"]) == (name, rung) for r in rows):
+            row["rung"] += " (again)"
         rows.append(row | {"tflop_per_s": round(rate, 1), "peak_tflop_per_s": most,
                            "share_of_peak": round(rate / most, 4)})  # fmt: skip
     return rows
