@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import qtutor
-from qtutor import QtutorError, files, results
+from qtutor import QtutorError, files, paired, results
 from qtutor.checkpoints import fetch
 
 from . import command, keep, notebooks, runs, topic
@@ -139,14 +139,16 @@ def percent(change: float, digits: int = 0) -> str:
     return (shown if float(shown) else shown[1:]).replace("-", "−") + " %"
 
 
-def _training(data) -> str:
-    said = []
-    for shape in ("Llama-2-70B", "Llama-2-7B"):
-        high, low = one(data, shape=shape, rung="TE BF16"), one(data, shape=shape, rung="TE FP8 delayed")
+def _model(data) -> str:
+    said, layers = [], max(row["layers"] for row in data.rows)
+    for shape in dict.fromkeys(row["shape"] for row in data.rows):
+        where = {"shape": shape, "layers": layers, "batch": 4}
+        high, low, hf = (one(data, **where, rung=rung) for rung in ("TE BF16", "TE FP8 delayed", "Hugging Face BF16"))
         energy = low["joules_per_step"] / high["joules_per_step"] - 1
-        said.append(f"**{times(high['ms_per_step'] / low['ms_per_step'])}** the speed, {percent(energy)} energy at "
-                    f"{shape}'s width")  # fmt: skip
-    return "; ".join(said) + " (two layers, one step, delayed scaling against BF16, both Transformer Engine)"
+        said.append(f"{shape}'s shape: **{times(high['ms_per_step'] / low['ms_per_step'])}** the speed of BF16 and "
+                    f"{percent(energy)} energy, {times(hf['ms_per_step'] / low['ms_per_step'])} Hugging Face's BF16")
+    return (f"a whole step with head, loss and optimizer, {layers} layers, Transformer Engine, delayed scaling. "
+            + "; ".join(said))  # fmt: skip
 
 
 def _breakeven(data) -> str:
@@ -167,26 +169,27 @@ def _loss(data) -> str:
     seeds = sorted({seed for recipe, seed in final if recipe == "BF16"})
     said = []
     for recipe in dict.fromkeys(recipe for recipe, _ in final if recipe != "BF16"):
-        gaps = [final[recipe, seed] - final["BF16", seed] for seed in seeds if (recipe, seed) in final]
-        error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-        shown = f"{statistics.fmean(gaps):+.3f} ± {error:.3f}".replace("-", "−")
-        said.append(f"{recipe.removeprefix('FP8 ')} **{shown}**")
-    return (f"held-out loss after {last:,} steps, FP8 minus BF16, nats per token: {', '.join(said)} "
-            f"(course model; {len(seeds)} seeds, paired, ± standard error)")  # fmt: skip
+        lost = paired.paired_nll([final[recipe, seed] - final["BF16", seed] for seed in seeds])
+        shown = f"**{lost.difference:+.4f}** ({lost.low:+.4f} to {lost.high:+.4f})".replace("-", "−")
+        said.append(f"{recipe.removeprefix('FP8 ')} {shown}")
+    return (f"held-out loss after {last:,} steps, FP8 minus BF16, nats per token, with 95 % intervals: "
+            f"{'; '.join(said)} (course model, {len(seeds)} seeds, paired)")  # fmt: skip
 
 
 def _inference(data) -> str:
-    high, low, int4 = (one(data, model="Llama-2-7B shape", technique=name, batch=1)
-                       for name in ("BF16", "FP8 (Transformer Engine)", "torchao INT4 group 32"))  # fmt: skip
+    high, low, int8, int4 = (one(data, model="Llama-2-7B shape", technique=name, batch=1, compiled=compiled)
+                             for name, compiled in (("BF16", True), ("FP8 (Transformer Engine)", False),
+                                                    ("torchao INT8 weight-only", True),
+                                                    ("torchao INT4 group 32", True)))  # fmt: skip
     memory = low["weights_gib"] / high["weights_gib"] - 1
-    energy = low["joules_per_decode_token"] / high["joules_per_decode_token"] - 1
 
     def faster(row, what):
         return times(row[f"{what}_tokens_per_s"] / high[f"{what}_tokens_per_s"])
 
-    return (f"FP8 against BF16, Llama-2-7B's shape: {percent(memory)} memory, prefill **{faster(low, 'prefill')}**, "
-            f"decode **{faster(low, 'decode')}** at batch 1 with {percent(energy)} energy; INT4 weights: "
-            f"decode {faster(int4, 'decode')}, prefill only {faster(int4, 'prefill')}")
+    return (f"against compiled BF16, Llama-2-7B's shape in PyTorch: FP8 {percent(memory)} memory, prefill "
+            f"**{faster(low, 'prefill')}**, decode **{faster(low, 'decode')}** at batch 1; torchao, compiled: INT8 "
+            f"weights decode {faster(int8, 'decode')}, INT4 weights {faster(int4, 'decode')}, prefill "
+            f"{faster(int4, 'prefill')}")  # fmt: skip
 
 
 def _qat(data) -> str:
@@ -264,7 +267,7 @@ def _llama70b(data) -> str:
 
 #: (question, name of the results that answer it, function: Results -> Markdown)
 HEADLINES = (
-    ("Does FP8 train faster?", "fp8_layers", _training),
+    ("Does FP8 train faster?", "fp8_model", _model),
     ("From which size on?", "fp8_breakeven", _breakeven),
     ("Is the loss the same?", "fp8_loss", _loss),
     ("Does FP8 help inference?", "fp8_inference", _inference),

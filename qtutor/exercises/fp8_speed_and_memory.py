@@ -36,8 +36,8 @@ def _where(answer):
         60 / 34: "That is the speedup of the products alone; the other parts do not change."}, within=0.005)
     letter = str(letter).strip().lower()
     expect(letter in _SPENT, 'The last answer is "a", "b", "c" or "d".')
-    expect(letter == "c", f"{letter} saves {_SPENT[letter]:.1f} ms of the FP8 step; another purchase saves more: compare "
-                          "the milliseconds that each one saves, not its factor.")  # fmt: skip
+    expect(letter == "c", f"{letter} saves {_SPENT[letter]:.1f} ms of the FP8 step, and another purchase saves more: "
+                          "compare the milliseconds that each one saves, not its factor.")  # fmt: skip
     number(after, _BOUGHT["c"], "Subtract what faster attention saves, 20 - 20 / 1.5 ms, from the FP8 step of 80 ms.", {
         1.25 * 1.5: "Only attention becomes 1.5 times as fast, not the step."}, within=0.005)
     return "FP8 moved the bottleneck: in the BF16 step, faster products would have saved most, 10 ms."

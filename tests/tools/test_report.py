@@ -58,7 +58,7 @@ def test_the_links_of_the_page_lead_somewhere():
 def test_another_measurement_shows_in_both(tmp_path):
     root = copy_of_project(tmp_path)
     assert report.check(root) == [] and report.write(root) == []
-    path = root / "data/results/h200/fp8_layers.json"
+    path = root / "data/results/h100/fp8_model.json"
     data = json.loads(path.read_text("utf-8"))
     for row in data["rows"]:
         row["ms_per_step"] *= 2 if row["rung"] == "TE BF16" else 1
@@ -102,7 +102,7 @@ def test_what_nobody_described_is_found(tmp_path):
 
 def test_rows_that_do_not_answer_are_one_sentence(tmp_path):
     root = copy_of_project(tmp_path)
-    path = root / "data/results/h200/fp8_layers.json"
+    path = root / "data/results/h100/fp8_model.json"
     data = json.loads(path.read_text("utf-8"))
     for change in (lambda row: row.pop("joules_per_step"), lambda row: row.update(rung="another")):
         bad = copy.deepcopy(data)
@@ -121,22 +121,29 @@ def answers() -> dict:
 
 
 def test_training_headline_against_pandas():
-    answer, data = answers()["fp8_layers"]
-    frame = data.frame().set_index(["shape", "rung"])
-    for shape in ("Llama-2-70B", "Llama-2-7B"):
+    answer, data = answers()["fp8_model"]
+    frame = data.frame()
+    frame = frame[(frame.layers == frame.layers.max()) & (frame.batch == 4)].set_index(["shape", "rung"])
+    for shape in ("Llama-2-7B", "Llama-3-8B"):
         speed = frame.ms_per_step[shape, "TE BF16"] / frame.ms_per_step[shape, "TE FP8 delayed"]
         energy = 1 - frame.joules_per_step[shape, "TE FP8 delayed"] / frame.joules_per_step[shape, "TE BF16"]
-        assert f"**{speed:.2f} ×** the speed, −{100 * energy:.0f} % energy at {shape}'s width" in answer
+        hf = frame.ms_per_step[shape, "Hugging Face BF16"] / frame.ms_per_step[shape, "TE FP8 delayed"]
+        assert f"{shape}'s shape: **{speed:.2f} ×** the speed of BF16 and −{100 * energy:.0f} % energy" in answer
+        assert f"{hf:.2f} × Hugging Face's BF16" in answer
 
 
-def test_loss_headline_against_pandas():
+def test_loss_headline_against_scipy():
+    from scipy import stats
+
     answer, data = answers()["fp8_loss"]
     frame = data.frame()
-    last = frame[frame.step == frame.step.max()].pivot(index="seed", columns="recipe", values="held_out_nats")
-    gaps = last.drop(columns="BF16").sub(last["BF16"], axis=0).dropna()
-    for recipe in gaps:
-        assert f"{recipe.removeprefix('FP8 ')} **{gaps[recipe].mean():+.3f} ± {gaps[recipe].sem():.3f}**" in answer
-    assert f"{len(gaps)} seeds" in answer
+    ends = frame[frame.step == frame.step.max()].pivot(index="seed", columns="recipe", values="held_out_nats")
+    for recipe in ("FP8 delayed", "FP8 current", "FP8 block"):
+        gap = ends[recipe] - ends["BF16"]
+        low, high = stats.ttest_rel(ends[recipe], ends["BF16"]).confidence_interval(0.95)
+        shown = f"{recipe[4:]} **{gap.mean():+.4f}** ({low:+.4f} to {high:+.4f})"
+        assert shown.replace("-", "−") in answer
+    assert f"{len(ends)} seeds, paired" in answer and len(ends) >= 8
 
 
 def test_qat_headlines_against_pandas():
@@ -201,11 +208,11 @@ def test_every_headline_names_one_machine():
 def test_inference_headline_against_pandas():
     answer, data = answers()["fp8_inference"]
     frame = data.frame()
-    frame = frame[(frame.model == "Llama-2-7B shape") & (frame.batch == 1)].set_index("technique")
-    fp8, bf16 = frame.loc["FP8 (Transformer Engine)"], frame.loc["BF16"]
+    frame = frame[(frame.model == "Llama-2-7B shape") & (frame.batch == 1)].set_index(["technique", "compiled"])
+    fp8, bf16 = frame.loc[("FP8 (Transformer Engine)", False)], frame.loc[("BF16", True)]
     assert f"prefill **{bf16.time_to_first_token_ms / fp8.time_to_first_token_ms:.2f} ×**" in answer
     assert f"decode **{fp8.decode_tokens_per_s / bf16.decode_tokens_per_s:.2f} ×** at batch 1" in answer
-    assert f"−{100 * (1 - fp8.joules_per_decode_token / bf16.joules_per_decode_token):.0f} % energy" in answer
+    assert f"−{100 * (1 - fp8.weights_gib / bf16.weights_gib):.0f} % memory" in answer
 
 
 def test_helpers():
