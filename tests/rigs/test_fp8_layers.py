@@ -1,5 +1,7 @@
 """fp8_layers, as far as no GPU is needed: arithmetic, the rungs, the refusal."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -43,7 +45,7 @@ def changed(one: dict, other: dict) -> int:
 
 def test_each_rung_changes_one_thing_of_the_rung_before():
     rungs = list(fp8_layers.RUNGS.values())
-    assert [changed(a, b) for a, b in zip(rungs[3:], rungs[2:])] == [1] * (len(rungs) - 3)
+    assert {changed(a, b) for a, b in itertools.pairwise(rungs[2:])} == {1}
     assert changed(rungs[0], rungs[1]) == 1 and "recipe" not in rungs[1]  # then the library changes
     for base, how in fp8_layers.BRANCHES.values():
         assert changed(fp8_layers.RUNGS[base], how) == 1
