@@ -16,7 +16,8 @@ from matplotlib.colors import TwoSlopeNorm
 from .. import plots
 from .live import live_picture
 
-_FORMATS = (("over ", "{:.2f}x"), ("share|more than|of peak|change", "{:+.1%}"), ("tokens/s|million|W|MHz", "{:,.0f}"))
+_FORMATS = {"over ": "{:.2f}x", "more than|change": "{:+.1%}", "share|of peak": "{:.0%}",
+            "tokens/s|million|W$|MHz": "{:,.0f}", "1,000 tokens": "{:.1f}"}  # fmt: skip
 PRODUCTS = {"BF16 product": 0, "BF16 product of zeros": 9, "FP8 product, split accumulation": 3, "FP8 product": 1}
 KINDS = {"matrix products": 0, "attention": 4, "norms and activations": 2, "quantization": 3, "optimizer": 5,
          "other": 7, "idle": 8}  # fmt: skip
@@ -35,7 +36,7 @@ def styled(table, **digits: int):
     formats = {}
     for name in table.select_dtypes("number"):
         unit = name.split(", ")[-1] if ", " in name else name
-        known = (form for words, form in _FORMATS if re.search(words, name))
+        known = (form for words, form in _FORMATS.items() if re.search(words, name))
         formats[name] = next(known, f"{{:,.{digits.get(name.split(',')[0], digits.get(unit, 2))}f}}")
     return table.style.format(formats, na_rep="not run")
 
