@@ -25,6 +25,7 @@ from qtutor.rigs import techniques
 RATE = 1e-5
 MODELS = {"Llama-2-7B": (4, 2048), "Llama-3-8B": (4, 2048)}  # batch and sequence
 LAYERS = 16
+SLOPE = "TE BF16", "TE FP8 current", "TE FP8 delayed", "TE FP8 delayed + FP8 weights"  # also with fewer layers
 ARMS = {  # the arguments of huggingface() or, with "te", of te_llama()
     "Hugging Face BF16": {},
     "Hugging Face BF16, compiled": {"compiled": True},
@@ -169,11 +170,11 @@ def measured(model: str, layers: int, name: str, arm: dict, batch: int, sequence
 
 
 def record_model(full: bool):
-    """``fp8_model``: every arm at LAYERS layers, and Transformer Engine's at 4 and 8 for the slope over layers."""
+    """``fp8_model``: every arm at LAYERS layers, and those of SLOPE at 4 and 8, for the memory of one layer more."""
     save, rows = functools.partial(results.save, "fp8_model", profile="full" if full else "quick"), []
     for model, (batch, sequence) in MODELS.items() if full else [("Llama-2-7B", (1, 512))]:
         for name, arm in ARMS.items():
-            slope = (4, 8) if full and "te" in arm and model == "Llama-2-7B" else ()
+            slope = (4, 8) if full and name in SLOPE and model == "Llama-2-7B" else ()
             for layers in (*slope, LAYERS if full else 2):
                 rows.append(measured(model, layers, name, arm, batch, sequence, 10 if layers == LAYERS else 1))
                 path = save(rows)

@@ -240,7 +240,7 @@ def ladder(shapes=("Llama-2-7B", "Llama-2-70B"), rungs=(*RUNGS, *BRANCHES, "TE B
     peak, rows = peaks(seconds), []  # which also warms the GPU up: a cold one clocks higher
     for name, rung in tqdm([(name, rung) for name in shapes for rung in rungs], desc="ladder", leave=False):
         try:
-            row = measure_rung(SHAPES[name], rung, seconds)
+            row = measure_rung(SHAPES[name], rung, min(seconds, 3) if rung in BRANCHES else seconds)
         except Exception as error:  # noqa: BLE001 - what one version of the library cannot run must not cost the rest
             print(f"{name}, {rung}: left out, {type(error).__name__}: {str(error).splitlines()[0][:200]}")
             continue

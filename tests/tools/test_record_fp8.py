@@ -49,7 +49,7 @@ def test_recorded_results_are_complete_and_consistent(name):
         known = {*fp8_layers.RUNGS, *fp8_layers.BRANCHES, "TE BF16 (again)"}
         assert set(frame["shape"]) <= set(fp8_layers.SHAPES) and set(frame["rung"]) == known
         seconds = frame["ms_per_step"] * frame["repeats"] / 1000
-        assert (seconds > 9).all()  # energy windows of ten seconds
+        assert (seconds[~frame["rung"].isin(fp8_layers.BRANCHES)] > 9).all()  # energy windows of ten seconds
         for row in recorded.rows:
             shape = fp8_layers.SHAPES[row["shape"]]
             assert (row["tokens"], row["hidden"]) == (shape.tokens, shape.hidden)
