@@ -195,14 +195,16 @@ def versions() -> dict:
 
 
 def commit() -> str:
-    """The commit of this checkout, with ``+`` when files of the package or the model differ from it.  Outside a
-    checkout (a copy of the files on a GPU machine): what ``QTUTOR_COMMIT`` says, else ``unknown``."""
+    """The commit of this checkout, with ``+`` when files of the package or the model differ from it.  Of a copy of the
+    files on a GPU machine: what ``QTUTOR_COMMIT`` says; where nobody knows, ``unknown``."""
+    if os.environ.get("QTUTOR_COMMIT"):
+        return os.environ["QTUTOR_COMMIT"]
     run = partial(subprocess.check_output, cwd=files.ROOT, text=True, timeout=20, stderr=subprocess.DEVNULL)
     try:
         changed = run(["git", "status", "--porcelain", "--untracked-files=no", "--", "qtutor", "data/model"]).strip()
         return run(["git", "rev-parse", "--short=12", "HEAD"]).strip() + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("QTUTOR_COMMIT", "unknown")
+        return "unknown"
 
 
 def save(name: str, rows, created: str | None = None, profile: str | None = None, directory=None) -> Path:
