@@ -169,14 +169,20 @@ BRANCHES = {  # name: (the rung that it changes, the arguments)
 
 
 def recipe_of(name: str | None, fp8_attention: bool = False, fast_accumulation: bool = False):
-    """A recipe by its short name: "delayed", "current" or "block"; None for None."""
+    """A recipe by its short name: "delayed", "current" or "block"; None for None.
+
+    ``fast_accumulation``: the products of the gradients, too, sum in the tensor core's short accumulator.  It is set on
+    the finished recipe: DelayedScaling has no such argument, ignores it without a word, and obeys the attribute.
+    """
     from transformer_engine.common.recipe import DelayedScaling, Float8BlockScaling, Float8CurrentScaling, MMParams
 
-    options = {"fp8_dpa": True} if fp8_attention else {}
-    if fast_accumulation:  # the gradients' products too sum in the tensor core's short accumulator
-        options = dict.fromkeys(("fp8_gemm_dgrad", "fp8_gemm_wgrad"), MMParams(use_split_accumulator=False))
+    if name is None:
+        return None
     kinds = {"delayed": DelayedScaling, "current": Float8CurrentScaling, "block": Float8BlockScaling}
-    return None if name is None else kinds[name](**options)
+    recipe = kinds[name](**({"fp8_dpa": True} if fp8_attention else {}))
+    for product in ("fp8_gemm_dgrad", "fp8_gemm_wgrad") if fast_accumulation else ():
+        setattr(recipe, product, MMParams(use_split_accumulator=False))
+    return recipe
 
 
 def build(shape: Shape, rung: str):
