@@ -15,18 +15,17 @@ def _shadow(answer):
         101: "Step 101 is the first one whose scale knows the outlier: that is where the shadow begins.",
         16: "That is how many steps the shadow lasts; the question is which step comes after it.",
         115: late, 116: late})  # fmt: skip
-    return "Sixteen steps in the shadow, 101 to 116. With the default history it would have been 1024."
+    return "Sixteen steps lie in the shadow, 101 to 116. With the default history there would be 1024."
 
 
 @exercise("fp8_scaling.mx_scale", solution=2.0**-5, wrong=[2.0**-6, 2.0**5, 7.5 / 448, 448 / 7.5, 2.0**-4, "2**-5"])
 def _mx_scale(answer):
-    number(answer, 2.0**-5, "The scale is the smallest power of two with which 7.5 / scale is still at most 448.", {
-        7.5 / 448: "An E8M0 scale is a power of two.",
-        448 / 7.5: "The scale multiplies the codes, which go up to 448, and the block only goes to 7.5: it is below 1.",
-        2.0**5: "The scale multiplies the codes, which go up to 448, and the block only goes to 7.5: it is below 1.",
+    number(answer, 2.0**-5, "scale_inv is the smallest power of two with which 7.5 / scale_inv is still at most 448.", {
+        7.5 / 448: "An E8M0 scale_inv is a power of two.",
+        448 / 7.5: "scale_inv multiplies the codes, which go up to 448, and the block only goes to 7.5: it is below 1.",
         2.0**-6: "7.5 / 2**-6 is 480, and E4M3 ends at 448.",
-        2.0**-4: "With half that scale everything still fits, and more of the range is used."})
-    return "7.5 becomes the code 240. Rounding the scale up costs up to half of the range and saturates nothing."
+        2.0**-4: "With half of that everything still fits, and more of the range is used."})
+    return "7.5 becomes the code 240. Rounding scale_inv up costs up to half of the range and saturates nothing."
 
 
 @exercise("fp8_scaling.stochastic_round", solution=lambda x: x.floor() + (torch.rand_like(x) < x - x.floor()), wrong=[
@@ -43,10 +42,6 @@ def _stochastic_round(answer):
         for value in (2.3, -1.75, 0.1):
             got = tensor(answer(torch.full((20_000,), value)), (20_000,))
             expect(torch.equal(got, got.round()), "The results must be whole numbers.")
-            low = math.floor(value)
-            expect(set(got.unique().tolist()) <= {low, low + 1},
-                   f"{value} lies between {low} and {low + 1}: only these two may come out.")  # fmt: skip
-            expect(len(got.unique()) == 2, f"{value} always becomes {got[0].item():.0f}: sometimes it should go up.")
             mean = got.float().mean().item()
             expect(abs(mean - value) < 0.02, f"The mean of 20,000 roundings of {value} is {mean:.3f}.")
         for whole in (-2.0, 0.0, 3.0, 1e6):
@@ -81,7 +76,7 @@ def fp8_run(scale: str = "top / amax", margin: int = 0, history_len: int = 16, c
             largest = max(history[name])
             scales[name] = (largest / top if scale == "amax / top" else top / largest) / 2**margin
             lost = {"saturates": values.abs() > top / used * 1.0001, "underflows": (got == 0) & (values != 0)}
-            rows.append({"step": len(losses), "tensor": name, "headroom": math.log2(top / used / amax)}
+            rows.append({"step": step, "tensor": name, "headroom": math.log2(top / used / amax)}
                         | {key: share.float().mean().item() for key, share in lost.items()})  # fmt: skip
         return got
 
@@ -99,20 +94,19 @@ def fp8_run(scale: str = "top / amax", margin: int = 0, history_len: int = 16, c
     return losses, rows
 
 
-@exercise("fp8_scaling.repair",
-          solution={"A": {"scale": "top / amax"}, "B": {"checkpoint": "weights, FP8 state"}, "C": {"margin": 0}},
-          wrong=[{"A": {"margin": -16}, "B": {"checkpoint": "weights, FP8 state"}, "C": {"margin": 0}},
-                 {"A": {"scale": "top / amax"}, "B": {"history_len": 1}, "C": {"margin": 0}},
-                 {"A": {"scale": "top / amax"}, "B": {"margin": 4}, "C": {"margin": 0}},
-                 {"A": {"scale": "top / amax"}, "B": {"checkpoint": "weights, FP8 state"}, "C": {"margin": -1}},
-                 {"A": {"scale": "top / amax"}, "B": {"checkpoint": "weights, FP8 state"}, "C": {"history_len": 1}},
-                 {"A": {}, "B": {}, "C": {}}, {"C": {"margin": 0}}, "A"])  # fmt: skip
+_REPAIRED = {"A": {"scale": "top / amax"}, "B": {"checkpoint": "weights, FP8 state"}, "C": {"margin": 0}}
+
+
+@exercise("fp8_scaling.repair", solution=_REPAIRED, wrong=[
+    _REPAIRED | {"A": {"margin": -16}}, _REPAIRED | {"B": {"history_len": 1}}, _REPAIRED | {"B": {"margin": 4}},
+    _REPAIRED | {"C": {"margin": -1}}, _REPAIRED | {"C": {"history_len": 1}}, _REPAIRED | {"A": {}},
+    {"C": {"margin": 0}}, "A"])  # fmt: skip
 def _repair(answer):
     usable = isinstance(answer, dict) and all(isinstance(answer.get(run), dict) for run in PATIENTS)
     expect(usable, 'A dict of three dicts is wanted: {"A": {setting: value}, "B": ..., "C": ...}.')
-    look = {"A": "headroom doubled at the first update, where it should have gone to 0", "C": "the headroom of every "
-            "tensor is the same negative number", "B": "after each restart the gradients underflow, and one step is "
-            "lost"}  # fmt: skip
+    look = {"A": "headroom doubled at the first update, where it should have gone to 0",
+            "B": "after each restart the gradients underflow, and one step is lost",
+            "C": "the headroom of every tensor is the same negative number"}  # fmt: skip
     healthy, _ = fp8_run()
 
     def drawn(losses):
