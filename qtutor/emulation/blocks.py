@@ -187,8 +187,9 @@ def round_e2m1(x: torch.Tensor, stochastic: bool) -> torch.Tensor:
     size = x.abs().clamp_(max=_E2M1_MAX)
     # The grid's step is half the power of two at or below the value, and half of 1 below 1.
     power = (size.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1)
-    if stochastic:
-        size = (size * 2).div_(power).add_(torch.rand_like(size)).floor_().mul_(power).mul_(0.5)
+    if stochastic:  # not floor(steps + rand): FP32 rounds that sum, and one whole number in 10**7 moves
+        steps = (size * 2).div_(power)
+        size = steps.floor().add_(torch.rand_like(size) < steps.frac()).mul_(power).mul_(0.5)
     else:  # beside a number this large FP32's own step is the grid's
         power *= 1.5 * 2**22
         size.add_(power).sub_(power)

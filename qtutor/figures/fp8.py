@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import ipywidgets
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -58,48 +57,32 @@ def delayed_scaling(history_len: int = 8, margin: int = 0, algorithm: str = "max
 
 
 def scaling_picture(step: int = 9, history_len: int = 8, **settings):
-    """Figure: the amax history before ``step``, what the scale can hold against what comes, error and loss by step."""
+    """Figure: what the scale in use can hold against what comes, with the history before ``step``; the error."""
     run = delayed_scaling(history_len, **settings)
-    now, steps = run[step], np.arange(STEPS)
-    blue, orange, green, red, grey = (plots.PALETTE[i] for i in (0, 1, 2, 3, 7))
+    now, steps, edge = run[step], np.arange(STEPS), np.arange(STEPS + 1) - 0.5
+    blue, orange, red, grey = (plots.PALETTE[i] for i in (0, 1, 3, 7))
     amax, low, bottom, top = (np.array([row[key] for row in run]) for key in ("amax", "low", "bottom", "top"))
-    over, edge = amax > top * 1.0001, np.arange(STEPS + 1) - 0.5
-    extent = max(min(low.min(), bottom.min()) / 2, 2.0**-18), max(amax.max(), top.max()) * 3
-
-    fig = plt.figure(figsize=(8.5, 4.9), layout="constrained")
-    one, two = fig.subfigures(1, 2, width_ratios=(1, 1.8))
-    left, key = one.subplots(2, 1, height_ratios=(2.3, 1))
-    right = reach, error, shares = two.subplots(3, 1, sharex=True, height_ratios=(1.8, 1, 1))
-    bars = np.array([*now["history"], now["amax"]])
-    colors = [orange if past == now["chosen"] else grey for past in now["history"]] + [red if over[step] else blue]
-    left.bar(np.arange(len(bars)) - len(bars) + 1, bars - extent[0], bottom=extent[0], color=colors, width=0.8)
-    left.axhspan(now["bottom"], now["top"], color=blue, alpha=0.15, lw=0)
-    left.axhline(now["top"], color="black", lw=1.6)
-    left.annotate("top of the format", (-history_len - 0.6, now["top"]), (2, 3), textcoords="offset points", size=8.5)
-    left.set(title=f"Step {step}: history, and now", xlabel="steps ago (0: the tensor to quantize)", ylabel="amax",
-             xlim=(-history_len - 0.7, 0.7))  # fmt: skip
-    left.xaxis.get_major_locator().set_params(integer=True)
-
+    over, known = amax > top * 1.0001, slice(max(0, step - history_len), step)
+    chosen = [past for past in range(step) if amax[past] == now["chosen"]][-1:]
+    fig, (reach, error) = plots.figure(8.5, 4.6, nrows=2, sharex=True, height_ratios=(1.7, 1))
     reach.fill_between(edge, np.append(bottom, bottom[-1]), np.append(top, top[-1]), step="post", color=blue,
-                       alpha=0.2, lw=0, label="normal numbers at the scale in use")  # fmt: skip
-    reach.vlines(steps, low, amax, color=grey, lw=1.2, label="the tensor, without its lowest 1 %")
-    reach.plot(steps[~over], amax[~over], "o", ms=4, color=blue, label="amax")
-    reach.plot(steps[over], amax[over], "X", ms=7, color=red, label="amax that saturates (below: the share)")
-    reach.set(title="What the scale in use can hold, and what comes", ylabel="magnitude")
-    error.semilogy(steps, [row["error"] for row in run], "-", color=blue, label="error, delayed scaling")
-    error.semilogy(steps, [row["error_current"] for row in run], "--", color=orange, label="error, current scaling")
-    error.set(ylabel="relative\nerror", ylim=(5e-6, 3))
-    shares.semilogy(steps, [max(row["lost"], 1e-6) for row in run], ".-", color=green, label="share rounded to zero")
-    shares.semilogy(steps, [max(row["saturated"], 1e-6) for row in run], "X", ms=5, color=red)
-    shares.set(xlabel="step", ylabel="share of\nvalues", ylim=(5e-5, 3), xlim=(-0.7, STEPS - 0.3))
-    for axis in right:
+                       alpha=0.2, lw=0, label="normal numbers\nat the scale in use")  # fmt: skip
+    reach.vlines(steps, low, amax, color=grey, lw=1.2, label="the tensor (99 % of it)")
+    reach.plot(steps[~over], amax[~over], "o", ms=5, color=blue, label="amax")
+    reach.plot(steps[over], amax[over], "X", ms=8, color=red, label="amax, saturates")
+    reach.plot(steps[known], amax[known], "o", ms=10, mfc="none", mec=orange, label="in the history")
+    reach.plot(chosen, amax[chosen], "o", ms=14, mfc="none", mec=orange, mew=3, label="sets the scale in use")
+    reach.set(title=f"What the scale can hold, and what comes; step {step}", ylabel="magnitude",
+              ylim=(max(min(low.min(), bottom.min()) / 2, 2.0**-18), max(amax.max(), top.max()) * 3))  # fmt: skip
+    reach.set_yscale("log", base=2)
+    error.semilogy(steps, [100 * row["error"] for row in run], "-", color=blue, label="delayed scaling")
+    error.semilogy(steps, [100 * row["error_current"] for row in run], "--", color=orange, label="current scaling")
+    error.set(title="Error of the tensor", xlabel="step", ylabel="relative error (%)", xlim=(-0.7, STEPS - 0.3),
+              ylim=(1, 150))  # fmt: skip
+    plots.plain_ticks(error.yaxis, 150)
+    for axis in (reach, error):
         axis.axvline(step, color="black", lw=1, ls=":")
-    for axis in (left, reach):
-        axis.set_yscale("log", base=2)
-        axis.set_ylim(*extent)
-    key.axis("off")
-    key.legend(handles=[handle for axis in right for handle in axis.get_legend_handles_labels()[0]], fontsize=8,
-               loc="center", frameon=False, borderaxespad=0)  # fmt: skip
+        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     return fig
 
 

@@ -7,6 +7,7 @@ import torch
 
 from qtutor import emulation as te
 from qtutor.emulation import DType, Float8BlockScaling, Format, MXFP8BlockScaling, NVFP4BlockScaling
+from qtutor.emulation.blocks import round_e2m1
 
 REFERENCE = Path(__file__).resolve().parents[2] / "data" / "reference"
 
@@ -142,6 +143,16 @@ def test_nvfp4_rounds_gradients_at_random_and_in_the_mean_right():
     mean, single = torch.stack(found).mean(0), found[0]
     assert not torch.equal(found[0], found[1])
     assert (mean - want).norm() < 0.2 * (single - want).norm()
+
+
+def test_stochastic_rounding_never_moves_a_number_of_the_grid(monkeypatch):
+    """Not even for the largest number that ``rand`` can give, beside which FP32 rounds 3 + rand to 4."""
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 1 - 2.0**-24))
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    grid = torch.cat([grid, -grid])
+    assert (3 + torch.rand_like(grid)).floor().eq(4).all()
+    assert torch.equal(round_e2m1(grid, stochastic=True), grid)
+    assert torch.equal(round_e2m1(torch.tensor([2.5, -0.25, 9.0]), stochastic=True), torch.tensor([2.0, -0.0, 6.0]))
 
 
 def test_changing_between_recipes_of_blocks_makes_new_quantizers():
