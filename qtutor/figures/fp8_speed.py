@@ -109,7 +109,8 @@ def step_times(rows, title: str):
     fig, axes = plots.figure(8.5, 1.3 + 0.27 * len(names), ncols=len(shapes), sharey=True, squeeze=False)
     for axis, shape in zip(axes[0], shapes, strict=True):
         part = rows[rows["shape"] == shape].set_index("rung")["ms_per_step"].reindex(names)
-        bars = axis.barh(range(len(names)), part, color=[plots.PALETTE[int("FP8" in name)] for name in names])
+        colors = [plots.PALETTE[int("FP8" in name)] for name in names]
+        bars = axis.barh(range(len(names)), part.fillna(0), color=colors)  # a bar of NaN would have no label
         axis.bar_label(bars, ["not run" if ms != ms else f"{part.iloc[0] / ms:.2f}x" for ms in part], padding=2,
                        fontsize=8.5)  # fmt: skip
         axis.set_yticks(range(len(names)), names, fontsize=8.5)

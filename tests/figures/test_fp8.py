@@ -103,30 +103,3 @@ def test_every_control_of_the_scaling_explorer_redraws_the_picture():
         before = picture(box)
         find(box, kind, description).value = value
         assert picture(box).startswith(PNG) and picture(box) != before, description
-
-
-def test_the_breakeven_map_is_read_between_its_points_and_ends_at_its_edge():
-    import itertools
-
-    import pandas as pd
-
-    rows = pd.DataFrame([
-        {"hidden": h, "tokens": t, "graph": g, "speedup": (h * t) ** 0.5 / 1000 * (2 if g else 1)}
-        for h, t, g in itertools.product((512, 2048), (256, 1024, 4096), (False, True))])  # fmt: skip
-    for h, t in ((512, 256), (2048, 1024), (1024, 512), (700, 3000)):
-        assert widgets.breakeven_speedup(rows, h, t, False) == pytest.approx((h * t) ** 0.5 / 1000)
-        assert widgets.breakeven_speedup(rows, h, t, True) == pytest.approx((h * t) ** 0.5 / 500)
-    assert widgets.breakeven_speedup(rows, 100_000, 4096, False) == pytest.approx((2048 * 4096) ** 0.5 / 1000)
-
-
-@pytest.mark.slow
-def test_the_breakeven_explorer_redraws():
-    import ipywidgets
-
-    box = widgets.breakeven_explorer()
-    for kind, description, value in ((ipywidgets.SelectionSlider, "tokens", 16384),
-                                     (ipywidgets.SelectionSlider, "hidden size", 1024),
-                                     (ipywidgets.Checkbox, "CUDA graph", True)):  # fmt: skip
-        before = picture(box)
-        find(box, kind, description).value = value
-        assert picture(box).startswith(PNG) and picture(box) != before, description
