@@ -262,12 +262,12 @@ def speed(technique: str, seconds: float, compiled: bool, prefill_tokens: int = 
     ids = torch.randint(0, 32000, (1, prefill_tokens), device="cuda")
     with measure.track_memory("cuda") as memory:
         llama_logits(model, ids, last_only=True)
-    prefill = rig.timed(measure.captured(lambda: llama_logits(model, ids, last_only=True))[0], min(seconds, 2.0))
+    prefill = rig.timed(measure.captured(lambda: llama_logits(model, ids, last_only=True))[0], min(seconds, 3.0))
     for batch in (1, 32):
         cache = FixedCache(model.config, batch, length, "cuda", torch.bfloat16)
         token = torch.randint(0, 32000, (batch, 1), device="cuda")
         replay, _ = measure.captured(lambda token=token, cache=cache: llama_logits(model, token, cache))
-        step = rig.timed(replay, seconds if batch > 1 else min(seconds, 2.0))
+        step = rig.timed(replay, seconds if batch > 1 else min(seconds, 3.0))
         row = {"model": "Llama-2-7B shape", "technique": technique, "compiled": compiled, "batch": batch,
                "prefill_tokens": prefill_tokens, "length": length, "weights_gib": round(weights, 3),
                "peak_gib": round(memory.peak - before, 3), "ms_per_step": step["ms_per_step"],
@@ -275,9 +275,10 @@ def speed(technique: str, seconds: float, compiled: bool, prefill_tokens: int = 
         if batch == 1:
             row |= {"time_to_first_token_ms": prefill["ms_per_step"],
                     "prefill_tokens_per_s": prefill_tokens / prefill["ms_per_step"] * 1000}  # fmt: skip
-        if seconds >= 10 and batch > 1:  # a shorter window does not know its energy
-            row |= {key.replace("step", "decode_token"): value / batch
-                    for key, value in step.items() if key.startswith("joules_per_step")}  # fmt: skip
+        timed = {"decode": (step, batch)} | ({"prefill": (prefill, prefill_tokens)} if batch == 1 else {})
+        for name, (run, tokens) in timed.items():
+            row |= {key.replace("step", f"{name}_token"): value / tokens
+                    for key, value in run.items() if key.startswith("joules_per_step")}  # fmt: skip
         rows.append(row)
     return rows
 

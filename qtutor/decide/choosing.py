@@ -20,9 +20,8 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import stats
 
-from .. import QtutorError, results
+from .. import QtutorError, paired, results
 from . import capacity, cost, hardware
 from .techniques import TECHNIQUES, Technique
 
@@ -349,13 +348,13 @@ def training(model: str, device="H100 SXM", tokens_per_step: int = 16384, direct
     rows = []
     for recipe, capability in RECIPES.items():
         speed, memory = _step_against_bf16(recipe, width, tokens_per_step, directory)
-        loss, loss_se = _loss(recipe, directory)
+        loss, low, high = _loss(recipe, directory)
         why = (f"it needs compute capability {capability}" if (device.compute_capability or 0) < capability else
                "its speed was not measured at this size" if speed is None else
                "its loss was not measured" if loss is None else
                "its loss ends too far from BF16's" if loss > SAME_LOSS_NATS else
                "slower than BF16" if speed < 1 else "")  # fmt: skip
-        rows.append({"recipe": recipe, "speed": speed, "memory": memory, "loss, nats": loss, "± se": loss_se,
+        rows.append({"recipe": recipe, "speed": speed, "memory": memory, "loss, nats": loss, "from": low, "to": high,
                      "will do": not why, "why not": why})  # fmt: skip
     return pandas.DataFrame(rows).sort_values(["will do", "speed"], ascending=False).set_index("recipe")
 
@@ -374,10 +373,12 @@ def _step_against_bf16(recipe: str, width: int, tokens: int, directory) -> tuple
     return best.get("speedup"), None
 
 
-def _loss(recipe: str, directory) -> tuple[float | None, float | None]:
-    """Held-out loss at the end less BF16's, nats, paired by seed; and its standard error over seeds."""
+def _loss(recipe: str, directory) -> tuple[float | None, float | None, float | None]:
+    """Held-out loss at the end less BF16's, nats, paired by seed; and the ends of its 95 % interval over seeds."""
     rows = [row for row in _rows(results.on_gpu("fp8_loss", directory)) if row["step"] == row["steps"]]
     base, this = ({row["seed"]: row["held_out_nats"] for row in rows if row["recipe"] == r} for r in ("BF16", recipe))
     apart = [nats - base[seed] for seed, nats in this.items() if seed in base]
-    se = float(stats.sem(apart)) if len(apart) > 1 else None
-    return (float(np.mean(apart)), se) if apart else (None, None)
+    if len(apart) < 2:
+        return (*(apart or [None]), None, None)
+    gap = paired.paired_nll(apart)
+    return gap.difference, gap.low, gap.high

@@ -227,7 +227,7 @@ def test_the_frame_has_every_technique():
 @pytest.mark.parametrize("tokens", [256, 512, 1024, 2048, 4096, 8192, 16384])
 def test_fp8_training_is_recommended_where_it_was_measured_to_pay(model, width, tokens):
     """The recommendation against the recorded map of widths and tokens in a step, point by point."""
-    map_ = results.load("fp8_breakeven", "h200").frame().query("graph").set_index(["hidden", "tokens"]).speedup
+    map_ = results.load("fp8_breakeven", "h100").frame().query("graph").set_index(["hidden", "tokens"]).speedup
     chosen = choosing.training(model, "H100 SXM", tokens).index[0]
     assert chosen == ("BF16" if map_[width, tokens] < 1 else "FP8 delayed")
 
@@ -240,7 +240,7 @@ def test_training_says_why_not():
 
 def test_a_recipe_whose_loss_drifts_is_out(tmp_path):
     directory = copy_of_results(tmp_path)
-    path = directory / "h200" / "fp8_loss.json"
+    path = directory / "h100" / "fp8_loss.json"
     data = json.loads(path.read_text("utf-8"))
     for row in data["rows"]:
         row["held_out_nats"] += 0.1 * (row["recipe"] == "FP8 delayed")
