@@ -15,6 +15,7 @@ from qtutor.rigs import techniques
 from qtutor.rigs.decoding import FixedCache, compile_layers, llama_logits
 
 from . import record_training
+from .steps import ladder, timed
 from .train_course_model import learning_rate
 
 
@@ -48,7 +49,7 @@ def gemm(m: int, n: int, k: int, seconds: float) -> list[dict]:
     rows = []
     for what, call in work.items():
         window = seconds if "product" in what else min(seconds, 1.0)
-        row = {"m": m, "n": n, "k": k, "what": what, **rig.timed(call, window, warmup=10)}
+        row = {"m": m, "n": n, "k": k, "what": what, **timed(call, window, warmup=10)}
         if "product" in what:
             row["tflop_per_s"] = round(2 * m * n * k / row["ms_per_step"] / 1e9, 1)
         else:  # BF16 in, FP8 out, twice
@@ -68,7 +69,7 @@ def record_gemm(full: bool):
 
 def record_layers(full: bool):
     """Every rung of every shape; see :func:`qtutor.rigs.fp8_layers.ladder`."""
-    rows = rig.ladder() if full else rig.ladder(("Llama-2-7B",), ("TE BF16", "TE FP8 delayed"), 0.2)
+    rows = ladder() if full else ladder(("Llama-2-7B",), ("TE BF16", "TE FP8 delayed"), 0.2)
     return _save("fp8_layers", rows, full)
 
 
@@ -92,7 +93,7 @@ def profile(step, steps: int = 3) -> list[dict]:
     import torch
     from torch.profiler import ProfilerActivity
 
-    rig.timed(step, 0.5)  # as warm, and as slow, as in a long run
+    timed(step, 0.5)  # as warm, and as slow, as in a long run
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
         for _ in range(steps):
             step()
@@ -142,7 +143,7 @@ def breakeven(hidden: int, tokens: int) -> list[dict]:
         torch.manual_seed(0)
         step = rig.training_step(shape, *rig.te_layers(shape, 1, "delayed" if precision == "fp8" else None))
         work = measure.captured(step)[0] if graph else step
-        found[precision, graph] = rig.timed(work, 0.15, warmup=4)["ms_per_step"]
+        found[precision, graph] = timed(work, 0.15, warmup=4)["ms_per_step"]
         del step, work
     rig.free()
     return [{"hidden": hidden, "intermediate": intermediate, "tokens": tokens, "sequence": sequence, "graph": graph,
@@ -262,12 +263,12 @@ def speed(technique: str, seconds: float, compiled: bool, prefill_tokens: int = 
     ids = torch.randint(0, 32000, (1, prefill_tokens), device="cuda")
     with measure.track_memory("cuda") as memory:
         llama_logits(model, ids, last_only=True)
-    prefill = rig.timed(measure.captured(lambda: llama_logits(model, ids, last_only=True))[0], min(seconds, 3.0))
+    prefill = timed(measure.captured(lambda: llama_logits(model, ids, last_only=True))[0], min(seconds, 3.0))
     for batch in (1, 32):
         cache = FixedCache(model.config, batch, length, "cuda", torch.bfloat16)
         token = torch.randint(0, 32000, (batch, 1), device="cuda")
         replay, _ = measure.captured(lambda token=token, cache=cache: llama_logits(model, token, cache))
-        step = rig.timed(replay, seconds if batch > 1 else min(seconds, 3.0))
+        step = timed(replay, seconds if batch > 1 else min(seconds, 3.0))
         row = {"model": "Llama-2-7B shape", "technique": technique, "compiled": compiled, "batch": batch,
                "prefill_tokens": prefill_tokens, "length": length, "weights_gib": round(weights, 3),
                "peak_gib": round(memory.peak - before, 3), "ms_per_step": step["ms_per_step"],

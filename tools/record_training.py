@@ -22,6 +22,8 @@ from qtutor.decide import capacity
 from qtutor.rigs import fp8_layers as rig
 from qtutor.rigs import techniques
 
+from .steps import timed
+
 RATE = 1e-5
 MODELS = {"Llama-2-7B": (4, 2048), "Llama-3-8B": (4, 2048)}  # batch and sequence
 LAYERS = 16
@@ -160,7 +162,7 @@ def measured(model: str, layers: int, name: str, arm: dict, batch: int, sequence
             row["trained_weights"] = sum(p.numel() for p in parameters)
             for _ in range(4):  # the first step makes the optimizer's state, compiled code and scales
                 step()
-        row |= rig.timed(step, seconds) | {"peak_gib": round(memory.peak - before, 3)}
+        row |= timed(step, seconds) | {"peak_gib": round(memory.peak - before, 3)}
         row["train_tokens_per_s"] = round(row["tokens"] / row["ms_per_step"] * 1000, 1)
     except Exception as error:  # noqa: BLE001 - an arm that does not fit must not cost the rest
         row["not_run"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
