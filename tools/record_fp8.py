@@ -276,8 +276,8 @@ def speed(technique: str, seconds: float, compiled: bool, prefill_tokens: int = 
         if batch == 1:
             row |= {"time_to_first_token_ms": prefill["ms_per_step"],
                     "prefill_tokens_per_s": prefill_tokens / prefill["ms_per_step"] * 1000}  # fmt: skip
-        timed = {"decode": (step, batch)} | ({"prefill": (prefill, prefill_tokens)} if batch == 1 else {})
-        for name, (run, tokens) in timed.items():
+        phases = {"decode": (step, batch)} | ({"prefill": (prefill, prefill_tokens)} if batch == 1 else {})
+        for name, (run, tokens) in phases.items():
             row |= {key.replace("step", f"{name}_token"): value / tokens
                     for key, value in run.items() if key.startswith("joules_per_step")}  # fmt: skip
         rows.append(row)
