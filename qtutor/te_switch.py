@@ -64,19 +64,21 @@ def _install_emulation() -> None:
         what = " is not emulated: it needs Transformer Engine on a GPU." if not name.startswith("__") else ""
         raise AttributeError(f"transformer_engine.pytorch.{name}{what}")
 
-    root, pytorch, common, recipe = modules = [types.ModuleType(name, doc=emulation.__doc__) for name in (
+    root, pytorch, common, recipe, optimizers = modules = [types.ModuleType(name, doc=emulation.__doc__) for name in (
         "transformer_engine", "transformer_engine.pytorch", "transformer_engine.common",
-        "transformer_engine.common.recipe")]  # fmt: skip
+        "transformer_engine.common.recipe", "transformer_engine.pytorch.optimizers")]  # fmt: skip
     for module in modules:
         module.__version__ = "emulated"
         module.__spec__ = machinery.ModuleSpec(module.__name__, None, is_package=True)  # for find_spec
         module.__path__ = []  # a package, so that submodule imports look into sys.modules
     root.pytorch, root.common, common.recipe, pytorch.__getattr__ = pytorch, common, recipe, missing
+    pytorch.optimizers = optimizers
     for name, value in vars(emulation).items():
         home = getattr(value, "__module__", None) or ""
         if home.startswith(emulation.__name__):
             is_recipe = home == emulation.recipes.__name__ and isinstance(value, type)
-            setattr(recipe if is_recipe else pytorch, name, value)
+            is_optimizer = home == emulation.optimizers.__name__
+            setattr(recipe if is_recipe else optimizers if is_optimizer else pytorch, name, value)
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
         del sys.modules[name]  # what a failed import of the real one left behind
     sys.modules.update({module.__name__: module for module in modules})

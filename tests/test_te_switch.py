@@ -26,6 +26,7 @@ def test_activate_installs_the_names():
     import transformer_engine.pytorch as real
 
     assert real.Linear is te.Linear and recipe.DelayedScaling is DelayedScaling
+    assert real.optimizers.FusedAdam is te.FusedAdam and not hasattr(real, "FusedAdam")
     assert importlib.util.find_spec("transformer_engine.pytorch") is not None  # accelerate asks
     assert "emulated" in str(status) and status.recipes["DelayedScaling"] == (True, "")
     for name, (available, reason) in status.recipes.items():

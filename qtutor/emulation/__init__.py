@@ -47,6 +47,7 @@ from .blocks import Float8BlockQuantizer, MXFP8Quantizer, NVFP4Quantizer
 from .layers import (DotProductAttention, LayerNorm, LayerNormLinear, LayerNormMLP, RMSNorm, RotaryPositionEmbedding,
                      TransformerLayer)  # fmt: skip
 from .modules import Linear
+from .optimizers import FusedAdam
 from .quantizers import DType, Float8CurrentScalingQuantizer, Float8Quantizer, Float8Tensor
 from .recipes import (DelayedScaling, Float8BlockScaling, Float8CurrentScaling, Format, MXFP8BlockScaling,
                       NVFP4BlockScaling, QParams, Recipe, get_default_recipe, is_bf16_available, is_fp8_available,

@@ -1,77 +1,62 @@
 """Checks of the exercises: FP8 training."""
 
-import statistics
-
-import torch
-from torch.nn.functional import pad
+import numpy as np
+from scipy import stats
 
 from ..lesson import exercise, expect
-from .answers import function, number, tensor
+from .answers import function, number
 
 
-@exercise("fp8_training.scale", solution=448 / 14 / 2, wrong=[448 / 14, 448 / 3.5 / 2, 57344 / 14 / 2, 14 / 448, "16"])
-def _scale(answer):
-    number(answer, 16, "scale = (largest value of the format) / (largest amax of the history) / 2**margin.", {
-        448 / 14: "That leaves no margin: margin=1 divides the scale by 2**1.",
-        57344 / 14 / 2: "HYBRID is E4M3 in the forward pass, where the input belongs: up to 448.",
-        448 / 3.5 / 2: '"max" takes the largest amax of the history, not the last.'})
-    return "With it the largest value lands at half of the range: an amax can double before anything saturates."
+@exercise("fp8_training.comes_back", solution=28.0, wrong=[40, 14, 56, 448, 7, 3584, 16, "28"])
+def _comes_back(answer):
+    number(answer, 28, "TE's scale is 448 / (largest amax) / 2**margin. Multiply by it, clamp to 448, divide.", {
+        40: "40 x scale is above 448, the largest E4M3 number: the cast saturates.",
+        14: "The history's largest amax lands at half of the range: margin=1 leaves room above it.",
+        56: "The margin divides TE's scale by 2**1; you divided twice.",
+        7: "The margin makes TE's scale smaller, not larger: it leaves room above the amax.",
+        448: "448 is the code. Divide it by the scale: which value comes back?",
+        3584: "HYBRID is E4M3 in the forward pass, where the input belongs: up to 448, not 57344."})  # fmt: skip
+    return "40 comes back as 28. Delayed scaling clips the first large step; the next one has a scale that fits."
 
 
-_WHERE = {"input of a layer": "E4M3", "weight in the product": "E4M3", "gradient of the output": "E5M2",
-          "weight that the optimizer updates": "FP32", "RMSNorm": "BF16"}  # fmt: skip
+@exercise("fp8_training.break_even_tokens", solution=14336, wrong=[4096, 28672, 7168, 18432, 58720256, "14336"])
+def _break_even_tokens(answer):
+    number(answer, 14336, "Solve 2 T x inputs = T x inputs + outputs x inputs for T. The number of inputs cancels.", {
+        4096: "The number of inputs cancels: it is in every term.",
+        28672: "The codes of the weight take one byte each, not two.",
+        7168: "FP8 keeps the codes of the input, too.",
+        58720256: "That is the size of the weight's codes in bytes. How many tokens save as much?"})  # fmt: skip
+    return "With fewer tokens than outputs FP8 keeps more than BF16. It saves where a step has many tokens."
 
 
-@exercise("fp8_training.which_format", solution=dict(_WHERE), wrong=[
-    {**_WHERE, "gradient of the output": "E4M3"}, {**_WHERE, "weight that the optimizer updates": "E4M3"},
-    {**_WHERE, "RMSNorm": "E4M3"}, {**_WHERE, "input of a layer": "E5M2"}, "E4M3", {}])  # fmt: skip
-def _which_format(answer):
-    complete = isinstance(answer, dict) and set(answer) == set(_WHERE)
-    expect(complete, f"Give a dict with the keys {', '.join(_WHERE)}.")
-    hints = {
-        "input of a layer": "The forward pass needs digits more than range.",
-        "weight in the product": "Both operands of the forward product have the same format.",
-        "gradient of the output": "Gradients spread over many orders of magnitude: they need range more than digits.",
-        "weight that the optimizer updates": "An update is often smaller than the step between two 8-bit numbers, and "
-                                             "would be rounded away.",
-        "RMSNorm": "Only matrix products run in FP8; the rest keeps the dtype of the activations."}  # fmt: skip
-    for key, right in _WHERE.items():
-        expect(str(answer[key]).upper() == right, f"{key}: {hints[key]}")
-    return "Three operands in 8 bits, everything that accumulates in more."
+def _decide(bf16, fp8, tolerance, pairs=True, factor=None, root=True, ddof=1):
+    """The solution of fp8_training.decide; other arguments make the mistakes."""
+    a, b = np.asarray(bf16), np.asarray(fp8)
+    n, gaps = len(a), b - a
+    sd = gaps.std(ddof=ddof) if pairs else (a.var(ddof=1) + b.var(ddof=1)) ** 0.5
+    half = (factor or stats.t.ppf(0.975, n - 1)) * sd / (n**0.5 if root else 1)
+    low, high = gaps.mean() - half, gaps.mean() + half
+    return "yes" if high < tolerance else "no" if low > tolerance else "more seeds"
 
 
-@exercise("fp8_training.pad_rows", solution=lambda x: pad(x, (0, 0, 0, -x.shape[0] % 16)), wrong=[
-    lambda x: x,
-    lambda x: pad(x, (0, -x.shape[0] % 16)),                     # columns
-    lambda x: pad(x, (0, 0, 0, 16 - x.shape[0] % 16)),           # 16 more where nothing is missing
-    lambda x: x[: x.shape[0] // 16 * 16]])  # fmt: skip
-def _pad_rows(answer):
-    answer = function(answer, "pad_rows")
-    for rows in (37, 16, 5, 48, 1):
-        x = torch.arange(rows * 32, dtype=torch.float32).reshape(rows, 32) + 1
-        got = answer(x.clone())
-        got = tensor(got, (len(got), 32))
-        expect(len(got) % 16 == 0, f"{rows} rows became {len(got)}: no multiple of 16.")
-        expect(len(got) >= rows, "No row may be lost: add rows, do not cut.")
-        expect(len(got) < rows + 16, f"{rows} rows became {len(got)}: a smaller multiple of 16 is enough.")
-        expect(torch.equal(got[:rows], x), "The first rows must stay what they were.")
-        expect(not got[rows:].any(), "Fill with zeros: they change neither the amax nor the gradient of the weight.")
-    return "Rows of zeros change neither the amax nor the gradient of the weight; drop their outputs afterwards."
+_BF16 = (3.412, 3.398, 3.441, 3.405)
+_CASES = [  # (FP8 minus BF16 by seed, tolerance, what a wrong decision has overlooked)
+    ((0.005, 0.003, 0.006, 0.004), 0.01, "pair by seed: unpaired, the spread between seeds hides everything"),
+    ((0.025, 0.023, 0.026, 0.024), 0.01, "the whole interval is above the tolerance"),
+    ((0.009, 0.003, 0.010, 0.004), 0.0118, "four seeds need Student's t with 3 degrees of freedom, and ddof=1"),
+    ((-0.02, 0.03, 0.01, -0.01), 0.01, "an interval that contains 0 may still reach far above the tolerance"),
+    ((0.012, 0.006, 0.015, 0.011), 0.018, "the interval of the mean has the standard error: sd / sqrt(n)")]  # fmt: skip
 
 
-_FP8_COST = (0.005, 0.003, 0.006, 0.004)  # FP8 minus BF16 in the exercise: four seeds, nats per token
-_T, _SD = 3.182446, statistics.stdev(_FP8_COST)
-
-
-@exercise("fp8_training.half_width", solution=_T * _SD / 2,
-          wrong=[1.959964 * _SD / 2, _T * _SD, _T * _SD * 0.75**0.5 / 2, 0.0045, 0.0337, "0.002"])  # fmt: skip
-def _half_width(answer):
-    unpaired = hasattr(answer, "__float__") and answer >= 0.01
-    expect(not unpaired, "Subtract seed by seed before anything else: that removes the spread between seeds.")
-    number(answer, _T * _SD / 2, "t.ppf(0.975, n - 1) x standard deviation of the differences (ddof=1) / sqrt(n).", {
-        1.959964 * _SD / 2: "1.96 is for very many seeds: four need Student's t.",
-        _T * _SD: "That is without the square root of n: the mean of four is surer than one of them.",
-        _T * _SD * 0.75**0.5 / 2: "The sample's standard deviation divides by n - 1: ddof=1.",
-        statistics.mean(_FP8_COST): "That is the mean difference; what is its uncertainty?"}, within=8e-6)
-    return ("The mean difference, 0.0045, is more than twice that: FP8 costs a little. Without pairing, the spread "
-            "between seeds would have hidden it: it is more than ten times that of the differences.")  # fmt: skip
+@exercise("fp8_training.decide", solution=_decide, wrong=[
+    lambda *data: _decide(*data, pairs=False), lambda *data: _decide(*data, factor=1.96),
+    lambda *data: _decide(*data, root=False), lambda *data: _decide(*data, ddof=0),
+    lambda a, b, tolerance: "yes" if np.mean(b) - np.mean(a) < tolerance else "no"])  # fmt: skip
+def _check_decide(answer):
+    answer = function(answer, "decide")
+    for gaps, tolerance, overlooked in _CASES:
+        right = _decide(_BF16, np.add(_BF16, gaps), tolerance)
+        got = answer(np.array(_BF16), np.add(_BF16, gaps), tolerance)
+        expect(isinstance(got, str) and got == right, f"Differences {gaps}, tolerance {tolerance}: {right!r} is right, "
+               f"not {str(got)[:20]!r}; {overlooked}.")  # fmt: skip
+    return "Right. Choose the tolerance before you look at the losses."
