@@ -89,7 +89,8 @@ def bit_explorer() -> ipywidgets.VBox:
     chosen = dropdown("format", list(FORMATS), "E4M3")
     number = ipywidgets.FloatText(value=2.7, description="encode")
     code = ipywidgets.IntSlider(max=255, description="code", layout={"width": "620px"})
-    buttons = [ipywidgets.Button(layout={"width": "26px"}, style={"text_color": "white"}) for _ in range(32)]
+    square, white = {"width": "28px", "padding": "0"}, {"text_color": "white"}
+    buttons = [ipywidgets.Button(layout=square, style=white) for _ in range(32)]
     bits, words, image = ipywidgets.HBox(), ipywidgets.HTML(), image_widget()
     for place, button in enumerate(reversed(buttons)):
         button.on_click(lambda _, worth=1 << place: setattr(code, "value", code.value ^ worth))
@@ -105,11 +106,14 @@ def bit_explorer() -> ipywidgets.VBox:
             button.description, button.tooltip = bit, f"{field}: press to flip"
             button.style.button_color = COLORS[field]
         value, formula = explain(fmt, code.value)
-        words.value = f"<p style='font-size: 120%'>{formula} = <b>{value:.9g}</b></p>"
-        if fmt.bits <= 8 and math.isfinite(value):
+        key = " · ".join(f"<b style='color: {COLORS[field]}'>{field}</b>" for field in dict.fromkeys(places(fmt)))
+        words.value = f"{key}<p style='font-size: 120%'>{formula} = <b>{value:.9g}</b></p>"
+        small = fmt.bits <= 8 and math.isfinite(value)  # larger grids are too dense to draw
+        image.layout.display = "flex" if small else "none"
+        if small:
             image.value = plots.png(format_picture([chosen.value], abs(value), log=True))
 
     redraw_on_change((chosen, number), encode)
     redraw_on_change((chosen, code), show)
-    box = ipywidgets.VBox([ipywidgets.HBox([chosen, number]), bits, code, words, image])
+    box = ipywidgets.VBox([ipywidgets.HBox([chosen, number]), code, bits, words, image])
     return box.add_class("qtutor-bit-explorer")
