@@ -22,9 +22,8 @@ SYMMETRIC_NO_CLIPPING_ERR).  Other texts take ``amax / max``, here ``amax / 7``,
 Which way round.  In this package ``scale`` multiplies a code, as in torchao and llama.cpp.  Transformer Engine's
 ``scale`` multiplies the value before the cast, and its ``scale_inv`` is what we call scale.
 
-Saturation.  Rounding sends values beyond the grid, infinities included, to the largest grid value, as FP8 training and
-quantization want it and as ONNX's Cast does.  (ml_dtypes gives NaN for E4M3 and infinity for E5M2; torch's cast to E5M2
-overflows, too.)  NaN has no place on most grids and is refused; so is infinity where a scale is computed from the data.
+Saturation.  Rounding sends values beyond the grid, infinities included, to the largest grid value; casts of libraries
+differ.  NaN has no place on most grids and is refused; so is infinity where a scale is computed from the data.
 
 Sources: FP8 Formats for Deep Learning, arXiv 2209.05433 (E4M3, E5M2); OCP Microscaling Formats (MX) v1.0 (E2M3, E3M2,
 E2M1); NVIDIA, "Introducing NVFP4".  Tested bit for bit against ml_dtypes and torchao.
@@ -149,6 +148,9 @@ E3M2 = FloatFormat("E3M2", 3, 2, bias=3)
 E2M1 = FloatFormat("E2M1", 2, 1, bias=1)
 INT2, INT3, INT4, INT5, INT6, INT7, INT8 = (IntFormat(f"INT{b}", b) for b in range(2, 9))
 FORMATS = {f.name: f for f in (E4M3, E5M2, E2M3, E3M2, E2M1, INT2, INT3, INT4, INT5, INT6, INT7, INT8)}
+# Wider floats, to compare with: values are rounded to them, but their codes are too many for a table.
+WIDE = {name: FloatFormat(name, bits, mantissa_bits, 2 ** (bits - 1) - 1, "ieee") for name, bits, mantissa_bits in
+        (("FP32", 8, 23), ("TF32", 8, 10), ("BF16", 8, 7), ("FP16", 5, 10))}  # fmt: skip
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:

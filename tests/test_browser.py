@@ -63,7 +63,7 @@ def artifact(name: str) -> str:
     return str(ARTIFACTS / name)
 
 
-def test_format_explorer_moves_in_jupyterlab():
+def test_bit_explorer_moves_in_jupyterlab():
     need_browser()
     with screenshots.Lab([NOTEBOOK]) as lab, screenshots.browser_page() as page:
         script_errors = []
@@ -73,7 +73,7 @@ def test_format_explorer_moves_in_jupyterlab():
         assert state["errors"] == []
         assert state["done"] == state["cells"] > 5
 
-        explorer = page.locator(".jp-OutputArea .qtutor-format-explorer").first
+        explorer = page.locator(".jp-OutputArea .qtutor-bit-explorer").first
         explorer.scroll_into_view_if_needed()
         image = explorer.locator("img.qtutor-explorer-picture").first
         page.wait_for_function("img => img.complete && img.naturalWidth > 100", arg=image.element_handle())
@@ -90,6 +90,12 @@ def test_format_explorer_moves_in_jupyterlab():
         page.screenshot(path=artifact("explorer_after.png"))
         assert explorer.locator(".widget-readout").first.inner_text() != readout
         assert after["sha256"] != before["sha256"], "the slider moved and the picture did not"
+        sign = explorer.get_by_role("button").first
+        assert explorer.locator("p").inner_text().startswith("+ (") and sign.inner_text() == "0"
+        sign.focus()
+        page.keyboard.press("Space")
+        explorer.locator("p", has_text="− (").wait_for()
+        assert sign.inner_text() == "1" and sign.evaluate("node => node === document.activeElement")
         assert not script_errors
         assert page.refused == [], "JupyterLab asked another host for something"
 

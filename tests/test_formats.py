@@ -57,6 +57,19 @@ def test_every_code_decodes_as_ml_dtypes_says(name):
         float(info.max), float(info.smallest_normal), float(info.smallest_subnormal))  # fmt: skip
 
 
+@pytest.mark.parametrize("name, dtype", [("BF16", torch.bfloat16), ("FP16", torch.float16), ("FP32", torch.float32)])
+def test_wide_formats_are_those_of_torch(name, dtype):
+    fmt, info = formats.WIDE[name], torch.finfo(dtype)
+    assert (fmt.bits, fmt.max, fmt.min_normal) == (info.bits, info.max, info.smallest_normal)
+    magnitudes = 2.0 ** torch.linspace(math.log2(fmt.min_subnormal) - 2, math.log2(fmt.max), 100_001).double()
+    x = torch.cat([magnitudes.clamp(max=fmt.max), torch.tensor([0.0, fmt.max, fmt.min_subnormal, fmt.min_normal])])
+    x = x if name != "BF16" else x.float().double()  # ml_dtypes rounds float64 to float32 first
+    expected = torch.from_numpy(x.numpy().astype(ml_dtypes.bfloat16 if name == "BF16" else f"f{info.bits // 8}")
+                                .astype(np.float64))  # fmt: skip
+    for sign in (1, -1):
+        assert torch.equal(formats.round_to(sign * x, fmt).double(), sign * expected)
+
+
 @pytest.mark.parametrize("name", ORACLES)
 def test_beyond_the_range_is_the_largest_value(name):
     top = formats.FORMATS[name].max

@@ -4,7 +4,7 @@ Each check gets the reader's answer.  It raises WrongAnswer with one sentence th
 sentence of praise (see :mod:`qtutor.lesson`; :mod:`.answers` has what the checks share).  The solution and typical
 wrong answers are registered with it: the tests try them all.
 
-One module a topic; the name of an exercise begins with it: "number_formats.largest".
+One module a topic; the name of an exercise begins with it: "number_formats.decode".
 """
 
 from importlib import import_module
