@@ -62,8 +62,7 @@ def _learned_scale_solution(w, scale, low, high):
     lambda w, scale, low, high: (w / scale + ((w / scale).round().clamp(low, high) - w / scale).detach()) * scale,
     lambda w, scale, low, high: w + ((w / scale).round().clamp(low, high) * scale - w).detach(),  # around everything
     lambda w, scale, low, high: (w / scale).round().clamp(low, high).detach() * scale,
-    lambda w, scale, low, high: (w / scale).round().clamp(low, high) * scale,      # no gradient for w
-    lambda w, scale, low, high: w * scale])  # fmt: skip
+    lambda w, scale, low, high: (w / scale).round().clamp(low, high) * scale])  # fmt: skip - no gradient for w
 def _learned_scale(answer):
     w = torch.tensor([-1.9, -0.66, -0.2, 0.1, 0.38, 0.9, 1.7]).requires_grad_()  # none just beyond an end
     scale = torch.tensor(0.5, requires_grad=True)
@@ -94,7 +93,6 @@ def _integer_sums_solution(codes_x, zero_x, codes_w):
     lambda x, zero, w: torch._int_mm((x - zero).to(torch.int8), w.T),                        # wraps around
     lambda x, zero, w: torch._int_mm(x, w.T) + zero * w.sum(dim=1, dtype=torch.int32),       # the wrong sign
     lambda x, zero, w: torch._int_mm(x, w.T) - zero * x.sum(dim=1, keepdim=True, dtype=torch.int32),
-    lambda x, zero, w: torch._int_mm(x, w.T) - zero,
     lambda x, zero, w: torch._int_mm(x, w.T) - zero * w.sum(dim=1, dtype=torch.int8),        # the sum overflows
     lambda x, zero, w: (torch._int_mm(x, w.T) - zero * w.sum(dim=1)).float()])  # fmt: skip
 def _integer_sums(answer):
