@@ -121,9 +121,9 @@ def test_in_a_kernel_an_error_is_one_sentence_and_still_an_error():
         assert error["traceback"] == ["\x1b[31mThere is no cake: bake one.\x1b[0m"]
         reply = run("1 / 0")
         assert reply["ename"] == "ZeroDivisionError" and len(reply["traceback"]) > 1, "other errors are shown as ever"
-        assert run("qtutor.lesson.check('fake_quantization.ste_gradient', [0, 1, 1, 1, '<b>'])")["status"] == "ok"
+        assert run("qtutor.lesson.check('fake_quantization.smallest_scale', '<b>')")["status"] == "ok"
         (shown,) = [message["content"]["data"] for message in heard if message["msg_type"] == "display_data"]
-        assert shown["text/plain"].startswith("✘ fake_quantization.ste_gradient: ") and "<div" in shown["text/html"]
+        assert shown["text/plain"].startswith("✘ fake_quantization.smallest_scale: ") and "<div" in shown["text/html"]
         with_markup = "qtutor.lesson.check('fake_quantization.ternary', ...)"
         assert run(with_markup)["status"] == "ok" and "not attempted yet" in str(heard)
     finally:

@@ -1,4 +1,4 @@
-"""Pictures of the fake-quantization notebook: the straight-through estimator, granularity."""
+"""Pictures of the fake-quantization notebook: the straight-through estimator, granularity, an integer layer."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ GRANULARITIES = {"tensor": ("tensor", None), "channel": ("channel", None), "grou
                  "group of 32": ("group", 32), "group of 16": ("group", 16)}  # fmt: skip
 
 
-def granularity_picture(bits: int = 4, granularity: str = "channel", outlier: float = 8.0):
-    """Figure: where the error of one choice sits, and all choices of granularity and bits against stored size."""
+def granularity_picture(bits: int = 4, granularity: str = "channel", outlier: float = 8.0, beside: tuple = ()):
+    """Figure: maps of the error for ``granularity`` and those ``beside`` it, then all choices against stored size."""
     from .. import plots
     from ..fake_quant import FakeQuantizer
 
@@ -57,26 +57,49 @@ def granularity_picture(bits: int = 4, granularity: str = "channel", outlier: fl
     def quantized(bits, name):
         quantizer = FakeQuantizer(f"int{bits}", *GRANULARITIES[name])
         found = quantizer(weight)
-        error = (found - weight).square().mean().sqrt() / weight.square().mean().sqrt()
+        error = 100 * (found - weight).norm() / weight.norm()
         return found, bits + 16 * len(quantizer.blocks(weight)) / weight.numel(), error.item()
 
-    fig, (left, right) = plots.figure(8.5, 3.4, ncols=2, width_ratios=(1, 1.25))
-    chosen, stored, error = quantized(bits, granularity)
-    relative = (chosen - weight).abs() / weight.square().mean(1, keepdim=True).sqrt()
-    image = left.imshow(relative[:, :128].numpy(), vmin=0, vmax=1, cmap="magma", aspect="auto",
-                        interpolation="nearest")  # fmt: skip
-    left.set_title(f"int{bits} per {granularity}: |error| / RMS of the row", fontsize=10)
-    left.set(xlabel="input feature (first 128)", ylabel="output channel")
-    left.grid(False)
-    fig.colorbar(image, ax=left, label="relative error")
+    names = [granularity, *beside]
+    fig, (*maps, right) = plots.figure(8.5, 3.3, ncols=len(names) + 1, width_ratios=[1] * len(names) + [1.4])
     for marker, name in zip("osD^v", GRANULARITIES, strict=True):
         _, sizes, errors = zip(*(quantized(b, name) for b in range(2, 9)), strict=True)
         right.plot(sizes, errors, marker=marker, ms=4, lw=1, label=f"per {name}")
-    right.plot(stored, error, "o", ms=13, mfc="none", mec="black", mew=1.5, label="your choice")
-    right.set_title(f"All choices; yours: error {error:.3f} at {stored:.2f} bits", fontsize=10)
-    right.set(yscale="log", ylim=(0.003, 1.5), xlabel="stored bits per weight (codes + 16-bit scales)",
-              ylabel="RMS error / RMS weight")  # fmt: skip
+    for axis, name in zip(maps, names, strict=True):
+        found, stored, error = quantized(bits, name)
+        relative = 100 * (found - weight).abs() / weight.square().mean(1, keepdim=True).sqrt()
+        image = axis.imshow(relative[:, :128].numpy(), vmin=0, vmax=100, cmap="magma", aspect="auto",
+                            interpolation="nearest")  # fmt: skip
+        axis.set_title(f"int{bits} per {name}:\n{error:.1f} % at {stored:.2f} bits", fontsize=10)
+        axis.set(xlabel="input (first 128)", ylabel="output channel" if axis is maps[0] else "")
+        axis.grid(False)
+        right.plot(stored, error, "o", ms=12, mfc="none", mec="black", mew=1.3)
+    fig.colorbar(image, ax=maps, label="|error|, % of the row's RMS", shrink=0.9)
+    right.set_title("All choices, 2 to 8 bits;\ncircles: the maps", fontsize=10)
+    right.set(yscale="log", ylim=(0.3, 150), xlabel="bits per weight, with scales", ylabel="RMS error, % of RMS weight")
+    plots.plain_ticks(right.yaxis, 500)
     right.legend(fontsize=7.5, loc="lower left")
+    return fig
+
+
+def integer_layer_picture():
+    """Figure: what flows through a layer that computes with integers only, left to right, with its data types."""
+    from .. import plots
+
+    fig, axis = plots.figure(8.5, 2.6)
+    axis.set(xlim=(0, 10.2), ylim=(0.2, 2.8), title="One layer in integers: codes in, codes out")
+    axis.axis("off")
+    boxes = [(0.8, 2.2, "$q_x$ of the input", "C0"), (0.8, 0.8, "$q_w$ of the weights", "C0"),
+             (3.1, 1.5, "GEMM\n$\\sum q_x q_w$", "C1"), (5.0, 1.5, "+ bias and\nzero-point\nterms", "C1"),
+             (7.0, 1.5, "$\\times M_0$,\nshift by $n$,\nround", "C2"), (9.0, 1.5, "$+ z_y$,\nclamp\n(ReLU)", "C2")]
+    for x, y, text, color in boxes:
+        box = {"boxstyle": "round,pad=0.5", "fc": color, "alpha": 0.3, "ec": color}
+        axis.text(x, y, text, ha="center", va="center", fontsize=10, bbox=box)
+    arrows = [(2.5, 1.7, 1.7, 2.1), (2.5, 1.3, 1.7, 0.9), (4.35, 1.5, 3.65, 1.5), (6.35, 1.5, 5.65, 1.5),
+              (8.5, 1.5, 7.65, 1.5), (10.1, 1.5, 9.5, 1.5)]
+    for (*end, x, y), kind in zip(arrows, ["int8", "int8", "int32", "int32", "int32", "int8"], strict=True):
+        axis.annotate("", end, (x, y), arrowprops={"arrowstyle": "-|>", "color": "0.3"})
+        axis.text((x + end[0]) / 2, max(y, end[1]) + 0.1, kind, ha="center", fontsize=9, color="0.3")
     return fig
 
 

@@ -19,11 +19,27 @@ def test_ste_picture(bits, clip):
 @pytest.mark.slow
 def test_granularity_picture():
     for name in figures.GRANULARITIES:
-        fig = figures.granularity_picture(bits=3, granularity=name)
+        fig = figures.granularity_picture(bits=3, granularity=name, beside=("group of 32",))
         fig.canvas.draw()
-        curves = fig.axes[1].lines[: len(figures.GRANULARITIES)]
+        first, second, choices, _ = fig.axes  # and the colour bar
+        assert f"per {name}:" in first.get_title() and "per group of 32:" in second.get_title()
+        curves = choices.lines[: len(figures.GRANULARITIES)]
         assert all(list(line.get_ydata()) == sorted(line.get_ydata(), reverse=True) for line in curves)  # bits help
+        for circle, axis in zip(choices.lines[len(curves) :], (first, second), strict=True):
+            assert f"{circle.get_ydata()[0]:.1f} %" in axis.get_title()
         plt.close(fig)
+
+
+def test_integer_layer_picture():
+    """Nothing but the GEMM's operands and the output is int8, and no text lies on another."""
+    fig = figures.integer_layer_picture()
+    fig.canvas.draw()
+    texts = [text for text in fig.axes[0].texts if text.get_text()]
+    assert [text.get_text() for text in texts if text.get_text().startswith("int")] == [
+        "int8", "int8", "int32", "int32", "int32", "int8"]  # fmt: skip
+    boxes = [text.get_window_extent() for text in texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    plt.close(fig)
 
 
 @pytest.mark.slow
