@@ -26,7 +26,7 @@ def test_without_a_gpu_the_records_refuse_in_one_sentence(record):
 def test_recorded_results_are_consistent(name):
     frame = results.load(name, "h100").frame()
     arms = record_training.ARMS if name == "fp8_model" else record_training.TUNED
-    assert set(frame["rung"]) == set(arms)
+    assert set(frame["rung"]) == {*arms, *(["TE BF16 (again)"] if name == "fp8_model" else [])}
     ran = frame[frame["ms_per_step"].notna()]
     rate = 1000 * ran["tokens"] / ran["ms_per_step"]
     assert ran["train_tokens_per_s"].to_numpy() == pytest.approx(rate.to_numpy(), rel=1e-3)
