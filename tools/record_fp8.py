@@ -237,7 +237,7 @@ def record_loss(full: bool):
 
 INFERENCE = ("BF16", "FP8 (Transformer Engine)", "torchao FP8 dynamic", "torchao INT8 dynamic",
              "torchao INT8 weight-only", "torchao INT4 group 32")  # fmt: skip
-EAGER = ("BF16", "torchao INT8 dynamic", "torchao INT4 group 32")  # once more without torch.compile
+EAGER = ("torchao INT8 dynamic", "torchao INT4 group 32")  # once more without torch.compile
 
 
 def quality(technique: str) -> list[dict]:
@@ -290,7 +290,7 @@ def record_inference(full: bool):
     from tqdm.auto import tqdm
 
     rig.require_fp8()
-    rows, wanted = [], INFERENCE if full else INFERENCE[:2]
+    rows, path, wanted = [], None, INFERENCE if full else INFERENCE[:2]
     work = [(quality, (name,)) for name in wanted]
     work += [(speed, (name, 10 if full else 0.3, "Transformer Engine" not in name)) for name in wanted]
     work += [(speed, (name, 1.0, False)) for name in EAGER if full]
@@ -300,10 +300,11 @@ def record_inference(full: bool):
         try:
             with torch.no_grad():
                 rows += measured(*arguments)
+            path = _save("fp8_inference", rows, full)  # after each: torch.compile can take minutes
         except Exception as error:  # noqa: BLE001 - what one version of a library cannot run must not cost the rest
             print(f"{arguments[0]}: left out, {type(error).__name__}: {str(error).splitlines()[0][:300]}")
     rig.free()
-    return _save("fp8_inference", rows, full)
+    return path
 
 
 RECORDS = {"fp8_gemm": record_gemm, "fp8_layers": record_layers, "fp8_profile": record_profile,

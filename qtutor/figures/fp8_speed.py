@@ -170,25 +170,6 @@ def breakeven_maps(rows):
     return fig
 
 
-def latency_and_memory(rows, panels: list[str]):
-    """Bars by technique (index), a panel a column of ``rows``; the floor of "decode 1, ms" is in "floor 1, ms"."""
-    fig, axes = plots.figure(8.5, 0.9 + 0.33 * len(rows), ncols=len(panels), sharey=True)
-    for axis, key in zip(axes, panels, strict=True):
-        values, floor = rows[key], key.replace("decode", "floor")
-        axis.barh(range(len(rows)), values, color=[plots.PALETTE[int("BF16" not in name)] for name in rows.index])
-        for i, value in enumerate(values):
-            axis.annotate(f"{value:.3g}", (value, i), xytext=(3, 0), textcoords="offset points", va="center",
-                          fontsize=8)  # fmt: skip
-        if "decode" in key:
-            axis.plot(rows[floor], range(len(rows)), "|", color="black", ms=12, mew=2, label="floor: bytes / bandwidth")
-        axis.set(xlabel=key, xlim=(0, 1.3 * values.max()))
-        axis.grid(False, axis="y")
-    fig.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower right", fontsize=8)
-    axes[0].set_yticks(range(len(rows)), rows.index, fontsize=8.5)
-    axes[0].invert_yaxis()
-    return fig
-
-
 def breakeven_speedup(rows, hidden: float, tokens: float, graph: bool, column: str = "speedup") -> float:
     """Read the recorded map between its points: linear in the logarithms; beyond its edge, the value at the edge.
 
