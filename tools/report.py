@@ -166,14 +166,16 @@ def _breakeven(data) -> str:
 def _loss(data) -> str:
     last = max(row["step"] for row in data.rows)
     final = {(row["recipe"], row["seed"]): row["held_out_nats"] for row in data.rows if row["step"] == last}
-    seeds = sorted({seed for recipe, seed in final if recipe == "BF16"})
-    said = []
-    for recipe in dict.fromkeys(recipe for recipe, _ in final if recipe != "BF16"):
-        lost = paired.paired_nll([final[recipe, seed] - final["BF16", seed] for seed in seeds])
+    said, counts = [], set()
+    for recipe in dict.fromkeys(recipe for recipe, _ in final if recipe != "BF16" and "(again)" not in recipe):
+        gaps = [nats - final["BF16", seed] for (name, seed), nats in final.items()
+                if name == recipe and ("BF16", seed) in final]  # fmt: skip
+        lost = paired.paired_nll(gaps)
+        counts.add(len(gaps))
         shown = f"**{lost.difference:+.4f}** ({lost.low:+.4f} to {lost.high:+.4f})".replace("-", "−")
         said.append(f"{recipe.removeprefix('FP8 ')} {shown}")
     return (f"held-out loss after {last:,} steps, FP8 minus BF16, nats per token, with 95 % intervals: "
-            f"{'; '.join(said)} (course model, {len(seeds)} seeds, paired)")  # fmt: skip
+            f"{'; '.join(said)} (course model, {' to '.join(map(str, sorted(counts)))} seeds, paired)")  # fmt: skip
 
 
 def _inference(data) -> str:
@@ -186,9 +188,9 @@ def _inference(data) -> str:
         return times(low / high)
 
     low, high = (best(name, 1)["weights_gib"] for name in ("FP8 (Transformer Engine)", "BF16"))
-    return (f"FP8 weights and activations in PyTorch, Llama-2-7B's shape, against BF16: {percent(low / high - 1)} memory, "
-            f"prefill **{faster('prefill')}**, decode **{faster('decode')}** at batch 1 and {faster('decode', 32)} at 32 "
-            "(CUDA graphs, no serving engine)")  # fmt: skip
+    return ("FP8 weights and activations in PyTorch, Llama-2-7B's shape, against BF16: "
+            f"{percent(low / high - 1)} memory, prefill **{faster('prefill')}**, decode **{faster('decode')}** at "
+            f"batch 1 and {faster('decode', 32)} at 32 (CUDA graphs, no serving engine)")  # fmt: skip
 
 
 def _qat(data) -> str:
