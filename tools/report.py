@@ -142,12 +142,14 @@ def percent(change: float, digits: int = 0) -> str:
 def _model(data) -> str:
     said, layers = [], max(row["layers"] for row in data.rows)
     for shape in dict.fromkeys(row["shape"] for row in data.rows):
-        where = {"shape": shape, "layers": layers, "batch": 4}
-        high, low, hf = (one(data, **where, rung=rung) for rung in ("TE BF16", "TE FP8 delayed", "Hugging Face BF16"))
+        step = {row["rung"]: row for row in matching(data, shape=shape, layers=layers, batch=4) if "not_run" not in row}
+        low, high = step["TE FP8 delayed"], step["TE BF16"]
         energy = low["joules_per_step"] / high["joules_per_step"] - 1
-        said.append(f"{shape}'s shape: **{times(high['ms_per_step'] / low['ms_per_step'])}** the speed of BF16 and "
-                    f"{percent(energy)} energy, {times(hf['ms_per_step'] / low['ms_per_step'])} Hugging Face's BF16")
-    return (f"a whole step with head, loss and optimizer, {layers} layers, Transformer Engine, delayed scaling. "
+        over = [times(min(row["ms_per_step"] for name, row in step.items() if name.startswith(words)) / low["ms_per_step"])
+                for words in ("TE BF16", "Hugging Face BF16, compiled", "torchao FP8")]  # fmt: skip
+        said.append(f"{shape}'s shape: **{over[0]}** the speed of its BF16 at {percent(energy)} energy, {over[1]} that of "
+                    f"torch.compile in BF16, {over[2]} that of torchao's FP8")  # fmt: skip
+    return (f"Transformer Engine, delayed scaling, a whole step of {layers} layers with head, loss and optimizer. "
             + "; ".join(said))  # fmt: skip
 
 
