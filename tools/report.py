@@ -145,10 +145,11 @@ def _model(data) -> str:
         step = {row["rung"]: row for row in matching(data, shape=shape, layers=layers, batch=4) if "not_run" not in row}
         low, high = step["TE FP8 delayed"], step["TE BF16"]
         energy = low["joules_per_step"] / high["joules_per_step"] - 1
-        over = [times(min(row["ms_per_step"] for name, row in step.items() if name.startswith(words)) / low["ms_per_step"])
-                for words in ("TE BF16", "Hugging Face BF16, compiled", "torchao FP8")]  # fmt: skip
-        said.append(f"{shape}'s shape: **{over[0]}** the speed of its BF16 at {percent(energy)} energy, {over[1]} that of "
-                    f"torch.compile in BF16, {over[2]} that of torchao's FP8")  # fmt: skip
+        over = [times(min(row["ms_per_step"] for name, row in step.items() if name.startswith(rival))
+                      / low["ms_per_step"])
+                for rival in ("TE BF16", "Hugging Face BF16, compiled", "torchao FP8")]  # fmt: skip
+        said.append(f"{shape}'s shape: **{over[0]}** the speed of its BF16 at {percent(energy)} energy, {over[1]} that "
+                    f"of torch.compile in BF16, {over[2]} that of torchao's FP8")  # fmt: skip
     return (f"Transformer Engine, delayed scaling, a whole step of {layers} layers with head, loss and optimizer. "
             + "; ".join(said))  # fmt: skip
 

@@ -129,7 +129,7 @@ def test_training_headline_against_pandas():
         fp8 = ms["TE FP8 delayed"]
         energy = 1 - frame.joules_per_step[shape, "TE FP8 delayed"] / frame.joules_per_step[shape, "TE BF16"]
         bf16 = ms[ms.index.str.startswith("TE BF16")].min()  # both times, where it was measured twice
-        assert f"{shape}'s shape: **{bf16 / fp8:.2f} ×** the speed of its BF16 at −{100 * energy:.0f} % energy" in answer
+        assert f"{shape}'s shape: **{bf16 / fp8:.2f} ×** the speed of its BF16 at −{100 * energy:.0f} %" in answer
         assert f"{ms['Hugging Face BF16, compiled'] / fp8:.2f} × that of torch.compile in BF16" in answer
         assert f"{ms[ms.index.str.startswith('torchao')].min() / fp8:.2f} × that of torchao's FP8" in answer
 
