@@ -43,32 +43,42 @@ def _where(answer):
     return "FP8 moved the bottleneck: in the BF16 step, faster products would have saved most, 10 ms."
 
 
-def _training_gib(*bytes_per_parameter):
-    return [8e9 * b / 2**30 for b in bytes_per_parameter]
+_PEAKS = {"TE BF16": (13.2, 38.8), "TE FP8": (14.3, 43.5), "FP8 weights": (20.8, 63.5)}  # GiB at 4 and 16 layers
+_CARD = 79.2
 
 
-@exercise("fp8_speed_and_memory.training_gib", solution=_training_gib(16, 18, 16), wrong=[
-    _training_gib(16, 8, 8), _training_gib(16, 17, 15), _training_gib(16, 18, 14), [128, 144, 128],
-    _training_gib(4, 6, 4), _training_gib(2, 4, 2), 119.2, _training_gib(16, 18)])  # fmt: skip
-def _training(answer):
-    bf16, both, fp8 = several(answer, 3, "three numbers, in GiB,")
-    (a,), (one_copy,), (b,) = map(_training_gib, (16, 17, 18))
-    number(bf16, a, "(a) Weight 2, gradient 2, FP32 master weight 4, two moments of 4: 16 bytes for each of 8e9 "
-           "parameters.", {128: "That is in GB, of 10^9 bytes: a GiB has 2^30."}, within=0.5)
-    number(both, b, "(b) Everything of (a) stays; two copies of one byte come on top.", {
-        one_copy: "(b) There are two FP8 copies: by rows, and transposed."}, within=0.5)
-    number(fp8, a, "(c) The BF16 weight goes; two FP8 copies of one byte, gradient, master weight and moments stay.",
-           within=0.5)  # fmt: skip
-    return "FP8 weights are no larger than BF16 ones, and no smaller: they are stored twice, a byte each."
+def _layers(card: float = _CARD, intercept: bool = True) -> list[int]:
+    found = []
+    for few, many in _PEAKS.values():
+        slope = (many - few) / 12
+        found.append(int((card - (few - 4 * slope) * intercept) / slope))
+    return found
+
+
+@exercise("fp8_speed_and_memory.layers_that_fit", solution=_layers(), wrong=[
+    _layers(intercept=False), [n + 1 for n in _layers()], _layers(85.9), [32, 32, 32], _layers()[:2],
+    [*_layers()[:2], _layers()[2] + 4], 34])  # fmt: skip
+def _fit(answer):
+    found = several(answer, 3, "three numbers of layers,")
+    for name, given, right, proportional, larger in zip(
+            _PEAKS, found, _layers(), _layers(intercept=False), _layers(85.9), strict=True):  # fmt: skip
+        number(given, right, f"{name}: the slope is the difference of the two peaks over 12 layers; what is left at no "
+               "layers is head, embedding and logits. Whole layers only, rounded down.", {
+            proportional: f"{name}: that divides the card by the slope. Subtract first what the model takes without "
+                          "any layer.",
+            larger: f"{name}: that is for 85.9 GiB; the card has {_CARD} GiB, which is 85 GB."})  # fmt: skip
+    return "FP8 by Transformer Engine costs layers at this number of tokens, and FP32 optimizer state costs more."
 
 
 @exercise("fp8_speed_and_memory.slower", solution="c", wrong=["a", "b", "d", 1, "larger batches"])
 def _slower(answer):
     hints = {
-        "a": "Block scaling adds passes: it is the slowest recipe, and this layer waits for launches.",
-        "b": "Memory is half empty; and the time goes into launches, not into quantizing weights.",
-        "c": "", "d": "INT4 weights are unpacked to BF16 for the product: they train and compute nothing faster."}
+        "a": "Block scaling adds kernels: it is the slowest recipe, and this layer waits for launches.",
+        "b": "Memory is half empty; and the time goes into launches.",
+        "c": "",
+        "d": "A good second step: it saves the casts of the weights in 15 of 16 micro-batches. All other launches of "
+             "the 16 small batches stay."}  # fmt: skip
     answer = str(answer).strip().lower()
     expect(answer in hints, 'Answer "a", "b", "c" or "d".')
     expect(answer == "c", hints[answer])
-    return "The same tokens in fewer launches. Where memory is full, a CUDA graph is the next choice."
+    return "The same tokens in fewer launches. Where memory is full, is_first_microbatch and a CUDA graph come next."

@@ -27,7 +27,8 @@ def provenance(recorded):
     """A table of recordings (Results): what, where, when."""
     versions = ("torch", "transformer_engine")
     rows = [{"results": run.name, "rows": len(run.rows), "device": run.device, "recorded": run.created[:10]}
-            | {name: run.versions.get(name) for name in versions} for run in recorded]  # fmt: skip
+            | {name: run.versions.get(name) for name in versions} | {"note": run.migrated or ""}
+            for run in recorded]  # fmt: skip
     return pd.DataFrame(rows).style.hide(axis="index")
 
 
@@ -45,8 +46,7 @@ def ladder_table(rows):
     """Each rung of ``fp8_layers`` against the rung before and against BF16; ± is a 95 % interval: of a median by its
     single steps, of joules by the counter's resolution."""
     t, before = rows.copy(), rows.groupby("shape")["ms_per_step"].shift()
-    sd = (t["ms_p90"] - t["ms_p10"]) / 2.56
-    columns = {"ms": t["ms_per_step"], "ms, ±": 1.96 * 1.25 * sd / np.sqrt(t["repeats"]),
+    columns = {"ms": t["ms_per_step"], "ms, ±": _error(t) * t["ms_per_step"],
                "over the rung before": before.fillna(t["ms_per_step"]) / t["ms_per_step"]}  # fmt: skip
     for name in ("HF BF16", "TE BF16"):
         base = t[t["rung"] == name.replace("HF", "Hugging Face")].set_index("shape")["ms_per_step"]
@@ -56,17 +56,22 @@ def ladder_table(rows):
     return pd.DataFrame(columns).set_index(pd.MultiIndex.from_frame(t[["shape", "rung"]]))
 
 
+def _error(rows):
+    """Half of the 95 % interval of each median, as a share: of so many steps with so much spread."""
+    return 1.96 * 1.25 * (rows["ms_p90"] - rows["ms_p10"]) / 2.56 / np.sqrt(rows["repeats"]) / rows["ms_per_step"]
+
+
 def branch_table(rows, branches: dict, drift: float):
-    """Rungs that change an earlier one in another direction: {name: (that rung, ...)}; differences within ``drift``
-    (a share) are undecided."""
+    """Rungs that change an earlier one in another direction: {name: (that rung, ...)}.  Undecided is what lies within
+    the intervals of the two medians and ``drift`` (a share), by which one rung differed from itself."""
     found = []
     for (name, (base, *_)), (shape, part) in itertools.product(branches.items(), rows.groupby("shape", sort=False)):
-        part = part.set_index("rung")
-        if name in part.index:
-            change = part.loc[name, "ms_per_step"] / part.loc[base, "ms_per_step"] - 1
-            found.append({"variant": name, "of": base, "shape": shape, "change of time": change,
-                          "verdict": "undecided" if abs(change) <= drift else "slower" if change > 0 else "faster",
-                          "peak, GiB": part.loc[name, "peak_gib"] - part.loc[base, "peak_gib"]})  # fmt: skip
+        pair = part.set_index("rung").reindex([name, base])
+        change = pair["ms_per_step"].iloc[0] / pair["ms_per_step"].iloc[1] - 1
+        half = float(np.hypot(*_error(pair))) + drift
+        found.append({"variant": name, "of": base, "shape": shape, "change of time": change, "change, ±": half,
+                      "verdict": "undecided" if abs(change) <= half else "slower" if change > 0 else "faster",
+                      "peak, GiB": pair["peak_gib"].iloc[0] - pair["peak_gib"].iloc[1]})  # fmt: skip
     return pd.DataFrame(found).set_index("variant")
 
 

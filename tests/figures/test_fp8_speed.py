@@ -35,10 +35,12 @@ def test_the_ladder_compares_with_the_rung_before_and_with_bf16():
 
 
 def test_a_variant_within_the_drift_is_undecided():
-    made = pd.DataFrame([{"shape": "s", "rung": rung, "ms_per_step": ms, "peak_gib": 1.0}
-                         for rung, ms in (("a", 100.0), ("b", 100.5), ("c", 110.0), ("d", 90.0))])  # fmt: skip
-    table = fp8_speed.branch_table(made, {"b": ("a", {}), "c": ("a", {}), "d": ("a", {})}, drift=0.01)
-    assert dict(table["verdict"]) == {"b": "undecided", "c": "slower", "d": "faster"}
+    made = pd.DataFrame([{"shape": "s", "rung": rung, "ms_per_step": ms, "ms_p10": ms - spread, "ms_p90": ms + spread,
+                          "repeats": 25, "peak_gib": 1.0}
+                         for rung, ms, spread in (("a", 100.0, 1), ("b", 100.5, 1), ("c", 110.0, 1), ("d", 90.0, 1),
+                                                  ("e", 103.0, 20))])  # fmt: skip
+    table = fp8_speed.branch_table(made, {name: ("a", {}) for name in "bcde"}, drift=0.01)
+    assert dict(table["verdict"]) == {"b": "undecided", "c": "slower", "d": "faster", "e": "undecided"}
     assert table.loc["c", "change of time"] == pytest.approx(0.1)
 
 
