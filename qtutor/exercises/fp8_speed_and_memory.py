@@ -21,7 +21,7 @@ def _attention_share(answer):
     return f"{right:.1%}: long sequences move work to where FP8 does not help."
 
 
-_SPENT = {"a": 6, "b": 34 - 34 / 1.2, "c": 20 - 20 / 1.5, "d": 2.5}  # ms saved by each purchase
+_SPENT = {"a": 6, "b": 34 - 34 / 1.2, "c": 20 - 20 / 1.5, "d": 2.5}  # units of time saved by each purchase
 _BOUGHT = {letter: 100 / (80 - saved) for letter, saved in _SPENT.items()}
 
 
@@ -31,16 +31,16 @@ _BOUGHT = {letter: 100 / (80 - saved) for letter, saved in _SPENT.items()}
     "c"])  # fmt: skip
 def _where(answer):
     before, after, letter = several(answer, 3, "two speedups and a letter")
-    number(before, 1.25, "The FP8 step takes 34 + 6 + 20 + 15 + 5 ms.", {
-        100 / 74: "Quantization is part of the FP8 step: add its 6 ms.",
+    number(before, 1.25, "The FP8 step takes 34 + 6 + 20 + 15 + 5 units.", {
+        100 / 74: "Quantization is part of the FP8 step: add its 6 units.",
         60 / 34: "That is the speedup of the products alone; the other parts do not change."}, within=0.005)
     letter = str(letter).strip().lower()
     expect(letter in _SPENT, 'The last answer is "a", "b", "c" or "d".')
-    expect(letter == "c", f"{letter} saves {_SPENT[letter]:.1f} ms of the FP8 step, and another purchase saves more: "
-                          "compare the milliseconds that each one saves, not its factor.")  # fmt: skip
-    number(after, _BOUGHT["c"], "Subtract what faster attention saves, 20 - 20 / 1.5 ms, from the FP8 step of 80 ms.", {
+    expect(letter == "c", f"{letter} saves {_SPENT[letter]:.1f} units of the FP8 step, and another purchase saves more: "
+                          "compare the time that each one saves, not its factor.")  # fmt: skip
+    number(after, _BOUGHT["c"], "Subtract what faster attention saves, 20 - 20 / 1.5 units, from the FP8 step of 80.", {
         1.25 * 1.5: "Only attention becomes 1.5 times as fast, not the step."}, within=0.005)
-    return "FP8 moved the bottleneck: in the BF16 step, faster products would have saved most, 10 ms."
+    return "FP8 moved the bottleneck: in the BF16 step, faster products would have saved most, 10 units."
 
 
 _PEAKS = {"TE BF16": (13.2, 38.8), "TE FP8": (14.3, 43.5), "FP8 weights": (20.8, 63.5)}  # GiB at 4 and 16 layers
