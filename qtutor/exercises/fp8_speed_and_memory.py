@@ -36,7 +36,7 @@ def _where(answer):
         60 / 34: "That is the speedup of the products alone; the other parts do not change."}, within=0.005)
     letter = str(letter).strip().lower()
     expect(letter in _SPENT, 'The last answer is "a", "b", "c" or "d".')
-    expect(letter == "c", f"{letter} saves {_SPENT[letter]:.1f} units of the FP8 step, and another purchase saves more: "
+    expect(letter == "c", f"{letter} saves {_SPENT[letter]:.1f} units of the FP8 step; another purchase saves more: "
                           "compare the time that each one saves, not its factor.")  # fmt: skip
     number(after, _BOUGHT["c"], "Subtract what faster attention saves, 20 - 20 / 1.5 units, from the FP8 step of 80.", {
         1.25 * 1.5: "Only attention becomes 1.5 times as fast, not the step."}, within=0.005)
