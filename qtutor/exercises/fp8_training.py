@@ -14,7 +14,7 @@ def _first_gradient(answer):
         2: "In pass 2 layer 4 has a scale. Layer 3 sees its first gradient only now: its scale is still 1.",
         3: "Three passes did for the course model, whose residual connections pass gradients around the layers.",
         4: "In pass 4 layer 1 sees its first gradient and records the amax. Which scale does it round with?",
-        8: "A layer records its amax when the layer above first rounds with a good scale: one layer a pass."})  # fmt: skip
+        8: "A layer records its amax when the layer above first has a good scale: one layer a pass."})  # fmt: skip
     return "One layer a pass, and one more for layer 1's own scale. E5M2 reaches 128 times lower."
 
 
