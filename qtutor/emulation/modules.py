@@ -87,7 +87,7 @@ class _Fp8Linear(torch.autograd.Function):
         if any(ctx.needs_input_grad[:3]):  # the first module of a region comes last in the backward pass
             ctx.updates, Region.first = Region.first, False
         rows, columns = of_x.both(x, amax) if ctx.needs_input_grad[0] else (of_x.rows(x, amax), (None,) * 3)
-        kept = [*columns, *of_columns]
+        kept = [*columns, *of_columns, of_rows[0]]  # Hopper keeps a weight's codes in both layouts
         ctx.numbers = [None if torch.is_tensor(v) else v for v in kept]
         ctx.save_for_backward(*(v if torch.is_tensor(v) else None for v in kept))
         ctx.quantizers = of_x, of_w, module.quantizers["scaling_bwd"][2 * number]
@@ -112,7 +112,7 @@ class _Fp8Linear(torch.autograd.Function):
             columns = _transposed(rows) if of_dy.per_tensor else _matrix(of_dy, of_dy.columns(dy))
             dw = _product(columns, _transposed(_matrix(of_x, kept[:3])), ctx.dtype)
         if ctx.needs_input_grad[1]:
-            dx = _product(rows, _transposed(_matrix(of_w, kept[3:])), ctx.dtype).view(ctx.shape)
+            dx = _product(rows, _transposed(_matrix(of_w, kept[3:6])), ctx.dtype).view(ctx.shape)
         if ctx.needs_input_grad[2]:  # a sum, not a matrix product: it reads the gradient before FP8
             db = dy.float().sum(0).to(ctx.dtype)
         if ctx.updates:

@@ -1,62 +1,53 @@
 """Checks of the exercises: FP8 training."""
 
-import numpy as np
-from scipy import stats
+import torch
 
 from ..lesson import exercise, expect
-from .answers import function, number
+from .answers import function, number, tensor
 
 
-@exercise("fp8_training.comes_back", solution=28.0, wrong=[40, 14, 56, 448, 7, 3584, 16, "28"])
-def _comes_back(answer):
-    number(answer, 28, "TE's scale is 448 / (largest amax) / 2**margin. Multiply by it, clamp to 448, divide.", {
-        40: "40 x scale is above 448, the largest E4M3 number: the cast saturates.",
-        14: "The history's largest amax lands at half of the range: margin=1 leaves room above it.",
-        56: "The margin divides TE's scale by 2**1; you divided twice.",
-        7: "The margin makes TE's scale smaller, not larger: it leaves room above the amax.",
-        448: "448 is the code. Divide it by the scale: which value comes back?",
-        3584: "HYBRID is E4M3 in the forward pass, where the input belongs: up to 448, not 57344."})  # fmt: skip
-    return "40 comes back as 28. Delayed scaling clips the first large step; the next one has a scale that fits."
+@exercise("fp8_training.first_gradient", solution=5, wrong=[1, 2, 3, 4, 6, 8, "5"])
+def _first_gradient(answer):
+    number(answer, 5, "Follow the layers from the loss down: which ones see a gradient in this pass, and which have a "
+           "scale?", {  # of whose amax
+        1: "With a scale of 1, E4M3 rounds what is below 2**-10 to zero: in pass 1 no layer gets a weight gradient.",
+        2: "In pass 2 layer 4 has a scale. Layer 3 sees its first gradient only now: its scale is still 1.",
+        3: "Three passes did for the course model, whose residual connections pass gradients around the layers.",
+        4: "In pass 4 layer 1 sees its first gradient and records the amax. Which scale does it round with?",
+        8: "A layer records its amax when the layer above first has a good scale: one layer a pass."})  # fmt: skip
+    return "One layer a pass, and one more for layer 1's own scale. E5M2 reaches 128 times lower."
 
 
-@exercise("fp8_training.break_even_tokens", solution=14336, wrong=[4096, 28672, 7168, 18432, 58720256, "14336"])
+@exercise("fp8_training.break_even_tokens", solution=28672, wrong=[14336, 4096, 8192, 57344, 117440512, "28672"])
 def _break_even_tokens(answer):
-    number(answer, 14336, "Solve 2 T x inputs = T x inputs + outputs x inputs for T. The number of inputs cancels.", {
+    number(answer, 28672, "Solve 2 T x inputs = T x inputs + 2 x outputs x inputs for T. The inputs cancel.", {
+        14336: "Hopper keeps the codes of the weight twice: by rows and by columns.",
         4096: "The number of inputs cancels: it is in every term.",
-        28672: "The codes of the weight take one byte each, not two.",
-        7168: "FP8 keeps the codes of the input, too.",
-        58720256: "That is the size of the weight's codes in bytes. How many tokens save as much?"})  # fmt: skip
-    return "With fewer tokens than outputs FP8 keeps more than BF16. It saves where a step has many tokens."
+        8192: "The number of inputs cancels: it is in every term.",
+        57344: "A code takes one byte, a BF16 number two.",
+        117440512: "That is the size of the weight's codes in bytes. How many tokens save as much?"})  # fmt: skip
+    return "With fewer tokens than twice the outputs FP8 keeps more than BF16. It saves where a step has many tokens."
 
 
-def _decide(bf16, fp8, tolerance, pairs=True, factor=None, root=True, ddof=1):
-    """The solution of fp8_training.decide; other arguments make the mistakes."""
-    a, b = np.asarray(bf16), np.asarray(fp8)
-    n, gaps = len(a), b - a
-    sd = gaps.std(ddof=ddof) if pairs else (a.var(ddof=1) + b.var(ddof=1)) ** 0.5
-    half = (factor or stats.t.ppf(0.975, n - 1)) * sd / (n**0.5 if root else 1)
-    low, high = gaps.mean() - half, gaps.mean() + half
-    return "yes" if high < tolerance else "no" if low > tolerance else "more seeds"
+def _fuse(query, key, value, groups, order=(0, 1, 2)):
+    """The solution of fp8_training.fuse_qkv; another order makes a mistake."""
+    parts = [weight.unflatten(0, (groups, -1)) for weight in (query, key, value)]
+    return torch.cat([parts[i] for i in order], 1).flatten(0, 1)
 
 
-_BF16 = (3.412, 3.398, 3.441, 3.405)
-_CASES = [  # (FP8 minus BF16 by seed, tolerance, what a wrong decision has overlooked)
-    ((0.005, 0.003, 0.006, 0.004), 0.01, "pair by seed: unpaired, the spread between seeds hides everything"),
-    ((0.025, 0.023, 0.026, 0.024), 0.01, "the whole interval is above the tolerance"),
-    ((0.009, 0.003, 0.010, 0.004), 0.0118, "four seeds need Student's t with 3 degrees of freedom, and ddof=1"),
-    ((-0.02, 0.03, 0.01, -0.01), 0.01, "an interval that contains 0 may still reach far above the tolerance"),
-    ((0.012, 0.006, 0.015, 0.011), 0.018, "the interval of the mean has the standard error: sd / sqrt(n)")]  # fmt: skip
-
-
-@exercise("fp8_training.decide", solution=_decide, wrong=[
-    lambda *data: _decide(*data, pairs=False), lambda *data: _decide(*data, factor=1.96),
-    lambda *data: _decide(*data, root=False), lambda *data: _decide(*data, ddof=0),
-    lambda a, b, tolerance: "yes" if np.mean(b) - np.mean(a) < tolerance else "no"])  # fmt: skip
-def _check_decide(answer):
-    answer = function(answer, "decide")
-    for gaps, tolerance, overlooked in _CASES:
-        right = _decide(_BF16, np.add(_BF16, gaps), tolerance)
-        got = answer(np.array(_BF16), np.add(_BF16, gaps), tolerance)
-        expect(isinstance(got, str) and got == right, f"Differences {gaps}, tolerance {tolerance}: {right!r} is right, "
-               f"not {str(got)[:20]!r}; {overlooked}.")  # fmt: skip
-    return "Right. Choose the tolerance before you look at the losses."
+@exercise("fp8_training.fuse_qkv", solution=_fuse, wrong=[
+    lambda q, k, v, groups: torch.cat([q, k, v]), lambda q, k, v, groups: _fuse(q, k, v, groups, (1, 2, 0)),
+    lambda q, k, v, groups: _fuse(q, k, v, 1), lambda q, k, v, groups: _fuse(q, k, v, len(k)),
+    lambda q, k, v, groups: torch.cat([w.unflatten(0, (-1, groups)) for w in (q, k, v)]).flatten(0, 1),
+    lambda q, k, v, groups: torch.cat([q, k, v], 1)])  # fmt: skip
+def _fuse_qkv(answer):
+    answer = function(answer, "fuse_qkv")
+    for heads, groups, size in ((6, 2, 4), (4, 1, 2), (4, 4, 2)):
+        rows = (heads * size, groups * size, groups * size)  # each row holds its own number; keys from 1000
+        weights = [torch.arange(n).float()[:, None] + 1000 * i + torch.zeros(n, 3) for i, n in enumerate(rows)]
+        want, case = _fuse(*weights, groups), f"{heads} query heads, {groups} groups, heads of {size} rows"
+        got = tensor(answer(*(weight.clone() for weight in weights), groups), want.shape)
+        for row in (got != want).any(1).nonzero().flatten().tolist():
+            of, number_there = divmod(int(want[row, 0]), 1000)
+            expect(False, f"{case}: row {row} must be row {number_there} of the {('query', 'key', 'value')[of]}.")
+    return "Right. One group cannot tell this from torch.cat: test such a map with two groups, and compare the logits."
