@@ -212,8 +212,8 @@ class DelayedState(State):
     def update(self, recipe: DelayedScaling) -> None:
         """Choose amax, roll the history, set the next step's scales (in place: quantizers look at them)."""
         history = self.amax_history
-        amax = history.amax(0) if recipe.amax_compute_algo == "max" else history[0].clone()
-        if len(history) > 1:  # a tensor with amax 0 keeps its history as it is (recorded on an H200)
+        amax = history.amax(0) * (history[0] != 0) if recipe.amax_compute_algo == "max" else history[0].clone()
+        if len(history) > 1:  # a tensor with amax 0 keeps its history (recorded on an H200) and its scale
             history.copy_(torch.where(history[0] != 0, history.roll(-1, 0), history))
         history[0].zero_()
         formats = recipe.fp8_format.value

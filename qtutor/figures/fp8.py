@@ -1,4 +1,4 @@
-"""Pictures of delayed scaling at work."""
+"""Pictures of FP8's range and of delayed scaling at work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import ipywidgets
 import numpy as np
 import torch
 
-from .. import plots
+from .. import formats, plots
 from .live import dropdown, live_picture
 
 STEPS, AT = 28, 6  # of a run; and the step at which something happens
@@ -114,3 +114,30 @@ def scaling_explorer():
     six = list(controls.values())
     return live_picture(lambda **chosen: (scaling_sentence(**chosen), scaling_picture(**chosen)),
                         ipywidgets.HBox([ipywidgets.VBox(six[i : i + 2]) for i in (0, 2, 4)]), **controls)  # fmt: skip
+
+
+def magnitudes(tensors: dict):
+    """Figure: histograms of log2 of the magnitudes, at scale 1 and at the best scale, above the formats' ranges."""
+    fig, axes = plots.figure(8.5, 5.6, nrows=3, sharex=True)
+    for axis, (name, tensor) in zip(axes, tensors.items(), strict=True):
+        size, best = tensor[tensor != 0].abs().float(), formats.E5M2 if name == "gradient" else formats.E4M3
+        for scale, label, color in ((1, "scale 1", 7), (best.max / size.max(), "scaled", 0)):
+            plots.histogram(axis, (size * scale).log2().clip(-31.9), range(-32, 19), label, plots.PALETTE[color])
+        for i, f in enumerate((formats.E4M3, formats.E5M2)):
+            ends, y = np.log2([f.min_subnormal, f.min_normal, f.max]), [axis.get_ylim()[1] * 1.1] * 2
+            axis.plot(ends[1:], y, lw=6, color=plots.PALETTE[i + 1], solid_capstyle="butt", label=f"{f.name}, normal")
+            axis.plot(ends[:2], y, lw=6, color=plots.PALETTE[i + 1], solid_capstyle="butt", alpha=0.35)
+        axis.set(title=f"{name}; blue: scaled for {best.name}", ylabel="density", xlim=(-32, 18))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    axes[-1].set_xlabel("log2 of the magnitude (pale end of a bar: subnormal numbers)")
+
+
+def amax_and_fits(axis, steps, amax, fits):
+    """Draw the amax of each step and the largest value that the scale in use can hold (arrays)."""
+    over = amax > fits * 1.0001
+    axis.step(steps, fits, where="mid", color=plots.PALETTE[1], label="largest value that fits")
+    axis.plot(steps, amax, ".-", ms=4, color=plots.PALETTE[0], label="amax")
+    axis.plot(steps[over], amax[over], "x", color=plots.PALETTE[3], mew=2, label="saturates")
+    axis.set_yscale("log", base=2)
+    if np.ptp(np.log2(amax)) < 1:  # hardly moves: show one power of two, not its noise
+        axis.set_ylim(amax.mean() / 1.5, amax.mean() * 1.5)

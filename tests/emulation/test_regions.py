@@ -25,6 +25,17 @@ def state_of(layer, direction="fwd"):
     return layer.fp8_meta[f"scaling_{direction}"]
 
 
+@pytest.mark.parametrize("algorithm", ["max", "most_recent"])
+def test_a_tensor_of_zeros_leaves_history_and_scale_alone(algorithm):
+    """By the library's kernel: amax 0 rolls nothing and sets nothing, even where the row that set the scale is gone."""
+    recipe, layer = DelayedScaling(amax_history_len=3, amax_compute_algo=algorithm), te.Linear(16, 16)
+    for amax in (8.0, 2.0, 1.0, 0.0):
+        with te.autocast(recipe=recipe):
+            layer(torch.full((16, 16), amax))
+    assert state_of(layer).amax_history[:, 0].tolist() == [0, 2, 1]  # 8 is gone
+    assert state_of(layer).scale[0] == 448 / (8 if algorithm == "max" else 1)
+
+
 def test_calibration_notes_amax_in_high_precision_and_the_next_region_uses_it():
     recipe, layer = DelayedScaling(amax_history_len=4), te.Linear(32, 48)
     x = torch.randn(16, 32)
