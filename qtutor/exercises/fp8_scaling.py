@@ -100,9 +100,9 @@ def symptoms(**runs):
         curve.plot(losses, ".-", ms=4, label="this run")
         curve.plot(fp8_run()[0], "--", label="healthy")
         curve.set(title=f"Run {name}", yscale="log")
-        for seen, what in (("input", "saturates"), ("weight 1", "saturates"), ("gradient 2", "underflows")):
+        for i, seen, what in ((2, "input", "saturates"), (3, "weight 1", "saturates"), (4, "gradient 2", "underflows")):
             percent = [100 * row[what] for row in rows if row["tensor"] == seen]
-            share.plot(percent, ".-", lw=0.8, label=f"{seen} {what}")
+            share.plot(percent, ".-", lw=0.8, color=plots.PALETTE[i], label=f"{seen} {what}")
         share.set(xlabel="step")
     plots.plain_ticks(axes[0, 0].yaxis, 20)
     axes[0, 0].set_ylabel("loss (MSE)"), axes[1, 0].set_ylabel("share of values (%)")
