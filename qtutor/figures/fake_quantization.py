@@ -100,8 +100,7 @@ def ranges_picture(values, ranges: dict):
     for i, ((name, end), style) in enumerate(zip(ranges.items(), ("-", "--", "-.", ":"), strict=True)):
         axis.axvline(-end, color=f"C{i}", ls=style, lw=2)
         axis.axvline(end, color=f"C{i}", ls=style, lw=2, label=f"{name}: ±{end:.1f}")
-    axis.set(yscale="log", title="int4: the ranges that four observers choose", xlabel="activation value",
-             ylabel="values (log scale)")  # fmt: skip
+    axis.set(yscale="log", title="int4: the ranges of four observers", xlabel="activation", ylabel="values (log scale)")
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
 
@@ -115,13 +114,12 @@ def spiral_picture(models: dict, points, labels):
     line = torch.linspace(-1.15, 1.15, 160)
     fig, axes = plots.figure(8.5, 2.8, ncols=len(models))
     for axis, (title, model) in zip(axes, models.items(), strict=True):
+        axis.set_title(title, fontsize=10)
         surface = model(torch.cartesian_prod(line, line)).softmax(1)[:, 1].view(160, 160).T.detach()
         axis.imshow(surface, origin="lower", extent=(-1.15, 1.15) * 2, cmap="RdBu_r", vmin=0, vmax=1, alpha=0.7)
         for label, color in ((0, "#08306b"), (1, "#67000d")):
             axis.plot(*points[:600][labels[:600] == label].T, ".", ms=2.5, color=color)
-        axis.set_title(title, fontsize=10)
         axis.set(xticks=[], yticks=[], xlabel="$x_1$", ylabel="$x_2$")
-        axis.grid(False)
     fig.suptitle("Decision surface and held-out accuracy, 2-bit weights (float: 32 bits)", fontsize=11)
     return fig
 
@@ -134,8 +132,7 @@ def latent_picture(latent, quantized):
     for i in range(latent.shape[1]):
         axis.plot(quantized[:, i] + 0.03 * (i - 2), color=f"C{i}", lw=2.4, alpha=0.35)
         axis.plot(latent[:, i], color=f"C{i}", lw=1.2)
-    for threshold in (-1.5, -0.5, 0.5, 1.5):
-        axis.axhline(threshold, color="black", lw=0.7, ls=":")
+    axis.hlines([-1.5, -0.5, 0.5, 1.5], 0, len(latent), color="black", lw=0.7, ls=":")
     axis.set(title="Five weights during QAT: latent (thin), quantized (thick)", xlabel="optimizer step",
              ylabel="weight / scale", yticks=[-2, -1, 0, 1, 2])  # fmt: skip
     return fig
