@@ -124,7 +124,7 @@ def test_in_a_kernel_an_error_is_one_sentence_and_still_an_error():
         assert run("qtutor.lesson.check('fake_quantization.smallest_scale', '<b>')")["status"] == "ok"
         (shown,) = [message["content"]["data"] for message in heard if message["msg_type"] == "display_data"]
         assert shown["text/plain"].startswith("✘ fake_quantization.smallest_scale: ") and "<div" in shown["text/html"]
-        with_markup = "qtutor.lesson.check('fake_quantization.ternary', ...)"
+        with_markup = "qtutor.lesson.check('fake_quantization.integer_sums', ...)"
         assert run(with_markup)["status"] == "ok" and "not attempted yet" in str(heard)
     finally:
         client.stop_channels()

@@ -28,53 +28,33 @@ def _smallest_scale(answer):
     return "Each end asks for its own scale, and the larger one serves both."
 
 
-def _ternary_solution(w):
-    scale = w.abs().mean()
-    y = (w / scale).round().clamp(-1, 1) * scale
-    return w + (y - w).detach()
-
-
-@exercise("fake_quantization.ternary", solution=_ternary_solution, wrong=[
-    lambda w: (w / w.abs().mean()).round().clamp(-1, 1) * w.abs().mean(),      # no straight-through estimator
-    lambda w: w, lambda w: w.sign(), lambda w: w + (w.sign() * w.abs().mean() - w).detach(),
-    lambda w: w + (w.sign() * w.abs().max() - w).detach()])  # fmt: skip - the scale of the largest weight
-def _ternary(answer):
-    w = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    y = tensor(function(answer, "ternary")(w), w.shape)
-    codes, right = (v.detach() / w.detach().abs().mean() for v in (y, _ternary_solution(w)))
-    expect(torch.allclose(codes, right, atol=1e-4), f"Divided by the mean of |w| you have {codes.min():.2f} to "
-           f"{codes.max():.2f}, {(codes == 0).sum()} zeros: it should be -1, 0 and 1, {(right == 0).sum()} zeros.")
-    expect(y.requires_grad, "No gradient can flow back: let w itself take part in what you return.")
-    y.sum().backward()
-    expect(torch.equal(w.grad, torch.ones_like(w)), "The values are right. The gradient must be 1 for each weight, "
-           f"yours is {w.grad.min():.2f} to {w.grad.max():.2f}: detach everything but w.")  # fmt: skip
-    return "Values from the grid, gradient straight through."
-
-
 def _learned_scale_solution(w, scale, low, high):
-    q = (w / scale).clamp(low, high)
+    q = w / scale
     q = q + (q.round() - q).detach()
-    return q * scale
+    return q.clamp(low, high) * scale
 
 
 @exercise("fake_quantization.learned_scale", solution=_learned_scale_solution, wrong=[
+    lambda w, s, low, high: ((q := (w / s).clamp(low, high)) + (q.round() - q).detach()) * s,      # as in the paper
     lambda w, scale, low, high: (w / scale + ((w / scale).round() - w / scale).detach()) * scale,      # no clamp
     lambda w, scale, low, high: (w / scale + ((w / scale).round().clamp(low, high) - w / scale).detach()) * scale,
     lambda w, scale, low, high: w + ((w / scale).round().clamp(low, high) * scale - w).detach(),  # around everything
     lambda w, scale, low, high: (w / scale).round().clamp(low, high).detach() * scale,
     lambda w, scale, low, high: (w / scale).round().clamp(low, high) * scale])  # fmt: skip - no gradient for w
 def _learned_scale(answer):
-    w = torch.tensor([-1.9, -0.66, -0.2, 0.1, 0.38, 0.9, 1.7]).requires_grad_()  # none just beyond an end
+    w = torch.tensor([-1.9, -1.1, -0.66, -0.2, 0.1, 0.38, 0.9, 1.7]).requires_grad_()
     scale = torch.tensor(0.5, requires_grad=True)
     y = tensor(function(answer, "lsq_quantize")(w, scale, -2, 1), w.shape)
     q = (w.detach() / 0.5).round().clamp(-2, 1)
     expect(torch.allclose(y.detach(), 0.5 * q, atol=1e-6), f"The codes should be {q.int().tolist()}, yours are "
            f"{[round(code, 1) for code in (y / 0.5).tolist()]}: round, clamp, times scale.")  # fmt: skip
     expect(y.requires_grad, "No gradient can flow back: detach the rounding error, and nothing else.")
-    inside = torch.tensor([0.0, 1, 1, 1, 1, 0, 0])
+    inside = torch.tensor([0.0, 1, 1, 1, 1, 1, 0, 0])
     for_w, for_scale = torch.autograd.grad(y.sum(), (w, scale), allow_unused=True)
     expect(for_scale is not None, "The scale gets no gradient: only the rounding goes into detach(), not the scale.")
     expect(for_w is not None and for_w.any(), "The weights get no gradient: go around the rounding with detach().")
+    expect(for_w[1] != 0, "w = -1.1 rounds to the code -2, which is on the grid, so its gradient "
+           "should be 1. Yours is 0, as in the LSQ paper: you clamp before you round.")  # fmt: skip
     expect(torch.allclose(for_w, inside), f"round(w / scale) is {(w / 0.5).round().int().tolist()}, your gradients of "
            f"w are {for_w.int().tolist()}: beyond the codes -2 and 1 they must be 0.")  # fmt: skip
     expected = torch.where(inside > 0, q - w.detach() / 0.5, q).sum()
@@ -84,27 +64,31 @@ def _learned_scale(answer):
     return "One detach, around the rounding alone, and autograd derives LSQ."
 
 
+def _moved(codes):
+    return (codes.int() - 128).to(torch.int8)
+
+
 def _integer_sums_solution(codes_x, zero_x, codes_w):
-    return torch._int_mm(codes_x, codes_w.T) - zero_x * codes_w.sum(dim=1, dtype=torch.int32)
+    return torch._int_mm(_moved(codes_x), codes_w.T) - (zero_x - 128) * codes_w.sum(dim=1, dtype=torch.int32)
 
 
 @exercise("fake_quantization.integer_sums", solution=_integer_sums_solution, wrong=[
-    lambda x, zero, w: torch._int_mm(x, w.T),
-    lambda x, zero, w: torch._int_mm((x - zero).to(torch.int8), w.T),                        # wraps around
-    lambda x, zero, w: torch._int_mm(x, w.T) + zero * w.sum(dim=1, dtype=torch.int32),       # the wrong sign
-    lambda x, zero, w: torch._int_mm(x, w.T) - zero * x.sum(dim=1, keepdim=True, dtype=torch.int32),
-    lambda x, zero, w: torch._int_mm(x, w.T) - zero * w.sum(dim=1, dtype=torch.int8),        # the sum overflows
-    lambda x, zero, w: (torch._int_mm(x, w.T) - zero * w.sum(dim=1)).float()])  # fmt: skip
+    lambda x, zero, w: torch._int_mm(x.to(torch.int8), w.T) - zero * w.sum(dim=1, dtype=torch.int32),  # wraps around
+    lambda x, zero, w: torch._int_mm(_moved(x), w.T) - zero * w.sum(dim=1, dtype=torch.int32),  # zero point not moved
+    lambda x, zero, w: torch._int_mm(_moved(x), w.T),
+    lambda x, zero, w: torch._int_mm(_moved(x), w.T) - (zero - 128) * w.sum(dim=1, dtype=torch.int8),  # overflows
+    lambda x, zero, w: (torch._int_mm(_moved(x), w.T) - (zero - 128) * w.sum(dim=1)).float()])  # fmt: skip
 def _integer_sums(answer):
     g = torch.Generator().manual_seed(0)
-    codes_x, codes_w = (torch.randint(-128, 128, (n, 40), dtype=torch.int8, generator=g) for n in (6, 4))
-    zero_x = torch.tensor([[-128], [-100], [-1], [0], [5], [127]], dtype=torch.int32)
+    codes_x = torch.randint(0, 256, (6, 40), dtype=torch.uint8, generator=g)
+    codes_w = torch.randint(-128, 128, (4, 40), dtype=torch.int8, generator=g)
+    zero_x = torch.tensor([[0], [28], [127], [128], [133], [255]], dtype=torch.int32)
     found = tensor(function(answer, "integer_sums")(codes_x.clone(), zero_x.clone(), codes_w.clone()), (6, 4))
-    right, product = _integer_sums_solution(codes_x, zero_x, codes_w), torch._int_mm(codes_x, codes_w.T)
-    wrapped = torch._int_mm((codes_x - zero_x).to(torch.int8), codes_w.T)
-    expect(not torch.equal(found, wrapped), "q_x - z_x wraps around in int8: multiply first, correct afterwards.")
+    right, sum_w = _integer_sums_solution(codes_x, zero_x, codes_w), codes_w.sum(dim=1, dtype=torch.int32)
+    wrapped = torch._int_mm(codes_x.to(torch.int8), codes_w.T) - zero_x * sum_w
+    expect(not torch.equal(found, wrapped), "The code 200 becomes -56 in int8: move the codes before you cast them.")
     for t, n in (found != right).nonzero().tolist():
-        expect(False, f"At token {t}, channel {n} you added {found[t, n] - product[t, n]} to the product. There z_x is "
-               f"{zero_x[t].item()} and the sum of q_w {codes_w[n].long().sum()}: expand (q_x - z_x) q_w.")  # fmt: skip
+        expect(False, f"At token {t}, channel {n} your sum is off by {found[t, n] - right[t, n]}. There z_x is "
+               f"{zero_x[t].item()} and the sum of q_w {sum_w[n]}: what does moving q_x do to z_x?")  # fmt: skip
     expect(not found.is_floating_point(), "The sums are right, but they are floats: stay with integers.")
-    return "One GEMM of codes, and a number for each token times a number for each channel."
+    return "Codes and zero point moved by the same number: one int8 GEMM, and one correction."

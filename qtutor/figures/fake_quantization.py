@@ -1,4 +1,4 @@
-"""Pictures of the fake-quantization notebook: the straight-through estimator, granularity, an integer layer."""
+"""Pictures of the fake-quantization notebook: rounding and its gradient, granularity, ranges, QAT, an integer layer."""
 
 from __future__ import annotations
 
@@ -79,6 +79,62 @@ def granularity_picture(bits: int = 4, granularity: str = "channel", outlier: fl
     right.set(yscale="log", ylim=(0.3, 150), xlabel="bits per weight, with scales", ylabel="RMS error, % of RMS weight")
     plots.plain_ticks(right.yaxis, 500)
     right.legend(fontsize=7.5, loc="lower left")
+    return fig
+
+
+def heavy_tailed(seed: int):
+    """4096 values of Student's t with 4 degrees of freedom: synthetic activations with a few large ones."""
+    import torch
+
+    g = torch.Generator().manual_seed(seed)
+    normal, others = torch.randn(4096, generator=g), torch.randn(4, 4096, generator=g)
+    return normal / others.square().mean(0).sqrt()
+
+
+def ranges_picture(values, ranges: dict):
+    """Figure: the distribution of ``values`` and, as lines, the ranges ``{observer: half of its width}``."""
+    from .. import plots
+
+    fig, axis = plots.figure(8.5, 3)
+    axis.hist(values.clamp(-40, 40), bins=240, color="0.75", edgecolor="none")
+    for i, ((name, end), style) in enumerate(zip(ranges.items(), ("-", "--", "-.", ":"), strict=True)):
+        axis.axvline(-end, color=f"C{i}", ls=style, lw=2)
+        axis.axvline(end, color=f"C{i}", ls=style, lw=2, label=f"{name}: ±{end:.1f}")
+    axis.set(yscale="log", title="int4: the ranges of four observers", xlabel="activation", ylabel="values (log scale)")
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return fig
+
+
+def spiral_picture(models: dict, points, labels):
+    """Figure: for each ``{title: model}`` the probability of label 1 in the plane, with some of the points."""
+    import torch
+
+    from .. import plots
+
+    line = torch.linspace(-1.15, 1.15, 160)
+    fig, axes = plots.figure(8.5, 2.8, ncols=len(models))
+    for axis, (title, model) in zip(axes, models.items(), strict=True):
+        axis.set_title(title, fontsize=10)
+        surface = model(torch.cartesian_prod(line, line)).softmax(1)[:, 1].view(160, 160).T.detach()
+        axis.imshow(surface, origin="lower", extent=(-1.15, 1.15) * 2, cmap="RdBu_r", vmin=0, vmax=1, alpha=0.7)
+        for label, color in ((0, "#08306b"), (1, "#67000d")):
+            axis.plot(*points[:600][labels[:600] == label].T, ".", ms=2.5, color=color)
+        axis.set(xticks=[], yticks=[], xlabel="$x_1$", ylabel="$x_2$")
+    fig.suptitle("Decision surface and held-out accuracy, 2-bit weights (float: 32 bits)", fontsize=11)
+    return fig
+
+
+def latent_picture(latent, quantized):
+    """Figure: weights during training, (steps, weights) in units of the scale: latent (thin) and quantized (thick)."""
+    from .. import plots
+
+    fig, axis = plots.figure(8.5, 3)
+    for i in range(latent.shape[1]):
+        axis.plot(quantized[:, i] + 0.03 * (i - 2), color=f"C{i}", lw=2.4, alpha=0.35)
+        axis.plot(latent[:, i], color=f"C{i}", lw=1.2)
+    axis.hlines([-1.5, -0.5, 0.5, 1.5], 0, len(latent), color="black", lw=0.7, ls=":")
+    axis.set(title="Five weights during QAT: latent (thin), quantized (thick)", xlabel="optimizer step",
+             ylabel="weight / scale", yticks=[-2, -1, 0, 1, 2])  # fmt: skip
     return fig
 
 
