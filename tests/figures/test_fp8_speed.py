@@ -57,7 +57,7 @@ def test_an_arm_that_did_not_run_is_said_so_in_table_and_picture():
 
 def test_tables_show_units():
     shown = fp8_speed.styled(pd.DataFrame({"share of it": [0.25], "over TE BF16": [1.5], "x, ms": [2.0],
-                                           "change": [-0.5], "W": [700.4]}), ms=3).to_html()  # fmt: skip
+                                           "change of time": [-0.5], "W": [700.4]}), ms=3).to_html()  # fmt: skip
     for text in ("25%", "1.50x", "2.000", "-50.0%", "700<"):
         assert text in shown
 
