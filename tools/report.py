@@ -40,8 +40,8 @@ def _cuda() -> bool:
 #: what results may need -> (in words, whether this machine has it)
 NEEDS = {
     "fp8": ("a GPU with FP8 units, with Transformer Engine", lambda: _cuda() and qtutor.te_switch.activate().real),
-    "qlora": ("a GPU with FP8 units, with Transformer Engine, peft and bitsandbytes",
-              lambda: NEEDS["fp8"][1]() and all(map(importlib.util.find_spec, ("peft", "bitsandbytes")))),
+    "qlora": ("a GPU with FP8 units, with Transformer Engine and peft (pip install '.[gpu]')",
+              lambda: NEEDS["fp8"][1]() and importlib.util.find_spec("peft") is not None),
     "gpu": ("a CUDA GPU", _cuda),
     "80 GB": ("a CUDA GPU of 80 GB, with a llama.cpp that uses it", _cuda),  # the recorder says what is not enough
     "llama.cpp": ("llama.cpp", lambda: qtutor.llamacpp.available()[0]),
