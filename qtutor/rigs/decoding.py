@@ -28,7 +28,11 @@ def llama_logits(model, ids, cache=None, last_only: bool = False):
 
 
 def compile_layers(model) -> None:
-    """torch.compile each decoder layer of a LlamaForCausalLM, in place: compiled once, since all look alike."""
+    """torch.compile each decoder layer of a LlamaForCausalLM, in place: compiled once, since all look alike, and
+    without the search of kernel sizes that torchao switches on, which takes minutes for each shape."""
+    import torch._inductor.config as inductor
+
+    inductor.coordinate_descent_tuning = False
     for layer in model.model.layers:
         layer.self_attn.layer_idx = 0  # FixedCache needs no number, and torch.compile would compile for each
         layer.compile(dynamic=False)
