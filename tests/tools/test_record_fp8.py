@@ -7,7 +7,7 @@ import torch
 
 from qtutor import QtutorError, results
 from qtutor.rigs import fp8_layers
-from tools import record_fp8
+from tools import record_fp8, record_training
 
 GPU = "h100"
 
@@ -31,7 +31,7 @@ def test_kernels_seen_on_an_h200_are_sorted(kernel, kind):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-@pytest.mark.parametrize("record", record_fp8.RECORDS.values(), ids=record_fp8.RECORDS)
+@pytest.mark.parametrize("record", (record_fp8.RECORDS | record_training.RECORDS).values())
 def test_without_a_gpu_the_records_refuse_in_one_sentence(record):
     with pytest.raises(QtutorError, match="need a GPU with FP8 units") as caught:
         record(False)

@@ -1,9 +1,9 @@
-"""record_training, as far as no GPU is needed: the arms, the refusal, and what has been recorded."""
+"""record_training, as far as no GPU is needed: the arms and what has been recorded."""
 
 import pytest
 import torch
 
-from qtutor import QtutorError, results
+from qtutor import results
 from qtutor.rigs import fp8_layers
 from tools import record_training
 
@@ -12,14 +12,6 @@ def test_fp8_arms_run_the_recipes_of_the_ladder():
     recipes = {arm["te"].get("recipe") for arm in record_training.ARMS.values() if "te" in arm}
     assert recipes == {how.get("recipe") for how in fp8_layers.RUNGS.values()} | {"block"}
     assert {"Hugging Face BF16", "TE BF16"} <= set(record_training.ARMS)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-@pytest.mark.parametrize("record", record_training.RECORDS.values(), ids=record_training.RECORDS)
-def test_without_a_gpu_the_records_refuse_in_one_sentence(record):
-    with pytest.raises(QtutorError, match="need a GPU with FP8 units") as caught:
-        record(False)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", record_training.RECORDS)
