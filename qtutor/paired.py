@@ -98,6 +98,14 @@ def paired_nll(change, block: int = 1) -> Paired:
     return Paired(mean, se, float(low), float(high), p, means.size * block, means.size, "nats per token")
 
 
+def loss_gaps(rows: list[dict], recipe: str) -> list[float]:
+    """Held-out loss at the end of training less BF16's, nats per token, for each seed that ran in both (rows of
+    ``fp8_loss``); :func:`paired_nll` takes them."""
+    base, this = ({row["seed"]: row["held_out_nats"] for row in rows if row["recipe"] == name
+                   and row["step"] == row["steps"]} for name in ("BF16", recipe))  # fmt: skip
+    return [nats - base[seed] for seed, nats in this.items() if seed in base]
+
+
 def mcnemar(base_hits, hits, alternative: str = "two-sided") -> Paired:
     """Did the model lose answers that its base got right?  ``difference`` is the change of accuracy (a share of one).
 

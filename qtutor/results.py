@@ -66,8 +66,8 @@ VOCABULARY = {
         calls)""",
     "training": """
         seed, rate (learning rate), step (from 0), steps (in all), tokens_per_step, optimizer, trained_weights (numbers
-        that it updates), train_nats, held_out_nats (negative
-        log-likelihood a token of the training batch, of held-out text)""",
+        that it updates), train_nats, held_out_nats (negative log-likelihood a token of the training batch, of held-out
+        text)""",
     "quality": """
         perplexity (exp of the mean negative log-likelihood, on scored_tokens), base_perplexity (of the unquantized
         model on the same tokens), perplexity_ratio, perplexity_diff (to the base, error paired), perplexity_correlation

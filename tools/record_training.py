@@ -1,8 +1,9 @@
 """Records of training whole models on one GPU: embedding, decoder layers, head, loss, optimizer.
 
 ``fp8_model`` times the same step in each way that people run it, BF16 and FP8, at the shapes of Llama-2-7B and
-Llama-3-8B with as many layers as the memory of the GPU holds; ``fp8_finetune`` is Llama-3-8B with all its layers, full
-fine-tuning against LoRA and QLoRA.  Weights are random and tokens too: neither changes what a step computes.
+Llama-3-8B with half of their layers, which fit 80 GB in every arm but one; ``fp8_finetune`` is Llama-3-8B with all its
+layers, full fine-tuning against LoRA and QLoRA.  Weights are random and tokens too: neither changes what a step
+computes.
 
 One optimizer for all: AdamW on BF16 parameters, moments in BF16.  FP8 weights cannot take small updates, so there
 Transformer Engine's FusedAdam keeps master weights and moments in FP32, as its kernel for FP8 parameters asks for.

@@ -167,18 +167,17 @@ def _breakeven(data) -> str:
 
 
 def _loss(data) -> str:
-    last = max(row["step"] for row in data.rows)
-    final = {(row["recipe"], row["seed"]): row["held_out_nats"] for row in data.rows if row["step"] == last}
     said, counts = [], set()
-    for recipe in dict.fromkeys(recipe for recipe, _ in final if recipe != "BF16" and "(again)" not in recipe):
-        gaps = [nats - final["BF16", seed] for (name, seed), nats in final.items()
-                if name == recipe and ("BF16", seed) in final]  # fmt: skip
-        lost = paired.paired_nll(gaps)
-        counts.add(len(gaps))
+    for recipe in dict.fromkeys(row["recipe"] for row in data.rows):
+        if recipe == "BF16" or "(again)" in recipe:
+            continue
+        lost = paired.paired_nll(paired.loss_gaps(data.rows, recipe))
+        counts.add(lost.n)
         shown = f"**{lost.difference:+.4f}** ({lost.low:+.4f} to {lost.high:+.4f})".replace("-", "−")
         said.append(f"{recipe.removeprefix('FP8 ')} {shown}")
-    return (f"held-out loss after {last:,} steps, FP8 minus BF16, nats per token, with 95 % intervals: "
-            f"{'; '.join(said)} (course model, {' to '.join(map(str, sorted(counts)))} seeds, paired)")  # fmt: skip
+    return (f"held-out loss after {data.rows[0]['steps']:,} steps, FP8 minus BF16, nats per token, with 95 % "
+            f"intervals: {'; '.join(said)} (course model, {' to '.join(map(str, sorted(counts)))} seeds, "
+            "paired)")  # fmt: skip
 
 
 def _inference(data) -> str:

@@ -374,11 +374,9 @@ def _step_against_bf16(recipe: str, width: int, tokens: int, directory) -> tuple
 
 
 def _loss(recipe: str, directory) -> tuple[float | None, float | None, float | None]:
-    """Held-out loss at the end less BF16's, nats, paired by seed; and the ends of its 95 % interval over seeds."""
-    rows = [row for row in _rows(results.on_gpu("fp8_loss", directory)) if row["step"] == row["steps"]]
-    base, this = ({row["seed"]: row["held_out_nats"] for row in rows if row["recipe"] == r} for r in ("BF16", recipe))
-    apart = [nats - base[seed] for seed, nats in this.items() if seed in base]
-    if len(apart) < 2:
-        return (*(apart or [None]), None, None)
-    gap = paired.paired_nll(apart)
+    """Mean of the gaps to BF16's loss, and the ends of its 95 % interval over seeds."""
+    gaps = paired.loss_gaps(_rows(results.on_gpu("fp8_loss", directory)), recipe)
+    if len(gaps) < 2:
+        return (*(gaps or [None]), None, None)
+    gap = paired.paired_nll(gaps)
     return gap.difference, gap.low, gap.high

@@ -94,11 +94,12 @@ def fp8_run(scale: str = "top / amax", margin: int = 0, history_len: int = 16, c
 
 def symptoms(**runs):
     """Figure: loss of each run (settings of :func:`fp8_run`) beside a healthy one, and what FP8 loses by step."""
+    healthy, _ = fp8_run()
     fig, axes = plots.figure(10, 4.6, ncols=len(runs), nrows=2, sharey="row", sharex=True, squeeze=False)
     for (curve, share), (name, changed) in zip(axes.T, runs.items(), strict=True):
         losses, rows = fp8_run(**changed)
         curve.plot(losses, ".-", ms=4, label="this run")
-        curve.plot(fp8_run()[0], "--", label="healthy")
+        curve.plot(healthy, "--", label="healthy")
         curve.set(title=f"Run {name}", yscale="log")
         for i, seen, what in ((2, "input", "saturates"), (3, "weight 1", "saturates"), (4, "gradient 2", "underflows")):
             percent = [100 * row[what] for row in rows if row["tensor"] == seen]
