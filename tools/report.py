@@ -181,17 +181,16 @@ def _loss(data) -> str:
 
 
 def _inference(data) -> str:
-    def best(technique, batch):  # compiled or not
-        rows = matching(data, model="Llama-2-7B shape", technique=technique, batch=batch)
-        return max(rows, key=lambda row: row["decode_tokens_per_s"])
+    def row(technique, batch):
+        return one(data, model="Llama-2-7B shape", technique=technique, batch=batch, compiled=True)
 
     def faster(what, batch=1):
-        low, high = (best(name, batch)[f"{what}_tokens_per_s"] for name in ("FP8 (Transformer Engine)", "BF16"))
-        return times(low / high)
+        fp8, bf16 = (row(name, batch)[f"{what}_tokens_per_s"] for name in ("torchao FP8 dynamic", "BF16"))
+        return times(fp8 / bf16)
 
-    low, high = (best(name, 1)["weights_gib"] for name in ("FP8 (Transformer Engine)", "BF16"))
-    return ("FP8 weights and activations in PyTorch, Llama-2-7B's shape, against BF16: "
-            f"{percent(low / high - 1)} memory, prefill **{faster('prefill')}**, decode **{faster('decode')}** at "
+    fp8, bf16 = (row(name, 1)["weights_gib"] for name in ("torchao FP8 dynamic", "BF16"))
+    return ("FP8 weights and activations (torchao, torch.compile), Llama-2-7B's shape, against compiled BF16: "
+            f"{percent(fp8 / bf16 - 1)} memory, prefill **{faster('prefill')}**, decode **{faster('decode')}** at "
             f"batch 1 and {faster('decode', 32)} at 32 (CUDA graphs, no serving engine)")  # fmt: skip
 
 
