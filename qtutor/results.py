@@ -38,7 +38,7 @@ from . import QtutorError, files
 from . import profile as current_profile
 
 RESULTS = files.DATA / "results"
-MACHINES = ("h200", "h100", "cpu")
+MACHINES = ("h200", "h100", "h200x4", "h100x4", "h200x2", "h100x2", "cpu")
 PACKAGES = ("torch", "numpy", "transformers", "torchao", "llama-cpp-python", "gguf", "transformer-engine")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 
@@ -53,7 +53,7 @@ VOCABULARY = {
         rung (step of the ladder of fp8_layers), kind (group of kernels, or part of a recording), what (operation that
         was timed), stored_as (dtypes that hold the weights), bits (of a code), group (values that share a scale),
         device (cpu or cuda), dtype, compiled (with torch.compile), graph (in a CUDA graph), build, backends (both of
-        llama.cpp), threads (of the CPU), notebook (its topic), jobs (processes that shared the machine), not_run (why
+        llama.cpp), threads (of the CPU), notebook (its topic), jobs (processes that shared the machine), ranks (processes that train together, one a GPU), not_run (why
         there are no numbers)""",
     "model": "model (its name), shape (name of its shape), hidden (width), intermediate (width of the MLP), heads, "
              "kv_heads, layers",
@@ -87,16 +87,18 @@ VOCABULARY = {
     "speed": """
         ms_per_step (median time of a step, a call or a product), ms_bf16, ms_fp8 (the same, side by side), ms (time of
         a group of kernels), seconds (wall-clock time), load_s, write_s, speedup (time of the other over time of this),
-        prefill_speedup, decode_speedup (over the unquantized model), time_to_first_token_ms, train_tokens_per_s,
+        prefill_speedup, decode_speedup (over the unquantized model), time_to_first_token_ms, train_tokens_per_s (of one GPU),
         prefill_tokens_per_s, decode_tokens_per_s (read and written, all sequences together), tool_prefill_tokens_per_s,
         tool_decode_tokens_per_s (as llama-bench says), ceiling_tokens_per_s (bandwidth over bytes read), ceiling_share
         (decode_tokens_per_s over that ceiling), copy_gb_per_s, read_gb_per_s (bandwidth of a copy, read and written; of
         reading), bandwidth_gb_per_s (the larger of both), gb_per_s (bytes that have to move over the time),
-        share_of_copy (gb_per_s over copy_gb_per_s), ours_ms, torchao_ms, torch_ms, compiled_ms (of a call),
+        share_of_copy (gb_per_s over copy_gb_per_s), gathered_bytes_per_weight,
+        scattered_bytes_per_weight (by all-gathers and reduce-scatters of a step, over the model's weights),
+        exposed_share (of a step's time, in which the GPU only communicated), ours_ms, torchao_ms, torch_ms, compiled_ms (of a call),
         ours_kernel_ms, compiled_kernel_ms (on the GPU alone), compiled_gb_per_s, compiled_share_of_copy, tflop_per_s,
         peak_tflop_per_s (of the data sheet), share_of_peak""",
     "energy": """
-        joules_per_step, joules_per_prefill_token, joules_per_decode_token (of the whole device), energy_source
+        joules_per_step, joules_per_train_token (of all GPUs), joules_per_prefill_token, joules_per_decode_token (of the whole device), energy_source
         (NVML or RAPL counter, or estimate), watts, prefill_watts, decode_watts, idle_watts (means), mhz (of the
         GPU)""",
 }  # fmt: skip
@@ -180,7 +182,8 @@ def machine_folder(about: dict | None = None) -> str:
     if "compute_capability" not in about:
         return "cpu"
     words = re.sub(r"nvidia|geforce|tesla|rtx|[^a-z0-9 ]", " ", about["device"].lower()).split()
-    return words[0] if words else "gpu"  # "NVIDIA H200" and "NVIDIA H200 NVL" are both h200
+    devices = about.get("devices", 1)  # "NVIDIA H200" and "NVIDIA H200 NVL" are both h200; four of them h200x4
+    return (words[0] if words else "gpu") + (f"x{devices}" if devices > 1 else "")
 
 
 def versions() -> dict:
@@ -207,13 +210,15 @@ def commit() -> str:
         return "unknown"
 
 
-def save(name: str, rows, created: str | None = None, profile: str | None = None, directory=None) -> Path:
+def save(name: str, rows, created: str | None = None, profile: str | None = None, directory=None,
+         devices: int = 1) -> Path:  # fmt: skip
     """Write ``rows`` (flat dicts, or a DataFrame) with their provenance; return the path ``<machine>/<name>.json``.
+    ``devices``: GPUs that were measured together.
 
     ``created`` is now by default (ISO 8601 with its zone), ``profile`` the one in force, ``directory`` the course's
     ``data/results``.  Raises QtutorError for rows that do not follow the schema and where nothing can be written.
     """
-    about = machine()
+    about = machine() | ({"devices": devices} if devices > 1 else {})
     data = {"name": name, "created": created or datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
             "profile": profile or current_profile(), "machine": about, "versions": versions(),
             "rows": rows.to_dict("records") if hasattr(rows, "to_dict") else rows}  # fmt: skip

@@ -17,6 +17,7 @@ from __future__ import annotations
 import enum
 
 import torch
+import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
 FP32_MAX = torch.finfo(torch.float32).max
@@ -48,6 +49,13 @@ def largest(x: torch.Tensor) -> float:
     return amax
 
 
+def largest_anywhere(amaxes: torch.Tensor, group=None) -> torch.Tensor:
+    """The largest of each of ``amaxes`` (n,) on any rank of ``group`` (None: on all), where there are several."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(amaxes, dist.ReduceOp.MAX, group)
+    return amaxes
+
+
 def decode(codes: torch.Tensor) -> torch.Tensor:
     """FP32 values of an FP8 tensor, exactly.  On a CPU torch converts one by one: shifts are 7 times as fast."""
     if codes.device.type != "cpu" or not codes.numel():
@@ -58,6 +66,11 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
     half = codes.view(torch.int8).to(torch.int16).mul_(128).bitwise_and_(-0x4001).view(torch.float16)
     values, magnitude = half.float().mul_(256), codes.view(torch.uint8) & 0x7F
     return values.masked_fill_(magnitude == 0x7F, torch.nan) if magnitude.max() == 0x7F else values
+
+
+_SHARDING = {op.default if hasattr(op, "default") else op.Tensor for op in (
+    torch.ops.aten.split, torch.ops.aten.slice, torch.ops.aten.view, torch.ops.aten.as_strided,
+    torch.ops.aten.new_zeros)}  # fmt: skip
 
 
 class _Dequantize(torch.autograd.Function):
@@ -122,6 +135,11 @@ class Float8Tensor(torch.Tensor):
             return self._like(self._data, self._scale_inv)
         if func is aten.clone.default:
             return self._like(self._data.clone(), self._scale_inv.clone())
+        if func in _SHARDING and isinstance(self, Float8Tensor):  # fully_shard: pieces of the codes share one scale
+            kwargs = {key: value for key, value in kwargs.items() if key == "storage_offset"}
+            made = func(self._data, *args[1:], **kwargs)
+            pieces = [self._like(piece, self._scale_inv) for piece in (made if isinstance(made, (list, tuple)) else [made])]
+            return pieces if isinstance(made, (list, tuple)) else pieces[0]
         if func is aten._to_copy.default and kwargs.get("dtype") in (None, self.dtype):
             device = kwargs.get("device")
             return self._like(self._data.to(device, copy=True), self._scale_inv.to(device, copy=True))
@@ -145,6 +163,20 @@ class Float8Tensor(torch.Tensor):
                 if written and isinstance(o, Float8Tensor):
                     o.quantize_(n)
         return self if isinstance(self, Float8Tensor) else result
+
+    def fsdp_pre_all_gather(self, mesh, orig_size, contiguous_orig_stride, module, mp_policy):
+        """FSDP2 asks what to send to the other ranks: the codes, one byte a weight.  The scale is not sent: every rank
+        has it, since a scale is chosen by the amax of the whole weight (from here on under current scaling, too)."""
+        if isinstance(self._quantizer, Float8CurrentScalingQuantizer) and mesh is not None:
+            self._quantizer.amax_reduction_group = mesh.get_group()
+        return (self._data,), (self._scale_inv, self._fp8_dtype)
+
+    def fsdp_post_all_gather(self, all_gather_outputs, metadata, param_dtype, *, out=None):
+        """Make the whole weight of the codes of all ranks."""
+        (data,), (scale_inv, fp8_dtype) = all_gather_outputs, metadata
+        if out is None:
+            return Float8Tensor(data, scale_inv, fp8_dtype, param_dtype, self._quantizer), all_gather_outputs
+        out._scale_inv, out._fp8_dtype = scale_inv, fp8_dtype
 
     def __deepcopy__(self, memo):
         if id(self) not in memo:
@@ -225,9 +257,12 @@ class Float8CurrentScalingQuantizer(_TensorQuantizer):
 
     def __init__(self, fp8_dtype: DType, device=None, *, force_pow_2_scales: bool = False, amax_epsilon: float = 0.0):
         self.dtype, self.force_pow_2_scales, self.amax_epsilon = DType(fp8_dtype), force_pow_2_scales, amax_epsilon
+        self.amax_reduction_group = None  # of a weight that is sharded
 
     def _scale(self, x, amax):
         amax = largest(x) if amax is None else amax
+        if self.amax_reduction_group is not None:
+            amax = largest_anywhere(torch.tensor([amax], device=x.device), self.amax_reduction_group).item()
         least = torch.tensor(max(amax, self.amax_epsilon))
         return scale_of(least, self.dtype.max, FP32_MAX, self.force_pow_2_scales).item(), amax
 

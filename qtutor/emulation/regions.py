@@ -16,35 +16,42 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from .blocks import Float8BlockQuantizer, MXFP8Quantizer, NVFP4Quantizer
-from .quantizers import FP32_MAX, DType, Float8CurrentScalingQuantizer, Float8Quantizer, scale_of
+from .quantizers import FP32_MAX, DType, Float8CurrentScalingQuantizer, Float8Quantizer, largest_anywhere, scale_of
 from .recipes import DelayedScaling, Format, Recipe, get_default_recipe
 
 
 class Region:
     """What every module asks: is FP8 on, by which recipe, and is this the region's first FP8 module?
 
-    ``members`` holds, for each recipe, the modules that take part in its updates: a module enters at its first
-    forward pass and stays.  An update visits all of them, also a module that this step did not call; its amax is 0,
+    ``members`` holds, for each recipe and group of ranks, the modules that take part in its updates: a module enters at
+    its first forward pass and stays.  An update visits all of them, also a module that this step did not call; its amax is 0,
     which changes nothing.  The real library does the same.
     """
 
     enabled = False
     calibrating = False
     recipe: Recipe | None = None
+    key = None  # of this region's members
     depth = 0
     first = False
-    members: dict[str, tuple[Recipe, weakref.WeakSet]] = {}
+    members: dict[tuple, tuple[Recipe, object, weakref.WeakKeyDictionary]] = {}
     parameter_recipe: Recipe | None = None  # inside quantized_model_init
     checkpoints: list[dict] = []  # inside checkpoint: module -> scales and history from before it was called
 
     @classmethod
     def update(cls, forward: bool) -> None:
-        """Choose new scales for all members, forward or backward."""
-        for recipe, modules in cls.members.values():
-            for module in modules:
-                state = module.fp8_meta.get("scaling_fwd" if forward else "scaling_bwd")
-                if isinstance(state, DelayedState):
-                    state.update(recipe)
+        """Choose new scales for all members, forward or backward, by the amax of all ranks (``reduce_amax``): every
+        rank must choose the same scale, and each has seen only its own batch and its own shard of the weights."""
+        for recipe, group, modules in cls.members.values():
+            states = [module.fp8_meta.get("scaling_fwd" if forward else "scaling_bwd") for module in modules]
+            states = [state for state in states if isinstance(state, DelayedState)]
+            if states and recipe.reduce_amax:
+                rows = [state.amax_history[0] for state in states]
+                for row, amax in zip(rows, largest_anywhere(torch.cat(rows), group).split([len(row) for row in rows]),
+                                     strict=True):  # fmt: skip
+                    row.copy_(amax)
+            for state in states:
+                state.update(recipe)
 
 
 class autocast:  # noqa: N801 - the name of the real one
@@ -58,7 +65,7 @@ class autocast:  # noqa: N801 - the name of the real one
     """
 
     def __init__(self, enabled=True, calibrating=False, recipe: Recipe | None = None, amax_reduction_group=None):
-        self._new, self._saved = (enabled, calibrating, recipe), None
+        self._new, self._saved, self._group = (enabled, calibrating, recipe), None, amax_reduction_group
 
     def __enter__(self):
         enabled, calibrating, recipe = self._new
@@ -67,16 +74,16 @@ class autocast:  # noqa: N801 - the name of the real one
         recipe = get_default_recipe() if recipe is None else recipe
         if not hasattr(recipe, "float8_per_tensor_scaling"):  # the real one's error, too
             raise AttributeError(f"recipe is {recipe!r}: pass a recipe, for example DelayedScaling()")
-        self._saved = (Region.enabled, Region.calibrating, Region.recipe, Region.first)
-        Region.enabled, Region.calibrating, Region.recipe = enabled, calibrating, recipe
-        members = Region.members.get(repr(recipe))
-        Region.members[repr(recipe)] = (recipe, members[1] if members else weakref.WeakSet())
+        self._saved = (Region.enabled, Region.calibrating, Region.recipe, Region.key, Region.first)
+        key = repr(recipe), self._group
+        Region.enabled, Region.calibrating, Region.recipe, Region.key = enabled, calibrating, recipe, key
+        Region.members.setdefault(key, (recipe, self._group, weakref.WeakKeyDictionary()))
         Region.first = Region.depth == 0 or Region.first
         Region.depth += 1
         return self
 
     def __exit__(self, *exception):
-        Region.enabled, Region.calibrating, Region.recipe, Region.first = self._saved
+        Region.enabled, Region.calibrating, Region.recipe, Region.key, Region.first = self._saved
         self._saved = None
         Region.depth -= 1
         if self._new[0] and Region.depth == 0 and torch.is_grad_enabled():
@@ -123,7 +130,7 @@ def checkpoint(function, *args, use_reentrant: bool = True, **kwargs):
     that the gradients are those of a run without checkpointing, whatever ``use_reentrant`` is.
     """
     before: dict = {}
-    region = Region.enabled, Region.calibrating, Region.recipe
+    region = Region.enabled, Region.calibrating, Region.recipe, Region.key
 
     @contextmanager
     def first():
@@ -135,10 +142,10 @@ def checkpoint(function, *args, use_reentrant: bool = True, **kwargs):
 
     @contextmanager
     def again():
-        saved = Region.enabled, Region.calibrating, Region.recipe, Region.first, Region.checkpoints
+        saved = Region.enabled, Region.calibrating, Region.recipe, Region.key, Region.first, Region.checkpoints
         states = {module: module.fp8_meta["scaling_fwd"] for module in before}
         now = {module: (state.scale.clone(), state.amax_history.clone()) for module, state in states.items()}
-        Region.enabled, Region.calibrating, Region.recipe = region
+        Region.enabled, Region.calibrating, Region.recipe, Region.key = region
         Region.checkpoints = []
         try:
             for module, state in states.items():
@@ -147,7 +154,7 @@ def checkpoint(function, *args, use_reentrant: bool = True, **kwargs):
         finally:
             for module, state in states.items():
                 state.restore(*now[module])
-            Region.enabled, Region.calibrating, Region.recipe, Region.first, Region.checkpoints = saved
+            Region.enabled, Region.calibrating, Region.recipe, Region.key, Region.first, Region.checkpoints = saved
 
     return torch_checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (first(), again()), **kwargs)
 
