@@ -233,6 +233,7 @@ def side_by_side(source: Path, world: int, gpus: int, rows: list[dict], seconds:
     lanes, runs = max(1, gpus // world), []
     for lane in range(lanes):
         out = folder / f"{world}-{lane}.jsonl"
+        out.unlink(missing_ok=True)
         out.with_suffix(".todo").write_text(json.dumps(rows[lane::lanes]))
         visible = ",".join(str(i) for i in range(lane * world, (lane + 1) * world))
         runs.append((out, subprocess.Popen(
@@ -261,7 +262,7 @@ def record(full: bool) -> Path:
 def losses(source: Path, data: Path, ranks: int, seed: int, name: str, steps: int, **sizes) -> subprocess.Popen:
     """Start the script on ``ranks`` ranks; its output has the loss of every step."""
     arm = PRECISIONS[name]
-    flags = ["--precision", arm["precision"], *(["--fp8-weights"] if arm.get("fp8_weights") else [])]
+    flags = ["--precision", arm["precision"], "--fp8-weights", str(int(arm.get("fp8_weights", 0)))]
     port, out = 29600 + 40 * ranks + 4 * seed + list(PRECISIONS).index(name), source.with_name(f"{ranks}-{seed}-{name}")
     for key, value in {"data": data, "steps": steps, "seed": seed, "save-every": 10**6, "out": out, **sizes}.items():
         flags += [f"--{key}", str(value)]
@@ -285,7 +286,7 @@ def record_losses(full: bool) -> Path:
             runs = {(n, name): losses(source, data, n, seed, name, steps, **sizes)
                     for n in (1, 2, 4) if n <= gpus for name in names}  # fmt: skip
             for (ranks, name), run in runs.items():
-                found = [float(nats) for nats in re.findall(r"loss (\S+)", run.communicate()[0])]
+                found = [float(nats) for nats in re.findall(r"loss ([\d.]+)", run.communicate()[0])]
                 for step in range(0, len(found), max(1, steps // 16)):
                     part = found[step : step + max(1, steps // 16)]
                     rows.append({"ranks": ranks, "recipe": name, "seed": seed, "step": step + len(part), "steps": steps,
