@@ -50,7 +50,7 @@ def script() -> str:
     (path,) = Path(__file__).parent.parent.glob(f"notebooks/*_{NOTEBOOK}.ipynb")
     cells = ["".join(cell["source"]) for cell in json.loads(path.read_text("utf-8"))["cells"]]
     parts = [cell.partition("\n")[2] for cell in cells if re.match(r"%%writefile (-a )?train_fsdp\.py\n", cell)]
-    return "\n".join(part.rstrip("\n") + "\n" for part in parts)
+    return "".join(part.rstrip("\n") + "\n" for part in parts)
 
 
 def options(shape: str, layers: int, vocab: int, batch: int, sequence: int, **arm) -> dict:
