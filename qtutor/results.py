@@ -53,8 +53,8 @@ VOCABULARY = {
         rung (step of the ladder of fp8_layers), kind (group of kernels, or part of a recording), what (operation that
         was timed), stored_as (dtypes that hold the weights), bits (of a code), group (values that share a scale),
         device (cpu or cuda), dtype, compiled (with torch.compile), graph (in a CUDA graph), build, backends (both of
-        llama.cpp), threads (of the CPU), notebook (its topic), jobs (processes that shared the machine), ranks (processes that train together, one a GPU), not_run (why
-        there are no numbers)""",
+        llama.cpp), threads (of the CPU), notebook (its topic), jobs (processes that shared the machine), ranks
+        (processes that train together, one a GPU), not_run (why there are no numbers)""",
     "model": "model (its name), shape (name of its shape), hidden (width), intermediate (width of the MLP), heads, "
              "kv_heads, layers",
     "tokens": """
@@ -87,20 +87,20 @@ VOCABULARY = {
     "speed": """
         ms_per_step (median time of a step, a call or a product), ms_bf16, ms_fp8 (the same, side by side), ms (time of
         a group of kernels), seconds (wall-clock time), load_s, write_s, speedup (time of the other over time of this),
-        prefill_speedup, decode_speedup (over the unquantized model), time_to_first_token_ms, train_tokens_per_s (of one GPU),
-        prefill_tokens_per_s, decode_tokens_per_s (read and written, all sequences together), tool_prefill_tokens_per_s,
-        tool_decode_tokens_per_s (as llama-bench says), ceiling_tokens_per_s (bandwidth over bytes read), ceiling_share
-        (decode_tokens_per_s over that ceiling), copy_gb_per_s, read_gb_per_s (bandwidth of a copy, read and written; of
-        reading), bandwidth_gb_per_s (the larger of both), gb_per_s (bytes that have to move over the time),
-        share_of_copy (gb_per_s over copy_gb_per_s), gathered_bytes_per_weight,
+        prefill_speedup, decode_speedup (over the unquantized model), time_to_first_token_ms, train_tokens_per_s (of one
+        GPU), prefill_tokens_per_s, decode_tokens_per_s (read and written, all sequences together),
+        tool_prefill_tokens_per_s, tool_decode_tokens_per_s (as llama-bench says), ceiling_tokens_per_s (bandwidth over
+        bytes read), ceiling_share (decode_tokens_per_s over that ceiling), copy_gb_per_s, read_gb_per_s (bandwidth of a
+        copy, read and written; of reading), bandwidth_gb_per_s (the larger of both), gb_per_s (bytes that have to move
+        over the time), share_of_copy (gb_per_s over copy_gb_per_s), gathered_bytes_per_weight,
         scattered_bytes_per_weight (by all-gathers and reduce-scatters of a step, over the model's weights),
-        exposed_share (of a step's time, in which the GPU only communicated), ours_ms, torchao_ms, torch_ms, compiled_ms (of a call),
-        ours_kernel_ms, compiled_kernel_ms (on the GPU alone), compiled_gb_per_s, compiled_share_of_copy, tflop_per_s,
-        peak_tflop_per_s (of the data sheet), share_of_peak""",
+        exposed_share (of a step's time, in which the GPU only communicated), ours_ms, torchao_ms, torch_ms, compiled_ms
+        (of a call), ours_kernel_ms, compiled_kernel_ms (on the GPU alone), compiled_gb_per_s, compiled_share_of_copy,
+        tflop_per_s, peak_tflop_per_s (of the data sheet), share_of_peak""",
     "energy": """
-        joules_per_step, joules_per_train_token (of all GPUs), joules_per_prefill_token, joules_per_decode_token (of the whole device), energy_source
-        (NVML or RAPL counter, or estimate), watts, prefill_watts, decode_watts, idle_watts (means), mhz (of the
-        GPU)""",
+        joules_per_step, joules_per_train_token (of all GPUs), joules_per_prefill_token, joules_per_decode_token (of the
+        whole device), energy_source (NVML or RAPL counter, or estimate), watts, prefill_watts, decode_watts, idle_watts
+        (means), mhz (of the GPU)""",
 }  # fmt: skip
 COLUMNS = frozenset(re.findall(r"\w+", re.sub(r"\([^)]*\)", "", " ".join(VOCABULARY.values()))))
 

@@ -73,8 +73,8 @@ class Run:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
              "--max-restarts", str(restarts), *emulated, str(program or source), *options, *flags],
-            env=os.environ | hide | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            env=os.environ | hide | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)  # fmt: skip
         watchdog = threading.Timer(240, self.process.kill)
         watchdog.start()
         self.lines = []
@@ -87,7 +87,8 @@ class Run:
 
     @property
     def losses(self):
-        return [(int(step), nats) for step, nats in re.findall(r"step +(\d+), loss ([\d.]+)", "\n".join(self.lines))]
+        found = re.findall(r"step +(\d+), loss ([\d.]+)", "\n".join(self.lines))
+        return [(int(step), nats) for step, nats in found]
 
     @property
     def moved(self):
@@ -147,7 +148,7 @@ def test_one_and_two_ranks_train_alike(source, where, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [FP8, ["--precision", "delayed"], ["--precision", "current", "--fp8-weights", "1"]])
+@pytest.mark.parametrize("precision", [FP8, FP8[:2], ["--precision", "current", *FP8[2:]]])
 def test_a_checkpoint_goes_on_with_any_number_of_ranks(source, where, tmp_path, precision):
     """Saved on the most ranks, loaded on fewer: FP32 weights, moments, scales, amax histories, FP8 codes to the bit."""
     most = 4 if where == "gpu" and torch.cuda.device_count() >= 4 else 2

@@ -41,6 +41,7 @@ PRECISIONS = {
 }
 TORCHAO = {"torch.compile BF16": {"torchao": None}, "torch.compile torchao FP8, BF16 all-gather": {"torchao": False},
            "torch.compile torchao FP8, FP8 all-gather": {"torchao": True}}  # fmt: skip
+TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node"]
 LAYERS = {"Llama-2-7B": 8, "Llama-2-70B": 4}  # fit one GPU of 80 GB with optimizer and activations
 WHOLE = ("BF16", "FP8 delayed + FP8 weights", "FP8 current + FP8 weights")
 
@@ -64,7 +65,7 @@ def options(shape: str, layers: int, vocab: int, batch: int, sequence: int, **ar
 def arms(full: bool) -> list[dict]:
     """Rows to be measured on every number of ranks, without their numbers."""
     if not full:
-        tiny = {"layers": 1, "hidden": 128, "ffn": 256, "heads": 2, "kv_heads": 2, "vocab": 256, "batch": 1, "sequence": 64}
+        tiny = {"hidden": 128, "ffn": 256, "heads": 2, "kv_heads": 2}
         return [{"shape": "tiny", "rung": name, "options": options("Llama-2-7B", 1, 256, 1, 64, **arm) | tiny}
                 for name, arm in (PRECISIONS | TORCHAO).items()]  # fmt: skip
     rows = []
@@ -78,10 +79,10 @@ def arms(full: bool) -> list[dict]:
 
 def arms_of_all() -> list[dict]:
     """More rows, to be measured on all GPUs: a whole 7B, and torchao under torch.compile."""
-    rows = [{"shape": "Llama-2-7B", "rung": name, "options": options("Llama-2-7B", 32, 32000, 4, 2048, **PRECISIONS[name])}
-            for name in WHOLE]  # fmt: skip
-    return rows + [{"shape": "Llama-2-7B", "rung": name, "options": options("Llama-2-7B", 8, 1024, 4, 2048, **arm)}
-                   for name, arm in TORCHAO.items()]  # fmt: skip
+    seven = "Llama-2-7B"
+    whole = [(name, options(seven, 32, 32000, 4, 2048, **PRECISIONS[name])) for name in WHOLE]
+    torchao = [(name, options(seven, LAYERS[seven], 1024, 4, 2048, **arm)) for name, arm in TORCHAO.items()]
+    return [{"shape": seven, "rung": name, "options": chosen} for name, chosen in whole + torchao]
 
 
 def torchao_arm(args, device):
@@ -185,8 +186,9 @@ def measured(code: dict, args, device, seconds: float) -> dict:
             else [1000 * (b - a) for a, b in zip(times, times[1:], strict=False)])  # fmt: skip
     ms, tokens = agreed(statistics.median(each), device), args.batch * args.sequence
     cut = statistics.quantiles(each, n=10)
-    row = {"ms_per_step": ms, "ms_p10": cut[0], "ms_p90": cut[-1], "repeats": count, "train_tokens_per_s": tokens / ms * 1000,
-           "trained_weights": weights, "gathered_bytes_per_weight": wire.moved["_allgather_base_"] / weights,
+    row = {"ms_per_step": ms, "ms_p10": cut[0], "ms_p90": cut[-1], "repeats": count,
+           "train_tokens_per_s": tokens / ms * 1000, "trained_weights": weights,
+           "gathered_bytes_per_weight": wire.moved["_allgather_base_"] / weights,
            "scattered_bytes_per_weight": wire.moved["_reduce_scatter_base_"] / weights}  # fmt: skip
     joules = agreed(used.joules if math.isfinite(used.joules) else 0.0, device, dist.ReduceOp.SUM)
     if gpu and joules:
@@ -211,8 +213,8 @@ def worker(source: str, out: str, seconds: float) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     for row in json.loads(Path(out).with_suffix(".todo").read_text()):
         args = argparse.Namespace(**row.pop("options"))
-        row |= {"layers": args.layers, "batch": args.batch, "sequence": args.sequence, "tokens": args.batch * args.sequence,
-                "ranks": dist.get_world_size()}  # fmt: skip
+        row |= {"layers": args.layers, "batch": args.batch, "sequence": args.sequence,
+                "tokens": args.batch * args.sequence, "ranks": dist.get_world_size()}  # fmt: skip
         try:
             row |= measured(code, args, device, seconds)
         except Exception as error:  # noqa: BLE001 - an arm that does not fit must not cost the rest
@@ -237,8 +239,8 @@ def side_by_side(source: Path, world: int, gpus: int, rows: list[dict], seconds:
         out.with_suffix(".todo").write_text(json.dumps(rows[lane::lanes]))
         visible = ",".join(str(i) for i in range(lane * world, (lane + 1) * world))
         runs.append((out, subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port",
-             str(29500 + 10 * world + lane), "-m", "tools.record_fsdp", str(source), str(out), str(seconds)],
+            [*TORCHRUN, str(world), "--master-port", str(29500 + 10 * world + lane), "-m", "tools.record_fsdp",
+             str(source), str(out), str(seconds)],
             env=os.environ | ({"CUDA_VISIBLE_DEVICES": visible} if torch.cuda.is_available() else {}))))  # fmt: skip
     for _, process in runs:
         process.wait()
@@ -268,9 +270,8 @@ def losses(source: Path, data: Path, ranks: int, seed: int, name: str, steps: in
         flags += [f"--{key}", str(value)]
     lane = {"CUDA_VISIBLE_DEVICES": ",".join(str((ranks * seed + i) % 4) for i in range(ranks))} if ranks < 4 else {}
     emulated = [] if te_switch.activate().real else ["-m", "qtutor.emulation"]
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-                             "--master-port", str(port), *emulated, str(source), *flags], env=os.environ | lane,
-                            stdout=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen([*TORCHRUN, str(ranks), "--master-port", str(port), *emulated, str(source), *flags],
+                            env=os.environ | lane, stdout=subprocess.PIPE, text=True)  # fmt: skip
 
 
 def record_losses(full: bool) -> Path:

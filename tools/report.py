@@ -37,11 +37,18 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 #: what results may need -> (in words, whether this machine has it)
 NEEDS = {
     "fp8": ("a GPU with FP8 units, with Transformer Engine", lambda: _cuda() and qtutor.te_switch.activate().real),
     "qlora": ("a GPU with FP8 units, with Transformer Engine and peft (pip install '.[gpu]')",
               lambda: NEEDS["fp8"][1]() and importlib.util.find_spec("peft") is not None),
+    "gpus": ("several GPUs with FP8 units, with Transformer Engine", lambda: NEEDS["fp8"][1]() and _gpus() > 1),
     "gpu": ("a CUDA GPU", _cuda),
     "80 GB": ("a CUDA GPU of 80 GB, with a llama.cpp that uses it", _cuda),  # the recorder says what is not enough
     "llama.cpp": ("llama.cpp", lambda: qtutor.llamacpp.available()[0]),
@@ -70,6 +77,10 @@ RESULTS = {
                            "step: where FP8 begins to pay."),
     "fp8_inference": About("fp8_speed_and_memory", "fp8", "record_fp8", "Inference in BF16, FP8, INT8 and INT4: "
                            "quality on the course model; time, energy and memory at the shape of Llama-2-7B."),
+    "fp8_scaling": About("fp8_on_several_gpus", "gpus", "record_fsdp", "Training steps under FSDP2 on 1, 2 and 4 GPUs, "
+                         "in BF16, FP8 and with FP8 weights: speed, memory, energy, bytes, exposed communication."),
+    "fp8_scaling_loss": About("fp8_on_several_gpus", "gpus", "record_fsdp", "The training loss of the same global "
+                              "batches on 1, 2 and 4 GPUs, in BF16 and with FP8 weights."),
     "qat_recovery": About("qat", "gpu", "record_qat", "Quantization-aware training of the course model in ten schemes, "
                           "against rounding (PTQ) and against a control that trained as long, with three seeds."),
     "qat_gguf": About("qat", "llama.cpp", "record_qat", "The course model as GGUF files: rounded by llama.cpp, and "
@@ -152,6 +163,19 @@ def _model(data) -> str:
                     f"of torch.compile in BF16, {over[2]} that of torchao's FP8")  # fmt: skip
     return (f"Transformer Engine, delayed scaling, a whole step of {layers} layers with head, loss and optimizer. "
             + "; ".join(said))  # fmt: skip
+
+
+def _several(data) -> str:
+    def rate(rung, ranks, layers, shape="Llama-2-70B"):
+        return one(data, shape=shape, rung=rung, ranks=ranks, layers=layers)["train_tokens_per_s"]
+
+    fp8, layers = "FP8 delayed + FP8 weights", matching(data, shape="Llama-2-70B")[0]["layers"]
+    most = max(row["ranks"] for row in data.rows)
+    each = percent(rate(fp8, most, layers) / rate(fp8, 1, layers) - 1)
+    whole = rate(fp8, most, 32, "Llama-2-7B") / rate("BF16", most, 32, "Llama-2-7B")
+    return (f"FSDP2 with FP8 weights and FP8 all-gather on {most} GPUs, optimizer included: {layers} layers of "
+            f"Llama-2-70B's shape **{times(rate(fp8, most, layers) / rate('BF16', most, layers))}** the speed of BF16 "
+            f"on as many GPUs, {each} a GPU against one GPU alone; all of Llama-2-7B's shape **{times(whole)}**")  # fmt: skip
 
 
 def _breakeven(data) -> str:
@@ -270,6 +294,7 @@ def _llama70b(data) -> str:
 #: (question, name of the results that answer it, function: Results -> Markdown)
 HEADLINES = (
     ("Does FP8 train faster?", "fp8_model", _model),
+    ("And on several GPUs?", "fp8_scaling", _several),
     ("From which size on?", "fp8_breakeven", _breakeven),
     ("Is the loss the same?", "fp8_loss", _loss),
     ("Does FP8 help inference?", "fp8_inference", _inference),

@@ -1,5 +1,5 @@
 """Run a script that imports Transformer Engine where there is none: ``python -m qtutor.emulation script.py ARGUMENTS``,
-``torchrun --nproc-per-node 2 -m qtutor.emulation script.py ARGUMENTS``.  Where the real one runs, the script gets it."""
+``torchrun --nproc-per-node 2 -m qtutor.emulation script.py ARGUMENTS``.  Where the real one runs, it gets that."""
 
 import runpy
 import sys

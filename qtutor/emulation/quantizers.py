@@ -138,8 +138,9 @@ class Float8Tensor(torch.Tensor):
         if func in _SHARDING and isinstance(self, Float8Tensor):  # fully_shard: pieces of the codes share one scale
             kwargs = {key: value for key, value in kwargs.items() if key == "storage_offset"}
             made = func(self._data, *args[1:], **kwargs)
-            pieces = [self._like(piece, self._scale_inv) for piece in (made if isinstance(made, (list, tuple)) else [made])]
-            return pieces if isinstance(made, (list, tuple)) else pieces[0]
+            several = isinstance(made, (list, tuple))
+            pieces = [self._like(piece, self._scale_inv) for piece in (made if several else [made])]
+            return pieces if several else pieces[0]
         if func is aten._to_copy.default and kwargs.get("dtype") in (None, self.dtype):
             device = kwargs.get("device")
             return self._like(self._data.to(device, copy=True), self._scale_inv.to(device, copy=True))

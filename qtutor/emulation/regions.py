@@ -24,8 +24,8 @@ class Region:
     """What every module asks: is FP8 on, by which recipe, and is this the region's first FP8 module?
 
     ``members`` holds, for each recipe and group of ranks, the modules that take part in its updates: a module enters at
-    its first forward pass and stays.  An update visits all of them, also a module that this step did not call; its amax is 0,
-    which changes nothing.  The real library does the same.
+    its first forward pass and stays.  An update visits all of them, also a module that this step did not call; its
+    amax is 0, which changes nothing.  The real library does the same.
     """
 
     enabled = False

@@ -132,12 +132,12 @@ def magnitudes(tensors: dict):
     axes[-1].set_xlabel("log2 of the magnitude (pale end of a bar: subnormal numbers)")
 
 
-def amax_and_fits(axis, steps, amax, fits):
-    """Draw the amax of each step and the largest value that the scale in use can hold (arrays)."""
-    over = amax > fits * 1.0001
+def amax_and_fits(axis, steps, amax, fits, free: float = 464 / 448):
+    """Draw amax and the largest value that fits, by step (arrays); a cross where amax is above ``free`` times that."""
+    over = amax > fits * free
     axis.step(steps, fits, where="mid", color=plots.PALETTE[1], label="largest value that fits")
     axis.plot(steps, amax, ".-", ms=4, color=plots.PALETTE[0], label="amax")
-    axis.plot(steps[over], amax[over], "x", color=plots.PALETTE[3], mew=2, label="saturates")
+    axis.plot(steps[over], amax[over], "x", color=plots.PALETTE[3], mew=2, label="saturates at a cost")
     axis.set_yscale("log", base=2)
     if np.ptp(np.log2(amax)) < 1:  # hardly moves: show one power of two, not its noise
         axis.set_ylim(amax.mean() / 1.5, amax.mean() * 1.5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from qtutor import emulation
 from qtutor.emulation import FusedAdam
 
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
@@ -66,7 +67,28 @@ def test_what_is_refused():
     weight = nn.Parameter(torch.ones(4))
     with pytest.raises(RuntimeError, match="fp32/fp16/bf16/fp8"):
         FusedAdam([weight], exp_avg_dtype=torch.int8)
-    with pytest.raises(NotImplementedError, match="keep the parameters in FP32"):
-        FusedAdam([weight], master_weights=True)
-    with pytest.raises(NotImplementedError, match="keep the parameters in FP32"):
+    with pytest.raises(NotImplementedError, match="master_weights=True"):
         FusedAdam([nn.Parameter(torch.ones(4, dtype=torch.bfloat16))])
+
+
+def test_master_weights_keep_what_bf16_cannot():
+    """A BF16 or FP8 parameter follows its FP32 copy; small steps are not lost; a saved state comes back in FP32."""
+    exact = nn.Parameter(torch.ones(4))
+    rounded = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    quantizer = emulation.Float8CurrentScalingQuantizer(emulation.DType.kFloat8E4M3)
+    codes = nn.Parameter(quantizer(torch.ones(4, dtype=torch.bfloat16)))
+    arms = {p: FusedAdam([p], lr=1e-4, master_weights=p is not exact) for p in (exact, rounded, codes)}
+    for _ in range(50):
+        for p, adam in arms.items():
+            p.grad = torch.ones(4, dtype=p.dtype)
+            adam.step()
+    for p in (rounded, codes):
+        master = arms[p].state[p]["master_param"]
+        assert torch.allclose(master, exact) and not torch.equal(master, torch.ones(4))
+    assert torch.equal(rounded, arms[rounded].state[rounded]["master_param"].bfloat16())
+    assert torch.allclose(codes.dequantize().float(), arms[codes].state[codes]["master_param"], rtol=0.04)
+    again = FusedAdam([rounded], lr=1e-4, master_weights=True)
+    again.load_state_dict(copy.deepcopy(arms[rounded].state_dict()))
+    for name, value in arms[rounded].state[rounded].items():
+        assert torch.equal(again.state[rounded][name], value) and value.dtype == torch.float32
+    assert again.param_groups[0]["step"] == 50
