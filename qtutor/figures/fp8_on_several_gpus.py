@@ -92,9 +92,11 @@ def plan_picture(frame, shape: str = "Llama-2-7B", tokens: int = 8192, gb_per_s:
         one, (color, marker) = alone.loc[rung], LINES[rung]
         update, whole = sharding.adam_ms(one["trained_weights"]), layers / one["layers"]
         times = (one["ms_per_step"] - update) * whole * tokens / one["tokens"], update * whole
-        plan = {"layers": layers, "weights": one["trained_weights"] * whole, "gather_bytes": nbytes}
-        steps = {n: sharding.step(n, *times, between_hosts_gb_per_s=gb_per_s, **plan) for n in {*RANKS, ranks}}
-        left.plot(RANKS, [steps[n].efficiency for n in RANKS], marker=marker, color=plots.PALETTE[color], label=rung)
+        plan = {"layers": layers, "weights": one["trained_weights"] * whole, "gather_bytes": nbytes,
+                "between_hosts_gb_per_s": gb_per_s}  # fmt: skip
+        steps = {n: sharding.step(n, *times, **plan) for n in {*RANKS, ranks}}
+        label = f"{rung}:\n90 % up to {sharding.hidden_until(*times, ranks=RANKS, **plan)} GPUs"
+        left.plot(RANKS, [steps[n].efficiency for n in RANKS], marker=marker, color=plots.PALETTE[color], label=label)
         large = [n for n in RANKS if 16 * plan["weights"] / n > hardware.device("H200").memory_gib * 2**30]
         left.plot(large, [steps[n].efficiency for n in large], marker, mfc="white", color=plots.PALETTE[color])
         start, step = 0.0, steps[ranks]
@@ -109,7 +111,8 @@ def plan_picture(frame, shape: str = "Llama-2-7B", tokens: int = 8192, gb_per_s:
     left.set_xscale("log", base=2)
     left.set_xticks(RANKS, RANKS)
     left.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    left.set(title=f"{shape}, all {layers} layers, {tokens:,} tokens a GPU", xlabel="GPUs, 8 a host; hollow: not enough memory", ylim=(0, 1.15),
+    left.set(title=f"{shape}, all {layers} layers, {tokens:,} tokens a GPU", ylim=(0, 1.15),
+             xlabel="GPUs, 8 a host; hollow: not enough memory",
              ylabel="efficiency: time on 1 GPU / on N")  # fmt: skip
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, fontsize=8.5)
     right.set_yticks(range(len(PLANNED)), [rung.replace(" + ", "\n+ ") for rung in PLANNED])
