@@ -16,36 +16,27 @@ from tools import record_fsdp
 SMALL = {"hidden": 64, "ffn": 128, "heads": 4, "kv-heads": 2, "layers": 2, "vocab": 128, "sequence": 32}
 FP8 = ["--precision", "delayed", "--fp8-weights", "1"]
 DUMP = """
-import os, runpy, sys
-import torch
-import torch.distributed as dist
+head, tail = open({source!r}).read().split('if __name__ == "__main__":')
+exec(head)
 
-code = runpy.run_path({source!r}, run_name="train_fsdp")
-full = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x
-
-def dump(args):
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    model, optimizer = code["build"](args, device)
-    step = code["load"](args, model, optimizer)
-    state = {{name: full(x).cpu() for name, x in code["state_of"](model, optimizer, step).items()}}
+def main(args):
+    rank, world, device, _ = start(timedelta(seconds=60))
+    model, optimizer = build(args, device)
+    step = load(args, model, optimizer)
+    state = {{name: x.full_tensor().cpu() if hasattr(x, "full_tensor") else x.cpu()
+             for name, x in state_of(model, optimizer, step).items()}}
     for name, p in model.named_parameters():  # codes of FP8 weights, or BF16
         mine = getattr(p.to_local(), "_data", p.to_local())
-        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        parts = [torch.empty_like(mine) for _ in range(world)]
         dist.all_gather(parts, mine.contiguous())
         state[name] = torch.cat(parts).cpu()
         if hasattr(p.to_local(), "_scale_inv"):
             state[name + ".scale_inv"] = p.to_local()._scale_inv.cpu()
-    if dist.get_rank() == 0:
+    if rank == 0:
         torch.save(state, {target!r})
     dist.destroy_process_group()
 
-code["main"].__globals__["main"] = dump
-exec(compile(open({source!r}).read().partition('if __name__ == "__main__":')[2].replace("\\n    ", "\\n"), "arguments", "exec"),
-     code["main"].__globals__)
+exec("if True:" + tail)
 """
 
 
@@ -72,7 +63,7 @@ class Run:
         emulated = ["-m", "qtutor.emulation"] if where == "cpu" else []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-             "--max-restarts", str(restarts), *emulated, str(program or source), *options, *flags],
+             "--max-restarts", str(restarts), *emulated, str(program or source), *options, *map(str, flags)],
             env=os.environ | hide | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT)  # fmt: skip
         watchdog = threading.Timer(240, self.process.kill)

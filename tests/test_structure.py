@@ -228,7 +228,6 @@ def test_import_is_cheap():
 # Where a module is tested that has no test_<module>.py of its own.
 TESTED_ELSEWHERE = {
     "qtutor": "test_package.py",
-    "tools.migrate_results": "test_results.py",  # what it made is tested, it ran once
     "qtutor.gguf_file": "test_llamacpp.py",  # one door to GGUF files, tested with what goes through it
     "qtutor.decide.techniques": "rigs/test_techniques.py",  # a table; what is built from it is tested
 } | {module: "exercises/test_exercises.py" for module in MODULES if module.startswith("qtutor.exercises.")}

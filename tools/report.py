@@ -173,9 +173,10 @@ def _several(data) -> str:
     most = max(row["ranks"] for row in data.rows)
     each = percent(rate(fp8, most, layers) / rate(fp8, 1, layers) - 1)
     whole = rate(fp8, most, 32, "Llama-2-7B") / rate("BF16", most, 32, "Llama-2-7B")
+    faster = times(rate(fp8, most, layers) / rate("BF16", most, layers))
     return (f"FSDP2 with FP8 weights and FP8 all-gather on {most} GPUs, optimizer included: {layers} layers of "
-            f"Llama-2-70B's shape **{times(rate(fp8, most, layers) / rate('BF16', most, layers))}** the speed of BF16 "
-            f"on as many GPUs, {each} a GPU against one GPU alone; all of Llama-2-7B's shape **{times(whole)}**")  # fmt: skip
+            f"Llama-2-70B's shape **{faster}** the speed of BF16 on as many GPUs, {each} a GPU against one GPU alone; "
+            f"all of Llama-2-7B's shape **{times(whole)}**")  # fmt: skip
 
 
 def _breakeven(data) -> str:

@@ -77,7 +77,7 @@ def step(ranks: int, compute_ms: float, optimizer_ms: float, *, layers: int, wei
     speed = gb_per_s if ranks <= gpus_per_host else min(gb_per_s, between_hosts_gb_per_s)
     gb = gather_bytes * weights / layers / 1e9, 2 * weights / layers / 1e9  # of a layer's gather and scatter
     gather, scatter = (ring_ms(size, ranks, speed, hop_us) for size in gb)
-    slots = [(compute_ms / 3 / layers, i > 1, False) for i in range(layers, 0, -1)]  # is a gather, a scatter beside it?
+    slots = [(compute_ms / 3 / layers, i > 1, False) for i in range(layers, 0, -1)]  # is there a gather, a scatter?
     slots += [(2 * compute_ms / 3 / layers, reshard and i > 1, i < layers) for i in range(layers, 0, -1)]
     computed, exposed = 0.0, gather * (1 + reshard) + scatter
     for compute, gathers, scatters in slots:

@@ -1,7 +1,6 @@
 """AdamW whose moments have fewer bits: ``te.optimizers.FusedAdam``, the numbers without the memory that it saves."""
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from .quantizers import DType, Float8CurrentScalingQuantizer, Float8Tensor
@@ -17,8 +16,8 @@ def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _local(x: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
-    return x._local_tensor if isinstance(x, DTensor) else x
+    """What this rank holds of a tensor: of a DTensor, its shard."""
+    return getattr(x, "_local_tensor", x)
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -45,7 +44,9 @@ class FusedAdam(torch.optim.Optimizer):
         made = dict.fromkeys(self.dtypes, 0.0) | ({"master_param": 1.0} if self.master_weights else {})
         for name, factor in made.items():
             state = values.detach().float() * factor
-            if isinstance(param, DTensor):
+            if local is not param:  # sharded
+                from torch.distributed.tensor import DTensor
+
                 state = DTensor.from_local(state, param.device_mesh, param.placements, shape=param.size(),
                                            stride=param.stride())  # fmt: skip
             self.state[param][name] = state
