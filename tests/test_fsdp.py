@@ -193,5 +193,5 @@ def test_a_rank_that_hangs_ends_the_run_with_one_sentence(source, where, tmp_pat
     run = Run(source, where, 2, *FP8, "--out", tmp_path / "run", at=stop, **{"steps": 10**6, "timeout": 6})
     assert run.status
     (sentence,) = [line for line in run.lines if line.startswith("rank 0 stops; ")]
-    assert "another one died or hangs: " in sentence
+    assert "another one died or hangs? " in sentence
     assert not any(line.startswith("Traceback") for line in run.lines[: run.lines.index(sentence)])
