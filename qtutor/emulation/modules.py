@@ -95,7 +95,8 @@ class _Fp8Linear(torch.autograd.Function):
         if bias is not None:  # cuBLAS takes no FP32 bias with FP8 operands
             bias = bias.to(torch.bfloat16 if dtype == torch.float32 else dtype)
         out = _product(_matrix(of_x, rows), _transposed(_matrix(of_w, of_rows)), dtype, bias)
-        return (out.float() if wide else out).view(*inp.shape[:-1], weight.shape[0])
+        out = out.float() if wide else out
+        return out if inp.dim() == 2 else out.view(*inp.shape[:-1], weight.shape[0])  # no view without need: FSDP2 warns
 
     @staticmethod
     def backward(ctx, grad_output):

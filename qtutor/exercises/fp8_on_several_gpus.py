@@ -42,10 +42,12 @@ _NEEDED = [_tokens(2, 600e12), _tokens(1, 950e12)]
 def _needed(answer):
     found = several(answer, 2, "two numbers of tokens,")
     for name, given, right, b, rate in zip(("BF16", "FP8"), found, _NEEDED, (2, 1), (600e12, 950e12), strict=True):
-        number(given, right, f"{name}: 4·W·T operations at its rate must take as long as (b + 2)·W bytes at 50 GB/s.", {
+        hints = {
             _tokens(b, rate, False): f"{name}: that is the forward pass; the backward pass also sends 2 bytes a weight "
                                      "of gradients, and computes twice as much.",
-            right / 2: f"{name}: the backward pass computes 4 operations a weight and token: 4, not 8.",
             right * 2: f"{name}: the backward pass computes 4 operations a weight and token, not 2.",
-            _tokens(2, 950e12): f"{name}: its gather carries 1 byte a weight."}, within=1)  # fmt: skip
+            _tokens(2, 950e12): f"{name}: its gather carries 1 byte a weight."}  # fmt: skip
+        hints.pop(right, None)  # in BF16 both passes need as many tokens
+        number(given, right, f"{name}: 4·W·T operations at its rate must take as long as (b + 2)·W bytes at 50 GB/s.",
+               hints, within=1)  # fmt: skip
     return "FP8 needs more tokens than BF16 to hide its backward pass: it computes faster, and gradients stay BF16."
