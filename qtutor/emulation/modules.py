@@ -96,7 +96,7 @@ class _Fp8Linear(torch.autograd.Function):
             bias = bias.to(torch.bfloat16 if dtype == torch.float32 else dtype)
         out = _product(_matrix(of_x, rows), _transposed(_matrix(of_w, of_rows)), dtype, bias)
         out = out.float() if wide else out
-        return out if inp.dim() == 2 else out.view(*inp.shape[:-1], weight.shape[0])  # no view without need: FSDP2 warns
+        return out if inp.dim() == 2 else out.view(*inp.shape[:-1], weight.shape[0])  # FSDP2 warns of views
 
     @staticmethod
     def backward(ctx, grad_output):
