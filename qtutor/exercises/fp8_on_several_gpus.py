@@ -24,8 +24,8 @@ def _faults(answer):
     expect(len(letters) == 3 and set(letters) <= set("abcd"), 'Answer with three letters of a, b, c, d, such as "abc".')
     expect(letters[0] == "b", "Run 1: no process ended, so none ran out of memory; one of them does not arrive.")
     expect(letters[1] == "c", "Run 2: 4 bytes are two gathers of BF16. The loss cannot show that; the count does.")
-    expect(letters[2] == "a", "Run 3: saved codes are decoded with a scale of 1, as in a new model, until the optimizer "
-                              "writes new codes from the FP32 weights.")  # fmt: skip
+    expect(letters[2] == "a", "Run 3: saved codes are decoded with a scale of 1, as in a new model, until the "
+                              "optimizer writes new codes from the FP32 weights.")  # fmt: skip
     return "A name, a count, a first loss: three symptoms that cost nothing to print."
 
 
