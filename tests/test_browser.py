@@ -142,11 +142,14 @@ recorded = results.load("tradeoff", "cpu")
 rows = pareto.with_cost(pareto.measured(recorded), 0.05, 475, 1.2)
 fronts.explorer(rows, recorded.device)
 ---
-choosing.explorer(model="Llama-2-70B", device="H100 SXM", users=8, tokens_per_s=10, max_loss=0.005)'''
+choosing.explorer(model="Llama-2-70B", device="H100 SXM", users=8, tokens_per_s=10, max_loss=0.005)
+---
+from qtutor.figures import fp8_on_several_gpus
+fp8_on_several_gpus.plan(results.load("fp8_scaling", "h200x4").frame().dropna(subset=["ms_per_step"]))'''
 
 
 def test_the_planner_the_fronts_and_the_guide_answer_in_jupyterlab(tmp_path):
-    """The widgets of planning, trade-off and choosing: choose something else, and picture or sentence change."""
+    """Widgets of planning, trade-off, choosing, many GPUs: choose something else; picture or sentence change."""
     need_browser()
     short = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     cells = ["import qtutor\nqtutor.setup()", *DECIDING.split("\n---\n")]
@@ -159,7 +162,8 @@ def test_the_planner_the_fronts_and_the_guide_answer_in_jupyterlab(tmp_path):
         screenshots.open_notebook(page, lab, notebook.name)
         assert screenshots.run_all(page, timeout=400)["errors"] == []
         for number, (label, choice, says) in enumerate((("type", "Q8_0", "Q8_0"), ("batch", "8", None),
-                                                        ("users at once", "1", "Q8_0"))):  # fmt: skip
+                                                        ("users at once", "1", "Q8_0"),
+                                                        ("GPUs", "512", None))):  # fmt: skip
             cell = page.locator(".jp-CodeCell").nth(number + 1)
             cell.scroll_into_view_if_needed()
             image, words = cell.locator("img.qtutor-explorer-picture"), cell.locator(".jp-OutputArea")

@@ -112,7 +112,7 @@ def plan_picture(frame, shape: str = "Llama-2-7B", tokens: int = 8192, gb_per_s:
     left.set_xticks(RANKS, RANKS)
     left.yaxis.set_major_formatter(PercentFormatter(1, 0))
     left.set(title=f"{shape}, all {layers} layers, {tokens:,} tokens a GPU", ylim=(0, 1.15),
-             xlabel="GPUs, 8 a host; hollow: not enough memory",
+             xlabel="GPUs, 8 a host" + "; hollow: not enough memory" * bool(large),
              ylabel="efficiency: time on 1 GPU / on N")  # fmt: skip
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, fontsize=8.5)
     right.set_yticks(range(len(PLANNED)), [rung.replace(" + ", "\n+ ") for rung in PLANNED])
