@@ -39,6 +39,8 @@ PRECISIONS = {
     "BF16, gathered once": {"precision": "bf16", "keep_gathered": True},
     "FP8 delayed + FP8 weights, gathered once": {"precision": "delayed", "fp8_weights": True, "keep_gathered": True},
 }
+FAST = {name + ", fast accumulation": PRECISIONS[name] | {"fast_accumulation": True} for name in
+        ("FP8 delayed + FP8 weights", "FP8 delayed + FP8 weights, gathered once")}  # fmt: skip
 TORCHAO = {"torch.compile BF16": {"torchao": None}, "torch.compile torchao FP8, BF16 all-gather": {"torchao": False},
            "torch.compile torchao FP8, FP8 all-gather": {"torchao": True}}  # fmt: skip
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node"]
@@ -59,7 +61,7 @@ def options(shape: str, layers: int, vocab: int, batch: int, sequence: int, **ar
     s = rig.SHAPES[shape]
     return {"hidden": s.hidden, "ffn": s.intermediate, "heads": s.heads, "kv_heads": s.kv_heads, "layers": layers,
             "vocab": vocab, "batch": batch, "sequence": sequence, "rate": 1e-5, "seed": 0, "data": "", "out": "",
-            "precision": "bf16", "fp8_weights": False, "keep_gathered": False} | arm  # fmt: skip
+            "precision": "bf16", "fp8_weights": False, "keep_gathered": False, "fast_accumulation": False} | arm
 
 
 def arms(full: bool) -> list[dict]:
@@ -73,7 +75,7 @@ def arms(full: bool) -> list[dict]:
         sequence = rig.SHAPES[shape].sequence
         sizes = layers, 1024, TOKENS // sequence, sequence
         rows += [{"shape": shape, "rung": name, "options": options(shape, *sizes, **arm)}
-                 for name, arm in PRECISIONS.items()]  # fmt: skip
+                 for name, arm in (PRECISIONS | FAST).items()]  # fmt: skip
     return rows
 
 
@@ -158,6 +160,8 @@ def measured(code: dict, args, device, seconds: float) -> dict:
     if hasattr(args, "torchao"):
         model, train = torchao_arm(args, device)
     else:
+        if gpu and args.precision != "bf16":
+            code["RECIPES"][args.precision] = rig.recipe_of(args.precision, fast_accumulation=args.fast_accumulation)
         model, optimizer = code["build"](args, device)
         train = lambda rows: code["train_step"](model, optimizer, rows)  # noqa: E731
     rows = torch.randint(0, args.vocab, (args.batch, args.sequence + 1), device=device)

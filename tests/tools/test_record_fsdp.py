@@ -22,7 +22,7 @@ def test_recorded_steps_are_consistent():
     assert recorded.machine["devices"] == 4 and set(ran["ranks"]) == {1, 2, 4}
     layers = ran[ran["layers"] < 32]
     for (_, _), part in layers.groupby(["shape", "ranks"]):
-        assert set(part["rung"]) == set(record_fsdp.PRECISIONS)
+        assert set(record_fsdp.PRECISIONS) <= set(part["rung"]) <= {*record_fsdp.PRECISIONS, *record_fsdp.FAST}
     assert ran["train_tokens_per_s"].to_numpy() == pytest.approx((1000 * ran["tokens"] / ran["ms_per_step"]).to_numpy(),
                                                                    rel=1e-4)  # fmt: skip
     assert (ran["ms_per_step"] * ran["repeats"] > 8500).all()  # energy windows of about ten seconds
