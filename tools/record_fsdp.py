@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -208,13 +209,10 @@ def measured(code: dict, args, device, seconds: float) -> dict:
 
 
 def worker(source: str, out: str, seconds: float) -> None:
-    """What each rank runs: all arms of the list on stdin's file, one row a line into ``out``."""
+    """What each rank runs: all arms of the list beside ``out``, one row a line into ``out``."""
     te_switch.activate()
-    code, gpu = runpy.run_path(source, run_name="train_fsdp"), torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    code = runpy.run_path(source, run_name="train_fsdp")
+    _, _, device, _ = code["start"](timedelta(minutes=10))
     for row in json.loads(Path(out).with_suffix(".todo").read_text()):
         args = argparse.Namespace(**row.pop("options"))
         row |= {"layers": args.layers, "batch": args.batch, "sequence": args.sequence,

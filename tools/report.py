@@ -31,16 +31,10 @@ from . import command, keep, notebooks, runs, topic
 PAGE = "data/results/README.md"
 
 
-def _cuda() -> bool:
+def _cuda(least: int = 1) -> bool:
     import torch
 
-    return torch.cuda.is_available()
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
+    return torch.cuda.is_available() and torch.cuda.device_count() >= least
 
 
 #: what results may need -> (in words, whether this machine has it)
@@ -48,7 +42,7 @@ NEEDS = {
     "fp8": ("a GPU with FP8 units, with Transformer Engine", lambda: _cuda() and qtutor.te_switch.activate().real),
     "qlora": ("a GPU with FP8 units, with Transformer Engine and peft (pip install '.[gpu]')",
               lambda: NEEDS["fp8"][1]() and importlib.util.find_spec("peft") is not None),
-    "gpus": ("several GPUs with FP8 units, with Transformer Engine", lambda: NEEDS["fp8"][1]() and _gpus() > 1),
+    "gpus": ("several GPUs with FP8 units, with Transformer Engine", lambda: NEEDS["fp8"][1]() and _cuda(2)),
     "gpu": ("a CUDA GPU", _cuda),
     "80 GB": ("a CUDA GPU of 80 GB, with a llama.cpp that uses it", _cuda),  # the recorder says what is not enough
     "llama.cpp": ("llama.cpp", lambda: qtutor.llamacpp.available()[0]),

@@ -232,7 +232,7 @@ class FP8Module(nn.Module):
             warnings.warn(f"Recipe type changed from {old} to {new}. This may affect model behavior.", stacklevel=3)
         self._set_recipe(Region.recipe)
         if self.fp8 and Region.recipe.delayed():
-            Region.members[Region.key][2][self] = None
+            Region.members[Region.key][1][self] = None
             state = self.fp8_meta["scaling_fwd"]
             for before in Region.checkpoints:
                 before.setdefault(self, (state.scale.clone(), state.amax_history.clone()))

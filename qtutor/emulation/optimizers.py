@@ -40,10 +40,11 @@ class FusedAdam(torch.optim.Optimizer):
     def initialize_state(self, param, store_param_remainders=False) -> None:
         """Make the states of ``param``: moments of zeros, and the master weight, a copy of what ``param`` holds."""
         local = _local(param)
-        values = local.dequantize() if isinstance(local, Float8Tensor) else local
-        made = dict.fromkeys(self.dtypes, 0.0) | ({"master_param": 1.0} if self.master_weights else {})
-        for name, factor in made.items():
-            state = values.detach().float() * factor
+        values = (local.dequantize(dtype=torch.float32) if isinstance(local, Float8Tensor) else local).detach().float()
+        made = {name: torch.zeros_like(values) for name in self.dtypes}
+        if self.master_weights:
+            made["master_param"] = values.clone()
+        for name, state in made.items():
             if local is not param:  # sharded
                 from torch.distributed.tensor import DTensor
 

@@ -34,7 +34,7 @@ class Region:
     key = None  # of this region's members
     depth = 0
     first = False
-    members: dict[tuple, tuple[Recipe, object, weakref.WeakKeyDictionary]] = {}
+    members: dict[tuple, tuple[Recipe, weakref.WeakKeyDictionary]] = {}
     parameter_recipe: Recipe | None = None  # inside quantized_model_init
     checkpoints: list[dict] = []  # inside checkpoint: module -> scales and history from before it was called
 
@@ -42,7 +42,7 @@ class Region:
     def update(cls, forward: bool) -> None:
         """Choose new scales for all members, forward or backward, by the amax of all ranks (``reduce_amax``): every
         rank must choose the same scale, and each has seen only its own batch and its own shard of the weights."""
-        for recipe, group, modules in cls.members.values():
+        for (_, group), (recipe, modules) in cls.members.items():
             states = [module.fp8_meta.get("scaling_fwd" if forward else "scaling_bwd") for module in modules]
             states = [state for state in states if isinstance(state, DelayedState)]
             if states and recipe.reduce_amax:
@@ -77,7 +77,7 @@ class autocast:  # noqa: N801 - the name of the real one
         self._saved = (Region.enabled, Region.calibrating, Region.recipe, Region.key, Region.first)
         key = repr(recipe), self._group
         Region.enabled, Region.calibrating, Region.recipe, Region.key = enabled, calibrating, recipe, key
-        Region.members.setdefault(key, (recipe, self._group, weakref.WeakKeyDictionary()))
+        Region.members.setdefault(key, (recipe, weakref.WeakKeyDictionary()))
         Region.first = Region.depth == 0 or Region.first
         Region.depth += 1
         return self
