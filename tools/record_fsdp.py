@@ -104,9 +104,8 @@ def torchao_arm(args, device):
                                                                     emulate=device.type == "cpu"),
                                    module_filter_fn=lambda module, name: "lm_head" not in name)  # fmt: skip
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
-    for layer in model.model.layers:
-        layer.compile()
-        fully_shard(layer, mp_policy=policy)
+    for number, layer in enumerate(model.model.layers):  # hooks of fully_shard stay outside of what is compiled
+        model.model.layers[number] = fully_shard(torch.compile(layer), mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, fused=device.type == "cuda")
 
