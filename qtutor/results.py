@@ -54,7 +54,9 @@ VOCABULARY = {
         was timed), stored_as (dtypes that hold the weights), bits (of a code), group (values that share a scale),
         device (cpu or cuda), dtype, compiled (with torch.compile), graph (in a CUDA graph), build, backends (both of
         llama.cpp), threads (of the CPU), notebook (its topic), jobs (processes that shared the machine), ranks
-        (processes that train together, one a GPU), not_run (why there are no numbers)""",
+        (processes that train together, one a GPU), tensor (its name in GGUF), mixture (who chose the tensors' types),
+        rival (mixture that it is compared with), rotation (of keys and values before rounding), not_run (why there are
+        no numbers)""",
     "model": "model (its name), shape (name of its shape), hidden (width), intermediate (width of the MLP), heads, "
              "kv_heads, layers",
     "tokens": """
@@ -73,14 +75,17 @@ VOCABULARY = {
         model on the same tokens), perplexity_ratio, perplexity_diff (to the base, error paired), perplexity_correlation
         (of the two log-likelihoods), kld_mean, kld_median, kld_p99, kld_p999, kld_max (KL divergence of the model from
         the base, nats a token; p99 and p999 are percentiles), kld_mean_se_windows (standard error over windows),
-        kld_less_rtn (kld_mean minus that of round-to-nearest, paired), delta_p_mean, delta_p_rms (change of the true
-        token's probability, a share), same_top (share of tokens with the same first choice), accuracy (share of
-        questions answered right), accuracy_diff (to the unquantized model, paired), accuracy_n (questions),
+        kld_less_rtn, kld_less_rival (kld_mean minus that of round-to-nearest, of the rival, paired), kld_calibration
+        (on the text that chose the types), kld_predicted (sum of the tensors' single scores there), block (tokens
+        averaged before an interval), delta_p_mean, delta_p_rms (change of the true token's probability, a share),
+        same_top (share of tokens with the same first choice), accuracy (share of questions answered right),
+        accuracy_diff (to the unquantized model, paired), accuracy_n (questions),
         imatrix_gain (kld_mean without an importance matrix minus with), imatrix_gain_se_windows (standard error over
         windows), imatrix_ignored (the matrix changed nothing)""",
     "memory": """
-        bits_per_weight (stored, scales included), weights_mb, weights_gib (as stored; 1 MB is 10**6 bytes, 1 GiB is
-        2**30), file_mb, file_bytes, peak_gib (of the device), read_bytes_per_token (weights and cache), gpu_used_gib,
+        bits_per_weight (stored, scales included), stored_bytes (of a tensor), weights_mb, weights_gib (as stored; 1 MB
+        is 10**6 bytes, 1 GiB is 2**30), file_mb, file_bytes, peak_gib (of the device), read_bytes_per_token (weights
+        and cache), gpu_used_gib,
         gpu_used_loaded_gib (in use by everybody: peak, and once loaded), device_model_mib, host_model_mib,
         device_kv_mib, host_kv_mib, device_compute_mib, host_compute_mib (llama.cpp's account), fits (it ran in the
         memory there is)""",

@@ -1,0 +1,153 @@
+"""Record where llama.cpp's bits go: ``tensor_sensitivity`` (KLD of each tensor alone in each type, and mixtures chosen
+by it at the sizes of llama.cpp's own) and ``kv_cache_quality`` (KLD of quantized keys and values)."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qtutor import corpus, course_model, evaluate, gguf_export, llamacpp, paired, results
+from qtutor.checkpoints import fetch
+from qtutor.decide import mixture
+
+from .record_gguf import CALIBRATION
+
+KINDS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+RIVALS = ("Q4_K_M", "Q4_K_S", "Q3_K_M", "Q3_K_S")
+
+
+def interval(values, name: str, block: int) -> dict:
+    """Mean and 95 % interval of a value of each token, over blocks of ``block`` tokens."""
+    found = paired.paired_nll(values, block=block)
+    return {name: found.difference, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def every_tensor(path, kind: str, f32, importance) -> Path:
+    """The file with each matrix in one type (norms stay F32)."""
+    return llamacpp.quantize(f32, path, "Q4_K_S", imatrix=importance, tensor_types={r"\.weight$": kind})
+
+
+def record_sensitivity(full: bool = True, *, directory=None) -> Path:
+    """Scores on training text, mixtures chosen by them, all scored on the evaluation text; all with the same matrix."""
+    ctx, model, tokenizer = 512, course_model.load(), course_model.load_tokenizer()
+    seen = corpus.tokens("train", tokenizer, packages=CALIBRATION, progress=False)
+    importance = llamacpp.imatrix(model, seen[: (200 if full else 4) * ctx], ctx=ctx)
+    chosen = seen[(200 if full else 4) * ctx :][: (8 if full else 2) * ctx]  # scores: text that the matrix has not seen
+    cut = evaluate.windows(corpus.tokens("eval", tokenizer), ctx)
+    held = cut[:: 1 if full else len(cut) // 3].ravel()
+    base, rows = evaluate.logits_of(model, chosen, ctx), []
+
+    own = {name: x.detach().clone() for name, x in model.named_parameters()}  # a tied head is the embedding, once
+
+    def kld(state, tokens=chosen, reference=base) -> np.ndarray:
+        model.load_state_dict(own | {name: x for name, x in state.items() if name in own}, strict=False)
+        return evaluate.compare_models(reference, model, tokens, ctx).token_kld
+
+    with tempfile.TemporaryDirectory(prefix="qtutor-bits-") as folder:
+        folder = Path(folder)
+        f32 = gguf_export.export(model, folder / "f32.gguf", tokenizer=tokenizer, name="course-model")
+
+        def loaded(path) -> dict:
+            return AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype="float32").state_dict()
+
+        states, tables = {}, {}
+        for kind in KINDS:
+            path = every_tensor(folder / f"{kind}.gguf", kind, f32, importance)
+            states[kind] = loaded(path)
+            tables[kind] = {t["name"]: t for t in llamacpp.tensor_table(path)}
+        names = {gguf_export.gguf_name(name): name for name, x in own.items() if x.ndim == 2}
+        names = {name: hf for name, hf in names.items() if name in tables["Q4_K"]}
+        for name, hf in tqdm(names.items(), desc="tensors", leave=False):
+            for kind in KINDS:
+                found = kld({hf: states[kind][hf]})
+                rows.append({"tensor": name, "type": tables[kind][name]["type"],
+                             "stored_bytes": tables[kind][name]["bytes"],
+                             **interval(found, "kld_mean", ctx - 1)})  # fmt: skip
+        scores, sizes = (np.array([[row[key] for row in rows if row["tensor"] == name] for name in names])
+                         for key in ("kld_mean", "stored_bytes"))  # fmt: skip
+        model.load_state_dict(own, strict=False)
+        far, klds = evaluate.logits_of(model, held, ctx), {}
+
+        def add(label, path, predicted=None, rival=None, imatrix=True):
+            state = loaded(path)
+            near, klds[label] = kld(state), kld(state, held, far)
+            row = {"mixture": label, "imatrix": imatrix, "file_bytes": path.stat().st_size, "kld_predicted": predicted,
+                   "bits_per_weight": llamacpp.bits_per_weight(path), "windows": len(held) // ctx,
+                   "text": corpus.fingerprint(corpus.eval_text())}  # fmt: skip
+            row |= interval(near, "kld_calibration", ctx - 1) | interval(klds[label], "kld_mean", ctx - 1)
+            if rival is not None:
+                row |= {"rival": rival} | interval(klds[label] - klds[rival], "kld_less_rival", ctx - 1)
+            rows.append(row)
+
+        def predict(path) -> float | None:
+            """The sum of the scores of the file's types; None where it holds a type without a score."""
+            kinds = {t["name"]: t["type"] for t in llamacpp.tensor_table(path)}
+            known = {(row["tensor"], row["type"]): row["kld_mean"] for row in rows if "tensor" in row}
+            found = [known.get((name, kinds[name])) for name in names]
+            return None if None in found else float(sum(found))
+
+        for rival in RIVALS:
+            plain = llamacpp.quantize(f32, folder / "plain.gguf", rival)
+            add(rival, plain, imatrix=False)
+            informed = llamacpp.quantize(f32, folder / f"{rival}.gguf", rival, imatrix=importance)
+            add(f"{rival}, imatrix", informed, predict(informed))
+            table = {t["name"]: t for t in llamacpp.tensor_table(informed)}
+            types = mixture.choose(scores, sizes, sum(table[name]["bytes"] for name in names))
+            overrides = {f"^{re.escape(n)}$": KINDS[k] for n, k in zip(names, types, strict=True)}
+            made = llamacpp.quantize(f32, folder / "made.gguf", rival, imatrix=importance, tensor_types=overrides)
+            add(f"by scores, size of {rival}", made, predict(made), f"{rival}, imatrix")
+        for kind in KINDS:
+            path = folder / f"{kind}.gguf"
+            add(f"all {kind}", path, predict(path))
+    return results.save("tensor_sensitivity", rows, profile="full" if full else "quick", directory=directory)
+
+
+@contextmanager
+def rotation(on: bool):
+    """llama.cpp's Hadamard rotation of quantized keys and values; it reads the variable when a context is made."""
+    before = os.environ.pop("LLAMA_ATTN_ROT_DISABLE", None)
+    try:
+        if not on:
+            os.environ["LLAMA_ATTN_ROT_DISABLE"] = "1"
+        yield
+    finally:
+        os.environ.pop("LLAMA_ATTN_ROT_DISABLE", None)
+        if before is not None:
+            os.environ["LLAMA_ATTN_ROT_DISABLE"] = before
+
+
+def record_kv(full: bool = True, *, directory=None) -> Path:
+    """KLD from an F32 cache without fused attention; weights F16.  The same tokens at a short and at a long context."""
+    rows, models = [], [("course model", course_model.load(), course_model.load_tokenizer(), (512, 1024), 16)]
+    if full and (source := fetch.folder()) is not None:
+        models.append((source.name, source, AutoTokenizer.from_pretrained(source), (512, 4096), 2))
+    for name, model, tokenizer, contexts, windows in models:
+        ids = corpus.tokens("eval", tokenizer)[: (windows if full else 2) * contexts[-1]]
+        with tempfile.TemporaryDirectory(prefix="qtutor-kv-") as folder:
+            extra = {"tokenizer": tokenizer, "name": name} if isinstance(model, torch.nn.Module) else {}
+            file = gguf_export.export(model, Path(folder) / "f16.gguf", "f16", **extra)
+            for ctx in contexts:
+                with llamacpp.Model(file, ctx=ctx) as original:
+                    bos = evaluate.bos_of(original)
+                    base = evaluate.logits_of(original, ids, ctx, bos=bos)
+                for kind in tqdm(("F16", "Q8_0", "Q5_1", "Q4_0"), desc=f"{name}, {ctx} tokens", leave=False):
+                    for rotated in (True, False) if kind != "F16" else (False,):
+                        with rotation(rotated), llamacpp.Model(file, ctx=ctx, exact=False, kv_type=kind) as quantized:
+                            found = evaluate.compare_models(base, quantized, ids, ctx, bos=bos)
+                        block = (contexts[0] - 1) if (ctx - 1) % (contexts[0] - 1) == 0 else (ctx - 1) // (ctx // 512)
+                        rows.append({"model": name, "ctx": ctx, "kv_type": kind, "rotation": rotated,
+                                     "scored_tokens": len(found.token_kld), "block": block,
+                                     "text": corpus.fingerprint(corpus.eval_text()),
+                                     **interval(found.token_kld, "kld_mean", block)})  # fmt: skip
+    return results.save("kv_cache_quality", rows, profile="full" if full else "quick", directory=directory)
+
+
+RECORDS = {"tensor_sensitivity": record_sensitivity, "kv_cache_quality": record_kv}
