@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+from itertools import groupby
 
 import ipywidgets
 import numpy as np
@@ -63,9 +64,15 @@ def mixture_picture(mixtures: dict):
     for ax, (name, (layers, others)) in zip(axes, mixtures.items(), strict=False):
         grid = np.array([[gguf_blocks.bits_of(f) for f in layers[kind]] for kind in kinds])
         image = ax.imshow(grid, cmap="cividis", vmin=1.5, vmax=8.5, aspect="auto")
+        ax.hlines(np.arange(len(kinds) - 1) + 0.5, -0.5, grid.shape[1] - 0.5, color="white", lw=0.8)
         for y, kind in enumerate(kinds):
-            for x, f in enumerate(layers[kind] if len(layers[kind]) <= 12 else []):
-                ax.text(x, y, f, ha="center", va="center", fontsize=6, color="white" if grid[y, x] < 5 else "black")
+            x = 0
+            for f, run in ((f, len(list(same))) for f, same in groupby(layers[kind])):  # one label a run of layers
+                ax.axvline(x - 0.5, 1 - y / len(kinds), 1 - (y + 1) / len(kinds), color="white", lw=0.8)
+                if 8 * run >= len(f) * len(layers[kind]) / 4:  # it has room
+                    ax.text(x + (run - 1) / 2, y, f, ha="center", va="center", fontsize=7.5,
+                            color="white" if grid[y, x] < 5 else "black")  # fmt: skip
+                x += run
         ax.set_title(f"{name} (embedding: {others['token_embd']})", fontsize=10)
         ax.set_yticks(range(len(kinds)), kinds)
         ax.tick_params(labelsize=8)
@@ -98,32 +105,53 @@ def with_errors(values, errors, digits: int = 4, scale: float = 1) -> list[str]:
 
 
 def quality_table(rows):
-    """Rows of ``gguf_quality`` as a DataFrame to be read, largest first: "value ± standard error" for quality."""
+    """Rows of ``gguf_quality`` as a DataFrame to be read, largest first: "value ± standard error over windows" where
+    a row has that error (``..._se_windows``), and the value alone where it has not."""
     q = pd.DataFrame(rows).sort_values(["bits_per_weight", "kld_mean"], ascending=[False, True])
-    return pd.DataFrame({
-        "bits per weight": q["bits_per_weight"].map("{:.2f}".format).values,
-        "file (MB)": (q["file_bytes"] / 1e6).map("{:.2f}".format).values,
-        "perplexity": with_errors(q["perplexity"], q["perplexity_se"], 2),
-        "KLD mean": with_errors(q["kld_mean"], q["kld_mean_se"], 5),
-        "KLD 99.9 %": q["kld_p999"].map("{:.3f}".format).values,
-        "RMS Δp (%)": with_errors(q["delta_p_rms"], q["delta_p_rms_se"], 2, 100),
-        "same top (%)": with_errors(q["same_top"], q["same_top_se"], 2, 100),
-    }, index=[name + " + imatrix" * flag for name, flag in zip(q["type"], q["imatrix"], strict=True)])  # fmt: skip
+    q = q.assign(change=q["perplexity_ratio"] - 1, change_se_windows=q.get("perplexity_ratio_se_windows"))
+
+    def shown(key, digits, scale=1):
+        if q.get(f"{key}_se_windows") is not None and q[f"{key}_se_windows"].notna().all():
+            return with_errors(q[key], q[f"{key}_se_windows"], digits, scale)
+        return [f"{scale * value:.{digits}f}" for value in q[key]]
+
+    columns = {"bits per weight": ("bits_per_weight", 2), "file (MB)": ("file_bytes", 2, 1e-6),
+               "perplexity": ("perplexity", 2), "change (%)": ("change", 2, 100), "KLD mean": ("kld_mean", 4),
+               "KLD 99.9 %": ("kld_p999", 3), "RMS Δp (%)": ("delta_p_rms", 2, 100),
+               "same top (%)": ("same_top", 1, 100)}  # fmt: skip
+    return pd.DataFrame({title: shown(*column) for title, column in columns.items()},
+                        index=[name + " + imatrix" * flag for name, flag in zip(q["type"], q["imatrix"], strict=True)])  # fmt: skip
+
+
+CLUSTER = (3.55, 6.4), (0.009, 0.42)  # bits per weight and KLD between which the types lie too close for one picture
 
 
 def quality_picture(data, title: str):
-    """Figure of ``gguf_quality``: mean KLD against bits per weight; colour: the family, filled: with imatrix."""
+    """Figure of ``gguf_quality``: mean KLD against bits per weight, and the crowded part once more, enlarged; colour:
+    the family, filled: with imatrix.  Bars: two standard errors over windows."""
     data = data[data["bits_per_weight"] < 9]  # 16-bit types would push the others together
-    fig, ax = plots.figure(8.5, 6)
-    for (kind, flag), d in data.groupby([data["type"].map(family), "imatrix"]):
-        color, marker = plots.PALETTE[FAMILIES.index(kind)], plots.MARKERS[FAMILIES.index(kind)]
-        ax.errorbar(d["bits_per_weight"], d["kld_mean"], yerr=2 * d["kld_mean_se"], fmt=marker, ms=6, color=color,
-                    mfc=color if flag else "white", capsize=2, lw=1, label=kind + " + imatrix" * flag)  # fmt: skip
-    ax.set(title=title, xlabel="bits per weight of the file", ylabel="mean KL divergence (nats per token)",
-           yscale="log", xlim=(data["bits_per_weight"].min() - 0.35, 9))  # fmt: skip
-    ax.legend(loc="upper right", fontsize=8)
-    best = data.sort_values("imatrix").drop_duplicates("type", keep="last")  # one label a type
-    plots.annotate(ax, best["bits_per_weight"], best["kld_mean"], best["type"], fontsize=7.5)
+    fig, axes = plots.figure(10.5, 5.8, ncols=2, gridspec_kw={"width_ratios": (1.15, 1)})
+    (left, right), (low, high) = CLUSTER
+    for ax in axes:
+        for (kind, flag), d in data.groupby([data["type"].map(family), "imatrix"]):
+            color, marker = plots.PALETTE[FAMILIES.index(kind)], plots.MARKERS[FAMILIES.index(kind)]
+            ax.errorbar(d["bits_per_weight"], d["kld_mean"], yerr=2 * d["kld_mean_se_windows"], fmt=marker, ms=6,
+                        color=color, mfc=color if flag else "white", capsize=2, lw=1,
+                        label=kind + " + imatrix" * flag)  # fmt: skip
+        ax.set(xlabel="bits per weight of the file", yscale="log")
+    axes[0].set(title=title, ylabel="mean KL divergence (nats per token)",
+                xlim=(data["bits_per_weight"].min() - 0.8, 9.4), ylim=(6e-4, 25))  # fmt: skip
+    axes[1].set(title="The grey box, enlarged", xlim=CLUSTER[0], ylim=CLUSTER[1])
+    axes[0].add_patch(Rectangle((left, low), right - left, high - low, facecolor="0.92", edgecolor="0.6", zorder=0))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    for name, d in data.sort_values("imatrix").groupby("type"):  # one label a type, at its last (filled) mark's height
+        y, color = d["kld_mean"].iloc[-1], plots.PALETTE[FAMILIES.index(family(name))]
+        ax = axes[int(left < d["bits_per_weight"].iloc[-1] < right and low < y < high)]
+        leftward = (family(name) == FAMILIES[2] and name != "IQ4_NL") or name in ("Q4_K_S", "Q5_K_S", "Q1_0", "TQ1_0")
+        above = {"TQ1_0": 7, "TQ2_0": 7, "IQ1_S": 1}.get(name, 0)
+        x = d["bits_per_weight"].min() if leftward else d["bits_per_weight"].max()
+        ax.annotate(name, (x, y), xytext=(-6 if leftward else 6, above), textcoords="offset points", fontsize=8.5,
+                    color=color, ha="right" if leftward else "left", va="bottom" if above else "center")  # fmt: skip
     return fig
 
 
