@@ -148,10 +148,11 @@ def quality_picture(data, title: str):
         y, color = d["kld_mean"].iloc[-1], plots.PALETTE[FAMILIES.index(family(name))]
         ax = axes[int(left < d["bits_per_weight"].iloc[-1] < right and low < y < high)]
         leftward = (family(name) == FAMILIES[2] and name != "IQ4_NL") or name in ("Q4_K_S", "Q5_K_S", "Q1_0", "TQ1_0")
-        above = {"TQ1_0": 7, "TQ2_0": 7, "IQ1_S": 1}.get(name, 0)
+        above = {"TQ1_0": 7, "TQ2_0": 7, "IQ1_S": 1, "Q5_K_M": -6}.get(name, 0)
         x = d["bits_per_weight"].min() if leftward else d["bits_per_weight"].max()
-        ax.annotate(name, (x, y), xytext=(-6 if leftward else 6, above), textcoords="offset points", fontsize=8.5,
-                    color=color, ha="right" if leftward else "left", va="bottom" if above else "center")  # fmt: skip
+        ax.annotate(name, (x, y), xytext=(-6 if leftward else 6, above), textcoords="offset points", fontsize=8,
+                    color=color, ha="right" if leftward else "left",
+                    va="center" if not above else "top" if above < 0 else "bottom")  # fmt: skip
     return fig
 
 
