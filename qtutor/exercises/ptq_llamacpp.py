@@ -24,9 +24,8 @@ def _dequantize_q8_0_solution(blocks, codes="int8"):
 @exercise("ptq_llamacpp.dequantize_q8_0", solution=_dequantize_q8_0_solution, wrong=[
     lambda blocks: _dequantize_q8_0_solution(blocks, "uint8"),
     lambda blocks: blocks[:, 2:].view("int8").astype("float32"),                           # no scale
-    lambda blocks: _dequantize_q8_0_solution(blocks).ravel(),                              # no blocks
-    lambda blocks: blocks[:, 32:].copy().view("float16").astype("float32") * blocks[:, :32].view("int8"),
-    lambda blocks: blocks])  # fmt: skip
+    lambda blocks: blocks, lambda blocks: _dequantize_q8_0_solution(blocks).ravel(),       # no blocks
+    lambda blocks: blocks[:, 32:].copy().view("float16").astype("float32") * blocks[:, :32].view("int8")])  # fmt: skip
 def _dequantize_q8_0(answer):
     answer = function(answer, "dequantize_q8_0")
     weights = np.random.default_rng(8).standard_normal((6, 32), dtype=np.float32)
@@ -51,12 +50,9 @@ def _unpaired_ratio(nll, base_nll):
     return ratio, ratio * np.sqrt((ours.var(ddof=1) + theirs.var(ddof=1)) / len(ours))
 
 
-def _per_token_ratio(nll, base_nll):
-    return _paired_ratio_solution(nll.reshape(-1, 1), base_nll.reshape(-1, 1))
-
-
 @exercise("ptq_llamacpp.paired_ratio", solution=_paired_ratio_solution, wrong=[
-    _unpaired_ratio, _per_token_ratio,
+    _unpaired_ratio,
+    lambda nll, base_nll: _paired_ratio_solution(nll.reshape(-1, 1), base_nll.reshape(-1, 1)),    # over tokens
     lambda nll, base_nll: (nll.mean() / base_nll.mean(), 0.01),                                   # not perplexities
     lambda nll, base_nll: (_paired_ratio_solution(nll, base_nll)[0], (nll - base_nll).std()),     # no sqrt(n)
     lambda nll, base_nll: _paired_ratio_solution(base_nll, nll),                                  # upside down
@@ -68,11 +64,11 @@ def _paired_ratio(answer):
     given = function(answer, "ratio_with_error")(nll.copy(), base_nll.copy())
     mine = several(given, 2, "two numbers, the ratio and its standard error,")
     (ratio, error), (_, unpaired) = _paired_ratio_solution(nll, base_nll), _unpaired_ratio(nll, base_nll)
-    tokens = _per_token_ratio(nll, base_nll)[1]
+    tokens = _paired_ratio_solution(nll.reshape(-1, 1), base_nll.reshape(-1, 1))[1]
     number(mine[0], ratio, "The ratio of the perplexities exp(mean nll) is exp of the mean difference.")
-    number(mine[1], error, "se of the mean difference is std of the windows' means / sqrt(windows); times the ratio.", {
-        unpaired: "That is the unpaired error: subtract first.",
-        tokens: "That takes tokens for independent: average within each window first."}, within=0.01 * error)
+    number(mine[1], error, "se of the mean difference is std of the windows' means / sqrt(windows), times the ratio.", {
+        unpaired: "That is unpaired: subtract first.", tokens: "Tokens are not independent: average windows first."},
+        within=0.01 * error)
     return f"Paired, over windows: ± {error:.3f}. Unpaired: ± {unpaired:.3f}; over tokens, too small: ± {tokens:.3f}."
 
 
