@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+from itertools import groupby
 
 import ipywidgets
 import numpy as np
@@ -64,17 +65,17 @@ def mixture_picture(mixtures: dict):
         grid = np.array([[gguf_blocks.bits_of(f) for f in layers[kind]] for kind in kinds])
         image = ax.imshow(grid, cmap="cividis", vmin=1.5, vmax=8.5, aspect="auto")
         for y, kind in enumerate(kinds):
-            for x, f in enumerate(layers[kind] if len(layers[kind]) <= 12 else []):
-                ax.text(x, y, f, ha="center", va="center", fontsize=6, color="white" if grid[y, x] < 5 else "black")
+            for f, run in ((f, list(run)) for f, run in groupby(range(grid.shape[1]), layers[kind].__getitem__)):
+                if 8 * len(run) >= len(f) * grid.shape[1] / 4:  # it has room
+                    ax.text(np.mean(run), y, f, ha="center", va="center", fontsize=7.5,
+                            color="white" if grid[y, run[0]] < 5 else "black")  # fmt: skip
         ax.set_title(f"{name} (embedding: {others['token_embd']})", fontsize=10)
-        ax.set_yticks(range(len(kinds)), kinds)
+        ax.set(xlabel="layer", yticks=range(len(kinds)), yticklabels=kinds)
         ax.tick_params(labelsize=8)
         ax.grid(False)
         ax.label_outer()
     for ax in axes[len(mixtures) :]:
         ax.set_visible(False)
-    for ax in axes[-2:]:
-        ax.set_xlabel("layer")
     fig.colorbar(image, ax=list(axes), label="bits per weight of the format", shrink=0.8)
     return fig
 
@@ -92,38 +93,43 @@ def family(name: str) -> str:
 
 
 def with_errors(values, errors, digits: int = 4, scale: float = 1) -> list[str]:
-    """``["0.0501 ± 0.0004", ...]``; an empty string where there is no value."""
-    return ["" if v is None or v != v else f"{scale * v:.{digits}f} ± {scale * e:.{digits}f}"
-            for v, e in zip(values, errors, strict=True)]  # fmt: skip
+    """``["0.0501 ± 0.0004", ...]``; the value alone without an error, an empty string where there is no value."""
+    return [" ± ".join(f"{scale * x:.{digits}f}" for x in p if pd.notna(x)) for p in zip(values, errors, strict=True)]
 
 
 def quality_table(rows):
-    """Rows of ``gguf_quality`` as a DataFrame to be read, largest first: "value ± standard error" for quality."""
+    """Rows of ``gguf_quality`` as a table to be read, largest first; ± standard errors over windows, where known."""
     q = pd.DataFrame(rows).sort_values(["bits_per_weight", "kld_mean"], ascending=[False, True])
-    return pd.DataFrame({
-        "bits per weight": q["bits_per_weight"].map("{:.2f}".format).values,
-        "file (MB)": (q["file_bytes"] / 1e6).map("{:.2f}".format).values,
-        "perplexity": with_errors(q["perplexity"], q["perplexity_se"], 2),
-        "KLD mean": with_errors(q["kld_mean"], q["kld_mean_se"], 5),
-        "KLD 99.9 %": q["kld_p999"].map("{:.3f}".format).values,
-        "RMS Δp (%)": with_errors(q["delta_p_rms"], q["delta_p_rms_se"], 2, 100),
-        "same top (%)": with_errors(q["same_top"], q["same_top_se"], 2, 100),
-    }, index=[name + " + imatrix" * flag for name, flag in zip(q["type"], q["imatrix"], strict=True)])  # fmt: skip
+    columns = {
+        "bits per weight": ("bits_per_weight", 2), "file (MB)": ("file_bytes", 2, 1e-6), "KLD mean": ("kld_mean", 4),
+        "KLD 99.9 %": ("kld_p999", 3), "perplexity": ("perplexity", 2), "ratio to original's": ("perplexity_ratio", 4),
+        "RMS Δp (%)": ("delta_p_rms", 2, 100), "same top (%)": ("same_top", 1, 100)}  # fmt: skip
+    table = {title: with_errors(q[key], q.get(f"{key}_se_windows", [None] * len(q)), *how)
+             for title, (key, *how) in columns.items()}  # fmt: skip
+    return pd.DataFrame(table, index=list(q["type"] + np.where(q["imatrix"], " + imatrix", "")))
 
 
 def quality_picture(data, title: str):
-    """Figure of ``gguf_quality``: mean KLD against bits per weight; colour: the family, filled: with imatrix."""
-    data = data[data["bits_per_weight"] < 9]  # 16-bit types would push the others together
-    fig, ax = plots.figure(8.5, 6)
-    for (kind, flag), d in data.groupby([data["type"].map(family), "imatrix"]):
-        color, marker = plots.PALETTE[FAMILIES.index(kind)], plots.MARKERS[FAMILIES.index(kind)]
-        ax.errorbar(d["bits_per_weight"], d["kld_mean"], yerr=2 * d["kld_mean_se"], fmt=marker, ms=6, color=color,
-                    mfc=color if flag else "white", capsize=2, lw=1, label=kind + " + imatrix" * flag)  # fmt: skip
-    ax.set(title=title, xlabel="bits per weight of the file", ylabel="mean KL divergence (nats per token)",
-           yscale="log", xlim=(data["bits_per_weight"].min() - 0.35, 9))  # fmt: skip
-    ax.legend(loc="upper right", fontsize=8)
-    best = data.sort_values("imatrix").drop_duplicates("type", keep="last")  # one label a type
-    plots.annotate(ax, best["bits_per_weight"], best["kld_mean"], best["type"], fontsize=7.5)
+    """Figure of ``gguf_quality``: KLD by bits per weight, a crowded part enlarged; colour: family, filled: imatrix."""
+    data = data[data["bits_per_weight"] < 9].sort_values("imatrix")  # 16-bit types would push the others together
+    (fig, axes), (left, right, low, high) = plots.figure(10.5, 5.8, ncols=2), (3.55, 6.4, 0.009, 0.42)
+    for ax in axes:
+        for (kind, flag), d in data.groupby([data["type"].map(family), "imatrix"]):
+            color, marker = plots.PALETTE[FAMILIES.index(kind)], plots.MARKERS[FAMILIES.index(kind)]
+            ax.errorbar(d["bits_per_weight"], d["kld_mean"], 2 * d["kld_mean_se_windows"], color=color, fmt=marker,
+                        mfc=color if flag else "white", capsize=2, ms=6, label=kind + " + imatrix" * flag)  # fmt: skip
+        ax.set(xlabel="bits per weight of the file", ylabel="mean KL divergence (nats per token)", yscale="log")
+    axes[0].set(title=title, xlim=(1.1, 9.4), ylim=(6e-4, 25))
+    axes[1].set(title="The grey box, enlarged", xlim=(left, right), ylim=(low, high), ylabel="")
+    axes[0].add_patch(Rectangle((left, low), right - left, high - low, facecolor="0.92", edgecolor="0.6", zorder=0))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    for name, d in data.groupby("type"):  # one label a type, as high as its last (filled) mark
+        y, color = d["kld_mean"].iloc[-1], plots.PALETTE[FAMILIES.index(family(name))]
+        ax = axes[int(left < d["bits_per_weight"].iloc[-1] < right and low < y < high)]
+        before = name in ("Q4_K_S", "Q5_K_S", "Q1_0", "TQ1_0") or (name[:2] == "IQ" and name != "IQ4_NL")
+        ax.annotate(name, (getattr(d["bits_per_weight"], "min" if before else "max")(), y), fontsize=8, color=color,
+                    xytext=(-6 if before else 6, {"TQ1_0": 12, "TQ2_0": 12, "IQ1_S": 5, "Q5_K_M": -9}.get(name, 0)),
+                    textcoords="offset points", ha="right" if before else "left", va="center")  # fmt: skip
     return fig
 
 
@@ -156,5 +162,5 @@ def explorer(models: dict, prompts, max_tokens: int = 24):
     def answer(**how):
         return answers_table({name: model.generate(**how) for name, model in models.items()}), None
 
-    arranged = ipywidgets.VBox([prompt, ipywidgets.HBox(list(settings.values()))])
-    return live_picture(answer, arranged, prompt=prompt, **settings)
+    rows = prompt, ipywidgets.HBox(list(settings.values()))
+    return live_picture(answer, ipywidgets.VBox(rows), prompt=prompt, **settings)

@@ -30,7 +30,8 @@ def test_table_and_picture_of_quality():
     data = results.load("gguf_quality", "cpu").frame()
     table = pictures.quality_table(data)
     assert list(table.index)[0] in ("F16", "BF16") and "Q4_0 + imatrix" in table.index
-    assert all("±" in value for value in table[["perplexity", "KLD mean", "same top (%)"]].to_numpy().ravel())
+    assert all("±" in value for value in table["KLD mean"])
+    assert table.loc["Q6_K", "KLD mean"] == "0.0062 ± 0.0001"  # the error over windows, not that of single tokens
     fig = pictures.quality_picture(data, "a title")
     assert fig.axes[0].get_yscale() == "log" and fig.axes[0].get_xlabel() == "bits per weight of the file"
     plt.close(fig)
