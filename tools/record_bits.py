@@ -39,8 +39,9 @@ def record_sensitivity(full: bool = True, *, directory=None) -> Path:
     """Scores on training text, mixtures chosen by them, all scored on the evaluation text; all with the same matrix."""
     ctx, model, tokenizer = 512, course_model.load(), course_model.load_tokenizer()
     seen = corpus.tokens("train", tokenizer, packages=CALIBRATION, progress=False)
-    importance = llamacpp.imatrix(model, seen[: (200 if full else 4) * ctx], ctx=ctx)
-    chosen = seen[(200 if full else 4) * ctx :][: (8 if full else 2) * ctx]  # scores: text that the matrix has not seen
+    scored = (8 if full else 2) * ctx  # text that the matrix has not seen
+    importance = llamacpp.imatrix(model, seen[: (200 if full else 4) * ctx][: len(seen) - scored], ctx=ctx)
+    chosen = seen[-scored:]
     cut = evaluate.windows(corpus.tokens("eval", tokenizer), ctx)
     held = cut[:: 1 if full else len(cut) // 3].ravel()
     base, rows = evaluate.logits_of(model, chosen, ctx), []
@@ -126,9 +127,9 @@ def rotation(on: bool):
 
 def record_kv(full: bool = True, *, directory=None) -> Path:
     """KLD from an F32 cache without fused attention; weights F16.  The same tokens at a short and at a long context."""
-    rows, models = [], [("course model", course_model.load(), course_model.load_tokenizer(), (512, 1024), 16)]
+    rows, models = [], [("course model", course_model.load(), course_model.load_tokenizer(), (512, 1024), 8)]
     if full and (source := fetch.folder()) is not None:
-        models.append((source.name, source, AutoTokenizer.from_pretrained(source), (512, 4096), 2))
+        models.append((source.name, source, AutoTokenizer.from_pretrained(source), (512, 2048), 2))
     for name, model, tokenizer, contexts, windows in models:
         ids = corpus.tokens("eval", tokenizer)[: (windows if full else 2) * contexts[-1]]
         with tempfile.TemporaryDirectory(prefix="qtutor-kv-") as folder:
