@@ -1,7 +1,6 @@
 """Checks of the exercises: QAT of a language model."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .. import fake_quant, packed
@@ -20,37 +19,39 @@ def _recovered(answer):
     return "A quarter of what PTQ lost came back by ordinary training alone: the control deserves the credit for it."
 
 
-def _kl(flat=True, swap=False, reduction="batchmean", detach=True):
+def _top(rest=True, swap=False, alone=False, reduce=torch.mean):
     """The solution of the exercise, or with one argument changed a mistake."""
 
-    def distillation_loss(student, teacher):
-        p, q = (teacher.detach() if detach else teacher).log_softmax(-1), student.log_softmax(-1)
-        p, q = (p.flatten(0, 1), q.flatten(0, 1)) if flat else (p, q)
-        return F.kl_div(*((p, q) if swap else (q, p)), log_target=True, reduction=reduction)
+    def kl_of_top(student, ids, p):
+        q = student.gather(-1, ids).softmax(-1) if alone else student.softmax(-1).gather(-1, ids)
+        p = p / p.sum(-1, keepdim=True) if alone else p
+        p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q)) if rest else (p, q)
+        p, q = (q, p) if swap else (p, q)
+        return reduce((p * (p / q).log()).sum(-1))
 
-    return distillation_loss
+    return kl_of_top
 
 
-@exercise("qat.distillation", solution=_kl(), wrong=[
-    _kl(flat=False), _kl(swap=True), _kl(reduction="mean"), _kl(detach=False),
-    lambda student, teacher: F.cross_entropy(student.flatten(0, 1), teacher.argmax(-1).flatten()),       # hard labels
-    lambda student, teacher: -(teacher.detach().softmax(-1) * student.log_softmax(-1)).sum(-1).mean(),   # cross-entropy
-    lambda student, teacher: (student - teacher.detach()).square().mean(), lambda student, teacher: None])  # fmt: skip
-def _distillation(answer):
-    answer, g = function(answer, "distillation_loss"), torch.Generator().manual_seed(0)
-    teacher, student = (torch.randn(3, 5, 11, generator=g).requires_grad_() for _ in range(2))
-    loss = tensor(answer(student, teacher), ())
-    p, q = teacher.detach().log_softmax(-1), student.detach().log_softmax(-1)
-    forward, backward = ((a.exp() * (a - b)).sum(-1).mean().item() for a, b in ((p, q), (q, p)))
-    same = answer(teacher.detach().clone(), teacher.detach()).item()
+@exercise("qat.top_k", solution=_top(), wrong=[
+    _top(rest=False), _top(rest=False, alone=True), _top(swap=True), _top(reduce=torch.sum),
+    lambda student, ids, p: student.sum() * 0, lambda student, ids, p: None])  # fmt: skip
+def _top_k(answer):
+    answer, g = function(answer, "kl_of_top"), torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(15, 11, generator=g) for _ in range(2))
+    p, ids = teacher.softmax(-1).topk(3)
+    loss = tensor(answer(student.requires_grad_(), ids, p), ())
+    right, none, alone, swapped, total = (make(student, ids, p).item() for make in (
+        _top(), _top(rest=False), _top(rest=False, alone=True), _top(swap=True), _top(reduce=torch.sum)))  # fmt: skip
+    number(loss.item(), right, f"For the test's tokens the loss is {loss.item():.4f}, and {right:.4f} is right.", {
+        none: "The rest of the vocabulary is missing: it is one more outcome, with probability 1 - sum.",
+        alone: "You divided by the sum over the k tokens. Then the student may give them any total: keep the rest.",
+        swapped: "That is KL(student || teacher): the teacher's probabilities are the weights.",
+        total: "That is the sum over the tokens; the mean is wanted."}, within=1e-4)
+    same = answer(teacher, ids, p).item()
     expect(abs(same) < 1e-4, f"For a student equal to its teacher the loss is {same:.3f}: it should be 0.")
-    number(loss.item(), forward, f"For the test's logits the loss is {loss.item():.4f}, and {forward:.4f} is right.", {
-        5 * forward: "'batchmean' divides by the first dimension, here 3 sequences and not 15 tokens: flatten first.",
-        backward: "That is KL(student || teacher): the teacher's probabilities are the weights.",
-        forward / 11: "'mean' divides by the vocabulary, too: a nat per token is a sum over it."}, within=1e-4)
     loss.backward()
-    expect(teacher.grad is None or not teacher.grad.any(), "The teacher gets a gradient: detach it (or no_grad).")
-    return "A whole distribution for each token, where the next token alone is one number."
+    expect(bool(student.grad.any()), "The student gets no gradient.")
+    return "k probabilities and k ids a token can be stored in advance: no teacher is needed during the training."
 
 
 def _names(chosen):

@@ -39,9 +39,10 @@ def losses_picture(losses, title: str, smooth: int = 5):
     for name, values in losses.items():
         axis, style = right if "distilled" in name else left, "--" if name == "control" else "-"
         mean = np.convolve(values, np.ones(smooth) / smooth, "valid")
-        axis.plot(range(1, len(values) + 1), values, color=ARM_STYLE[name][0], lw=0.8, alpha=0.45)
+        axis.plot(range(1, len(values) + 1), values, color=ARM_STYLE[name][0], lw=0.8, alpha=0.25)
         axis.plot(np.arange(len(mean)) + (smooth + 1) / 2, mean, color=ARM_STYLE[name][0], lw=2, label=name, ls=style)
         axis.legend(fontsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     left.set(title=f"{title}: next token", xlabel="step", ylabel="cross-entropy (nats/token)")
     right.set(title="distilled", xlabel="step", ylabel="KL from the float model (nats/token)", ylim=(0, None))
     return fig
@@ -67,12 +68,16 @@ def recovery_table(rows, measure: str = "perplexity", against: str = "PTQ"):
 
 
 def recovery_means(rows, measure: str = "perplexity"):
-    """Table (scheme x arm) of "mean over seeds ± standard error over tokens" from the rows of ``qat_recovery``."""
+    """Table (scheme x arm) of "mean over seeds ± standard error over tokens" from the rows of ``qat_recovery``, with
+    the peak learning rate of the trained arms where the rows have it."""
     digits = 2 if measure == "perplexity" else 4
     mean = rows[rows["scheme"] != "float"].groupby(["scheme", "arm"], sort=False)[[measure, measure + "_se"]].mean()
     cells = mean.apply(lambda row: f"{row.iloc[0]:.{digits}f} ± {row.iloc[1]:.{digits}f}", axis=1).unstack("arm")
     cells = cells.reindex(mean.index.unique("scheme"))[[arm for arm in ARM_STYLE if arm in cells]].fillna("")
-    return cells.rename_axis(columns="perplexity" if measure == "perplexity" else "KL divergence, nats")
+    if "rate" in rows:
+        cells.insert(0, "rate", rows.groupby("scheme")["rate"].max().map("{:g}".format))
+    names = {"perplexity": "perplexity", "perplexity_ratio": "perplexity / float"}
+    return cells.rename_axis(columns=names.get(measure, "KL divergence, nats"))
 
 
 def recovery_picture(rows, measure: str = "perplexity", against: str = "PTQ"):
@@ -126,6 +131,8 @@ def gguf_picture(rows):
             one = rows["model"] == name
             axis.errorbar(rows["file_mb"][one], y[one], yerr=2 * factor * rows[f"{column}_se"][one], fmt=marker, ms=7,
                           capsize=3, lw=1.2, color=color, label=name)  # fmt: skip
+        line = rows["file_mb"][rows["model"] == "PTQ"].sort_values()
+        axis.plot(line, y[line.index], color="0.35", lw=1, ls=":", zorder=0)
         axis.set(xlabel="size of the file (MB)")
         axis.margins(x=0.12, y=0.12)
         plots.annotate(axis, rows["file_mb"], y, rows["type"].where(rows["model"] == "PTQ", ""))
