@@ -85,8 +85,7 @@ def outlier_picture(amax: dict, name: str, other: str):
 
 def smooth_picture(alphas, errors: dict, plain: dict, before, after):
     """Figure: SmoothQuant's output error against alpha, and the channels' amax before and after the chosen alpha.
-    ``errors``: label -> one for each alpha; ``plain``: label -> the error without SmoothQuant; ``before``, ``after``:
-    (channels,) amax of activations and of weights."""
+    ``errors``, ``plain``: label -> with each alpha, without; ``before``, ``after``: amax of activations, weights."""
     fig, (left, right) = plots.figure(9.5, 4, ncols=2)
     for (label, values), color, marker in zip(errors.items(), plots.PALETTE, "os^", strict=False):
         left.semilogy(alphas, values, marker=marker, ms=5, color=color, label=label)
@@ -108,15 +107,14 @@ def smooth_picture(alphas, errors: dict, plain: dict, before, after):
 
 
 def rotation_picture(before: dict, after: dict, down: str):
-    """Figure: amax of each input channel (``.amax`` of what a layer saw) before and after a rotation, for the input
-    of q, k, v in the block of ``down`` and for the input of ``down`` itself."""
+    """Figure: sorted amax of the channels of two inputs (what layers saw), of q, k, v and of ``down``, in one block."""
     fig, axes = plots.figure(9.5, 3.7, ncols=2)
     for ax, name in zip(axes, (down.replace("mlp.down_proj", "self_attn.q_proj"), down), strict=True):
         for seen, color, label in ((before, RED, "before"), (after, BLUE, "rotated")):
             values = seen[name].amax.cpu() / seen[name].H.diag().mean().div(seen[name].n).sqrt().cpu()
             ax.plot(values.sort(descending=True).values, color=color, lw=2, label=label)
-        ax.set(title="Input of " + ".".join(name.split(".")[-4:]), xlabel="channel, largest first",
-               ylabel="amax / root mean square", ylim=(0, None))  # fmt: skip
+        ax.set(title="Input of " + ".".join(name.split(".")[-4:]), ylabel="amax / root mean square", ylim=(0, None))
+        ax.set_xlabel("channel, largest first")
         ax.legend()
     return fig
 
