@@ -73,8 +73,7 @@ def _sentence(error: BaseException, heard: list[str]) -> str:
 def attempt(function: Callable, *args):
     """Call ``function(*args)``; return ``(its result, None)``, or ``(None, why not)`` in one sentence.
 
-    Whatever a library raises is caught (KeyboardInterrupt is not).  What transformers logs meanwhile is kept from the
-    screen and searched for the cause.
+    Catches what a library raises (not KeyboardInterrupt), and searches what transformers logs for the cause.
     """
     listener, heard, logger = logging.Handler(logging.WARNING), [], logging.getLogger("transformers")
     listener.emit = lambda record: heard.append(record.getMessage())

@@ -114,8 +114,7 @@ def rotation_picture(before: dict, after: dict, down: str):
             values = seen[name].amax.cpu() / seen[name].H.diag().mean().div(seen[name].n).sqrt().cpu()
             ax.plot(values.sort(descending=True).values, color=color, lw=2, label=label)
         ax.set(title="Input of " + ".".join(name.split(".")[-4:]), ylabel="amax / root mean square", ylim=(0, None))
-        ax.set_xlabel("channel, largest first")
-        ax.legend()
+        ax.legend(title="channels, largest first")
     return fig
 
 
