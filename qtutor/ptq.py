@@ -1,14 +1,10 @@
 """Around post-training quantization: which layers, what they really hold, why a library said no.
 
-The methods themselves (rounding, clipping, SmoothQuant, AWQ, GPTQ) stand in the cells of the notebook on quantization
-after training, where they are the lesson.  Here is what those cells use:
+The methods themselves are in the cells of the notebook on quantization after training.  Here is what they use:
 
     layers = ptq.linears(model)                    # every linear layer but the output head
     held = ptq.stored(model)                       # what lies in memory, whatever the configuration says
     model, why = ptq.attempt(lambda: AutoModelForCausalLM.from_pretrained(folder, quantization_config=config))
-
-Count the bytes of a quantized model before you believe it.  A library that skipped a layer, or keeps 4-bit codes in
-8-bit integers, gives a model that works perfectly and saves less than it says, or nothing.
 """
 
 from __future__ import annotations
@@ -77,8 +73,7 @@ def _sentence(error: BaseException, heard: list[str]) -> str:
 def attempt(function: Callable, *args):
     """Call ``function(*args)``; return ``(its result, None)``, or ``(None, why not)`` in one sentence.
 
-    Whatever a library raises is caught (KeyboardInterrupt is not).  What transformers logs meanwhile is kept from the
-    screen and searched for the cause.
+    Catches what a library raises (not KeyboardInterrupt), and searches what transformers logs for the cause.
     """
     listener, heard, logger = logging.Handler(logging.WARNING), [], logging.getLogger("transformers")
     listener.emit = lambda record: heard.append(record.getMessage())

@@ -7,6 +7,7 @@ the definition of OBQ (no Cholesky, every inverse taken anew) and against an exh
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import itertools
 import logging
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import nbformat
 import numpy as np
 import pytest
+import scipy.linalg
 import tiny_llama
 import torch
 from torch import nn
@@ -35,7 +37,8 @@ def cells_of_the_lesson():
             body += [node for node in ast.parse(cell.source).body
                      if isinstance(node, ast.FunctionDef)
                      or isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "RATIOS"]  # fmt: skip
-    names = {"torch": torch, "nn": nn, "np": np, "ptq": ptq, "SimpleNamespace": SimpleNamespace, "device": "cpu"}
+    names = {"torch": torch, "nn": nn, "np": np, "ptq": ptq, "SimpleNamespace": SimpleNamespace, "device": "cpu",
+             "copy": copy, "scipy": scipy}
     exec(compile(ast.Module(body, []), path.name, "exec"), names)
     return SimpleNamespace(**names)
 
@@ -128,6 +131,42 @@ def test_awq_equals_torchao(outliers, bits):
     torch.testing.assert_close(lesson.awq(w, seen, bits, 32), lesson.rtn(w * scale, bits, 32) / scale)
 
 
+def test_fold_gives_the_logits_of_awq_unfolded():
+    model, ids = tiny_llama.model(), np.random.default_rng(0).integers(0, 512, (3, 32))
+    seen, floats = lesson.watch(model, ids), dict(ptq.linears(model))
+    unfolded, folded, plain = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
+    for source, before in lesson.producers(folded).items():
+        s, names = seen[source], lesson.readers(floats, source)
+        scale = 0.5 + torch.rand(len(s.mean), generator=torch.Generator().manual_seed(1))
+        for n in names:
+            q = lesson.on_grid(floats[n].weight.detach(), scale, s, 4, 32)
+            ptq.linears(unfolded)[n].weight.data.copy_(q / scale)
+            ptq.linears(folded)[n].weight.data.copy_(q)
+    for source, before in lesson.producers(folded).items():
+        width = len(seen[source].mean)
+        lesson.fold(before, [], 0.5 + torch.rand(width, generator=torch.Generator().manual_seed(1)))
+    for source, before in lesson.producers(plain).items():  # SmoothQuant's use: both sides, nothing rounded
+        after = [ptq.linears(plain)[n] for n in lesson.readers(floats, source)]
+        assert len(after) == {"q": 3, "g": 2, "d": 1}[source.split(".")[-1][0]]
+        lesson.fold(before, after, seen[source].amax.clamp_min(0.1))
+    run = [m(input_ids=torch.from_numpy(ids)).logits for m in (unfolded, folded, model, plain)]
+    torch.testing.assert_close(run[1], run[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run[3], run[2], rtol=1e-4, atol=1e-4)
+    assert (run[0] - run[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_rotation_changes_no_logit(online):
+    model, ids = tiny_llama.model(), torch.arange(64)[None]
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            p.data.uniform_(0.5, 2.0)  # gains that have to be folded
+    rotated = lesson.rotate(model, online)
+    torch.testing.assert_close(rotated(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    for n in (48, 64):
+        torch.testing.assert_close(lesson.orthogonal(n) @ lesson.orthogonal(n).T, torch.eye(n).double())
+
+
 def test_awq_beats_rtn_where_channels_stand_out(outliers):
     w, _, seen = outliers
     for clip in (False, True):
@@ -161,6 +200,15 @@ def test_gptq_gives_the_codes_of_plain_obq(problem, bits, group, damp):
     ours, plain = lesson.gptq(w, H, bits, group, damp=damp), obq(w, H, bits, group, damp)
     torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
     assert not torch.equal(ours, lesson.rtn(w, bits, group))
+
+
+def test_activation_order_is_obq_in_that_order(problem):
+    w, _, seen = problem
+    w, H = w.double(), seen.H.double()
+    by = sorted(range(96), key=lambda j: -H[j, j].item())
+    plain = torch.empty_like(w)
+    plain[:, by] = obq(w[:, by], H[by][:, by], 3, 32, 0.01)
+    torch.testing.assert_close(lesson.gptq(w, H, 3, 32, order=True), plain, rtol=1e-6, atol=1e-6)
 
 
 def test_gptq_equals_torchao(problem, monkeypatch):

@@ -83,18 +83,19 @@ def outlier_picture(amax: dict, name: str, other: str):
     return fig
 
 
-def smooth_picture(alphas, errors: dict, before, after):
-    """Figure: SmoothQuant's output error against alpha, and the channels' amax before and after the best alpha.
-    ``errors``: label -> one for each alpha; ``before``, ``after``: (channels,) amax of activations and of weights."""
-    fig, (left, right) = plots.figure(8.5, 3.5, ncols=2)
+def smooth_picture(alphas, errors: dict, plain: dict, before, after):
+    """Figure: SmoothQuant's output error against alpha, and the channels' amax before and after the chosen alpha.
+    ``errors``, ``plain``: label -> with each alpha, without; ``before``, ``after``: amax of activations, weights."""
+    fig, (left, right) = plots.figure(9.5, 4, ncols=2)
     for (label, values), color, marker in zip(errors.items(), plots.PALETTE, "os^", strict=False):
-        left.semilogy(alphas, values, marker=marker, ms=4, color=color, label=label)
-    every = np.array(list(errors.values()))
-    left.set(title="Output error, W8A8", xlabel="alpha (0: all in the activations, 1: all in the weights)",
-             ylabel="relative error of the output", ylim=(0.7 * every.min(), 1.5 * every.max()))  # fmt: skip
+        left.semilogy(alphas, values, marker=marker, ms=5, color=color, label=label)
+        left.axhline(plain[label], color=color, ls="--", lw=1.2, label="  the same, before")
+    every = np.array([*np.ravel(list(errors.values())), *plain.values()])
+    left.set(title="Output error, W8A8, calibration text", xlabel="alpha (1: all difficulty in the weights)",
+             ylabel="relative error of the output", ylim=(0.7 * every.min(), 4 * every.max()))  # fmt: skip
     left.set_yticks(ticks := [0.01, 0.02, 0.05, 0.1, 0.2, 0.5], [f"{tick:.0%}" for tick in ticks])
     left.minorticks_off()
-    left.legend()
+    left.legend(ncols=2, loc="upper center", fontsize=8.5)
     order = before[0].cpu().argsort(descending=True)
     for (x, w), style, when in ((before, ":", "before"), (after, "-", "after")):
         for values, color, what in ((x.cpu(), RED, "activations"), (w.cpu(), BLUE, "weights")):
@@ -102,6 +103,18 @@ def smooth_picture(alphas, errors: dict, before, after):
     right.set(title="How even the channels are", xlabel="channel, largest activations first",
               ylabel="amax (largest channel = 1)", ylim=(right.get_ylim()[0] / 4, 1.5))  # fmt: skip
     right.legend(fontsize=8, ncols=2, loc="lower center")
+    return fig
+
+
+def rotation_picture(before: dict, after: dict, down: str):
+    """Figure: sorted amax of the channels of two inputs (what layers saw), of q, k, v and of ``down``, in one block."""
+    fig, axes = plots.figure(9.5, 3.7, ncols=2)
+    for ax, name in zip(axes, (down.replace("mlp.down_proj", "self_attn.q_proj"), down), strict=True):
+        for seen, color, label in ((before, RED, "before"), (after, BLUE, "rotated")):
+            values = seen[name].amax.cpu() / seen[name].H.diag().mean().div(seen[name].n).sqrt().cpu()
+            ax.plot(values.sort(descending=True).values, color=color, lw=2, label=label)
+        ax.set(title="Input of " + ".".join(name.split(".")[-4:]), ylabel="amax / root mean square", ylim=(0, None))
+        ax.legend(title="channels, largest first")
     return fig
 
 

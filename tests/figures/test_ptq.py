@@ -41,7 +41,7 @@ def test_every_picture_has_titles_and_units(w):
     x = w.abs().amax(0)
     figures = [ptq.clip_picture(w, 3, 32, 0.8),
                ptq.outlier_picture(amax, "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"),
-               ptq.smooth_picture([0, 0.5, 1], {"one": [0.3, 0.1, 0.2]}, (x, x), (x / 2, x)),
+               ptq.smooth_picture([0, 0.5, 1], {"one": [0.3, 0.1, 0.2]}, {"one": 0.3}, (x, x), (x / 2, x)),
                ptq.optimum_picture(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 1.0, 1.5])),
                ptq.methods_picture(table), ptq.backends_picture(stored)]  # fmt: skip
     for fig in figures:
