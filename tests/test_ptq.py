@@ -135,7 +135,7 @@ def test_fold_gives_the_logits_of_awq_unfolded():
     model, ids = tiny_llama.model(), np.random.default_rng(0).integers(0, 512, (3, 32))
     seen, floats = lesson.watch(model, ids), dict(ptq.linears(model))
     unfolded, folded, plain = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
-    for source, before in lesson.producers(folded).items():
+    for source in lesson.producers(folded):
         s, names = seen[source], lesson.readers(floats, source)
         scale = 0.5 + torch.rand(len(s.mean), generator=torch.Generator().manual_seed(1))
         for n in names:
