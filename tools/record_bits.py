@@ -65,7 +65,7 @@ def record_sensitivity(full: bool = True, *, directory=None) -> Path:
             states[kind] = loaded(path)
             tables[kind] = {t["name"]: t for t in llamacpp.tensor_table(path)}
         names = {gguf_export.gguf_name(name): name for name, x in own.items() if x.ndim == 2}
-        names = {name: hf for name, hf in names.items() if name in tables["Q4_K"]}
+        names = {name: hf for name, hf in names.items() if name in tables[KINDS[-1]]}
         for name, hf in tqdm(names.items(), desc="tensors", leave=False):
             for kind in KINDS:
                 found = kld({hf: states[kind][hf]})
