@@ -14,20 +14,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qtutor import corpus, course_model, evaluate, gguf_export, llamacpp, paired, results
+from qtutor import corpus, course_model, evaluate, gguf_export, llamacpp, results
 from qtutor.checkpoints import fetch
 from qtutor.decide import mixture
 
-from .record_gguf import CALIBRATION
+from .record_gguf import CALIBRATION, interval
 
 KINDS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 RIVALS = ("Q4_K_M", "Q4_K_S", "Q3_K_M", "Q3_K_S")
-
-
-def interval(values, name: str, block: int) -> dict:
-    """Mean and 95 % interval of a value of each token, over blocks of ``block`` tokens."""
-    found = paired.paired_nll(values, block=block)
-    return {name: found.difference, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def every_tensor(path, kind: str, f32, importance) -> Path:
@@ -45,7 +39,7 @@ def record_sensitivity(full: bool = True, *, directory=None) -> Path:
     cut = evaluate.windows(corpus.tokens("eval", tokenizer), ctx)
     held = cut[:: 1 if full else len(cut) // 3].ravel()
     base, rows = evaluate.logits_of(model, chosen, ctx), []
-
+    about = {"windows": len(held) // ctx, "text": corpus.fingerprint(corpus.eval_text())}
     own = {name: x.detach().clone() for name, x in model.named_parameters()}  # a tied head is the embedding, once
 
     def kld(state, tokens=chosen, reference=base) -> np.ndarray:
@@ -65,15 +59,15 @@ def record_sensitivity(full: bool = True, *, directory=None) -> Path:
             states[kind] = loaded(path)
             tables[kind] = {t["name"]: t for t in llamacpp.tensor_table(path)}
         names = {gguf_export.gguf_name(name): name for name, x in own.items() if x.ndim == 2}
-        names = {name: hf for name, hf in names.items() if name in tables[KINDS[-1]]}
         for name, hf in tqdm(names.items(), desc="tensors", leave=False):
             for kind in KINDS:
                 found = kld({hf: states[kind][hf]})
                 rows.append({"tensor": name, "type": tables[kind][name]["type"],
                              "stored_bytes": tables[kind][name]["bytes"],
                              **interval(found, "kld_mean", ctx - 1)})  # fmt: skip
-        scores, sizes = (np.array([[row[key] for row in rows if row["tensor"] == name] for name in names])
+        scores, sizes = (np.reshape([row[key] for row in rows], (len(names), len(KINDS)))
                          for key in ("kld_mean", "stored_bytes"))  # fmt: skip
+        known = {(row["tensor"], row["type"]): row["kld_mean"] for row in rows}
         model.load_state_dict(own, strict=False)
         far, klds = evaluate.logits_of(model, held, ctx), {}
 
@@ -81,8 +75,7 @@ def record_sensitivity(full: bool = True, *, directory=None) -> Path:
             state = loaded(path)
             near, klds[label] = kld(state), kld(state, held, far)
             row = {"mixture": label, "imatrix": imatrix, "file_bytes": path.stat().st_size, "kld_predicted": predicted,
-                   "bits_per_weight": llamacpp.bits_per_weight(path), "windows": len(held) // ctx,
-                   "text": corpus.fingerprint(corpus.eval_text())}  # fmt: skip
+                   "bits_per_weight": llamacpp.bits_per_weight(path), **about}  # fmt: skip
             row |= interval(near, "kld_calibration", ctx - 1) | interval(klds[label], "kld_mean", ctx - 1)
             if rival is not None:
                 row |= {"rival": rival} | interval(klds[label] - klds[rival], "kld_less_rival", ctx - 1)
@@ -91,7 +84,6 @@ def record_sensitivity(full: bool = True, *, directory=None) -> Path:
         def predict(path) -> float | None:
             """The sum of the scores of the file's types; None where it holds a type without a score."""
             kinds = {t["name"]: t["type"] for t in llamacpp.tensor_table(path)}
-            known = {(row["tensor"], row["type"]): row["kld_mean"] for row in rows if "tensor" in row}
             found = [known.get((name, kinds[name])) for name in names]
             return None if None in found else float(sum(found))
 
@@ -127,11 +119,12 @@ def rotation(on: bool):
 
 def record_kv(full: bool = True, *, directory=None) -> Path:
     """KLD from an F32 cache without fused attention; weights F16.  The same tokens at a short and at a long context."""
-    rows, models = [], [("course model", course_model.load(), course_model.load_tokenizer(), (512, 1024), 8)]
+    rows, text = [], corpus.fingerprint(corpus.eval_text())
+    models = [("course model", course_model.load(), course_model.load_tokenizer(), (512, 1024), 8)]
     if full and (source := fetch.folder()) is not None:
         models.append((source.name, source, AutoTokenizer.from_pretrained(source), (512, 2048), 2))
     for name, model, tokenizer, contexts, windows in models:
-        ids = corpus.tokens("eval", tokenizer)[: (windows if full else 2) * contexts[-1]]
+        ids, block = corpus.tokens("eval", tokenizer)[: (windows if full else 2) * contexts[-1]], contexts[0] - 1
         with tempfile.TemporaryDirectory(prefix="qtutor-kv-") as folder:
             extra = {"tokenizer": tokenizer, "name": name} if isinstance(model, torch.nn.Module) else {}
             file = gguf_export.export(model, Path(folder) / "f16.gguf", "f16", **extra)
@@ -143,10 +136,8 @@ def record_kv(full: bool = True, *, directory=None) -> Path:
                     for rotated in (True, False) if kind != "F16" else (False,):
                         with rotation(rotated), llamacpp.Model(file, ctx=ctx, exact=False, kv_type=kind) as quantized:
                             found = evaluate.compare_models(base, quantized, ids, ctx, bos=bos)
-                        block = (contexts[0] - 1) if (ctx - 1) % (contexts[0] - 1) == 0 else (ctx - 1) // (ctx // 512)
                         rows.append({"model": name, "ctx": ctx, "kv_type": kind, "rotation": rotated,
-                                     "scored_tokens": len(found.token_kld), "block": block,
-                                     "text": corpus.fingerprint(corpus.eval_text()),
+                                     "scored_tokens": len(found.token_kld), "block": block, "text": text,
                                      **interval(found.token_kld, "kld_mean", block)})  # fmt: skip
     return results.save("kv_cache_quality", rows, profile="full" if full else "quick", directory=directory)
 

@@ -133,11 +133,17 @@ def stored_as(path) -> str:
     return ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in order if share >= 0.005)
 
 
+def interval(values, name: str, block: int) -> dict:
+    """Mean and 95 % interval of a value of each token, over blocks of ``block`` tokens."""
+    found = paired.paired_nll(values, block=block)
+    return {name: found.difference, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
 def with_intervals(row: dict, found, ctx: int) -> dict:
-    """The row with 95 % intervals over windows (:mod:`qtutor.paired`) of mean KLD and the perplexities' ratio."""
-    kld, nll = (paired.paired_nll(values, block=ctx - 1) for values in (found.token_kld, found.token_dnll))
-    return row | {"kld_mean_low": kld.low, "kld_mean_high": kld.high, "perplexity_ratio_low": math.exp(nll.low),
-                  "perplexity_ratio_high": math.exp(nll.high)}  # fmt: skip
+    """The row with 95 % intervals over windows of mean KLD and the perplexities' ratio."""
+    nll = paired.paired_nll(found.token_dnll, block=ctx - 1)
+    return interval(found.token_kld, "kld_mean", ctx - 1) | row | {
+        "perplexity_ratio_low": math.exp(nll.low), "perplexity_ratio_high": math.exp(nll.high)}  # fmt: skip
 
 
 def record_smollm2(full: bool = True, *, windows: int = 8, ctx: int = 512, calibration: int | None = None,
