@@ -21,7 +21,7 @@ LIMIT   ?= 1800
 # the load of their tile configuration wrongly, and on a CPU that has AMX every quantized product then ends the process
 # with "illegal instruction".
 LLAMA_CMAKE := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__ -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=ON \
-	-DLLAMA_TOOLS_INSTALL=ON -DLLAMA_BUILD_SERVER=OFF -DLLAMA_OPENSSL=OFF -DGGML_CUDA=$(CUDA) -DCMAKE_INSTALL_RPATH=$$ORIGIN/../lib
+	-DLLAMA_TOOLS_INSTALL=ON -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DGGML_CUDA=$(CUDA) -DCMAKE_INSTALL_RPATH=$$ORIGIN/../lib
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test quick test-gpu check notebooks times renumber results doctor install install-test clean

@@ -1,21 +1,24 @@
-"""A GGUF model over HTTP: a server of OpenAI's API that a notebook starts, and that ends with it.
+"""Servers that a notebook starts, and that end with it: llama.cpp's ``llama-server``, or any other program.
 
-llama-cpp-python brings a server that speaks the protocol most programs already speak (``/v1/completions``,
-``/v1/chat/completions``, streaming).  In a terminal it is one line, and it runs until you stop it:
+``llama-server`` answers many users at once, in OpenAI's protocol (``/v1/completions``, ``/v1/chat/completions``,
+streaming).  It is compiled together with llama-cpp-python.  In a terminal it is one line:
 
-    python -m llama_cpp.server --model model-Q4_K_M.gguf --port 8000
+    llama-server --model model-Q4_K_M.gguf --port 8080 --parallel 4
 
-:class:`Server` starts the same program from a notebook and makes sure that it ends: with the ``with`` block, with the
-kernel, and (but not on Windows) also where the kernel is killed.
+:class:`Server` starts a program on a free port of 127.0.0.1 and makes sure that it ends: with the ``with`` block, with
+the kernel, and (but not on Windows) also where the kernel is killed.
 
-    with serve.Server("model-Q4_K_M.gguf") as server:
-        httpx.post(f"{server.url}/completions", json={"prompt": "The for statement", "max_tokens": 16})
+    with serve.llama_server("model-Q4_K_M.gguf", slots=4) as server:
+        httpx.post(f"{server.url}/v1/completions", json={"prompt": "The for statement", "max_tokens": 16})
+
+vLLM and others start the same way: ``Server(["vllm", "serve", folder, "--host", "127.0.0.1", "--port", "{port}"])``.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,66 +27,78 @@ import time
 
 from . import QtutorError, llamacpp
 
-# The server also reads its settings from the environment: a stray API_KEY there would lock everybody out.
-_STRAY = ("API_KEY", "CONFIG_FILE", "SSL_KEYFILE", "SSL_CERTFILE", "ROOT_PATH", "CHAT_FORMAT", "CLIP_MODEL_PATH",
-          "LORA_PATH", "LORA_BASE", "DRAFT_MODEL", "HF_MODEL_REPO_ID", "HF_TOKENIZER_CONFIG_PATH", "MODEL",
-          "MODEL_ALIAS", "VERBOSE", "CACHE", "SEED", "HOST", "PORT")  # fmt: skip
-# The watch ends the server with the process that started it, even where that was killed and could not say goodbye.
-_CHILD = """
-import os, runpy, sys, threading, time
-parent = int(sys.argv.pop(1))
-def watch():
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(0)
-if sys.platform != "win32":
-    threading.Thread(target=watch, daemon=True).start()
-runpy.run_module("llama_cpp.server", run_name="__main__", alter_sys=True)
+# Servers also read settings from the environment: a stray LLAMA_API_KEY there would lock everybody out.
+_STRAY = ("LLAMA_ARG_", "LLAMA_API_KEY", "LLAMA_LOG_", "VLLM_API_KEY")
+# Leads the server's process group, and ends the group when the process that started it is gone, even where that was
+# killed and could not say goodbye.
+_WATCH = """
+import os, signal, subprocess, sys
+parent, server = int(sys.argv[1]), subprocess.Popen(sys.argv[2:])
+while os.getppid() == parent:
+    try:
+        sys.exit(server.wait(0.5) != 0)
+    except subprocess.TimeoutExpired:
+        pass
+os.killpg(0, signal.SIGKILL)
 """
+_GROUPS = hasattr(os, "killpg")
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on at this moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 class Server:
-    """llama-cpp-python's server for one GGUF file, on a free port of this machine only.  Use it in a ``with`` block.
+    """A server program, for the length of a ``with`` block.  ``command``: its words, ``"{port}"`` where the port goes.
 
-    ``url`` is where an OpenAI client points its ``base_url``: ``http://127.0.0.1:<port>/v1``.  ``alias`` is the
-    model's name in requests.  Where the server does not answer within ``timeout`` seconds, nothing is left running.
+    ``url`` is ``http://127.0.0.1:<port>``; OpenAI's clients take ``url + "/v1"``.  The server is ready when ``/health``
+    answers.  Where that does not happen within ``timeout`` seconds, nothing is left running.  ``key``: the API key that
+    requests need.
     """
 
-    def __init__(self, path, ctx: int = 512, threads: int | None = None, *, alias: str = "model", timeout: float = 60):
-        found = llamacpp.check_gguf(path, to_compute=True)
-        self.path, self.alias, self.timeout = found.path.resolve(), alias, timeout
-        self._options = ["--model", self.path, "--model_alias", alias, "--n_ctx", ctx, "--host", "127.0.0.1",
-                         "--n_threads", threads or llamacpp.n_threads(), "--verbose", "False"]  # fmt: skip
-        self.process, self.port, self._log = None, None, None
+    def __init__(self, command, timeout: float = 60, *, port: int | None = None, key: str | None = None):
+        self.command, self.timeout, self.port, self.key = [str(word) for word in command], timeout, port, key
+        self.process = self._log = None
 
-    url = property(lambda self: f"http://127.0.0.1:{self.port}/v1")
+    url = property(lambda self: f"http://127.0.0.1:{self.port}")
 
     def start(self) -> Server:
-        """Start the server and wait until it answers."""
+        """Start the program and wait until it answers."""
         if self.process is not None:
             return self
-        with socket.socket() as sock:  # a port that nobody listens on at this moment
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
+        self.port = self.port or free_port()
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", self.port)) == 0:
+                raise QtutorError(f"Port {self.port} is taken: leave port out, and a free one is found.")
+        env = {key: value for key, value in os.environ.items() if not key.upper().startswith(_STRAY)}
+        env |= {"HF_HUB_OFFLINE": "1"} | ({"LLAMA_API_KEY": self.key, "VLLM_API_KEY": self.key} if self.key else {})
+        command = [word.replace("{port}", str(self.port)) for word in self.command]
+        if _GROUPS:
+            command = [sys.executable, "-S", "-c", _WATCH, str(os.getpid()), *command]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - not a pipe: a full one would block the server
-        env = {key: value for key, value in os.environ.items() if key.upper() not in _STRAY}
-        env |= {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-        command = [sys.executable, "-W", "ignore", "-c", _CHILD, os.getpid(), *self._options, "--port", self.port]
-        self.process = subprocess.Popen([str(part) for part in command], stdin=subprocess.DEVNULL, stdout=self._log,
-                                        stderr=self._log, env=env)  # fmt: skip
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=env,
+                                        start_new_session=True)  # fmt: skip
         atexit.register(self.stop)
         try:
             if self._answers():
                 return self
-            self._log.seek(0)
-            said = self._log.read()[-4000:].decode("utf-8", "replace").split("\n")
+            said = self.log().split("\n")
         except BaseException:  # an interrupt, too, must leave nothing running
             self.stop()
             raise
         self.stop()
-        last = " ".join(next(filter(str.strip, reversed(said)), "it gave no reason").split())[:160].rstrip(".")
-        raise QtutorError(f"The server did not start within {self.timeout:g} s ({last}): run 'python -m "
-                          f"llama_cpp.server --model {self.path.name}' in a terminal to see why.")  # fmt: skip
+        errors = [line for line in said if "error" in line.lower()] or [line for line in said if line.strip()]
+        last = " ".join((errors or ["it gave no reason"])[-1].split())[:160].rstrip(".:")
+        name = os.path.basename(self.command[0])
+        raise QtutorError(f"{name} did not start within {self.timeout:g} s ({last}): run it in a terminal to see why.")
+
+    def log(self) -> str:
+        """What the program has printed so far."""
+        self._log.seek(0)
+        return self._log.read().decode("utf-8", "replace")
 
     def _answers(self) -> bool:
         """Wait for the first answer; False where the process ends or the time is up."""
@@ -93,23 +108,35 @@ class Server:
         with httpx.Client(trust_env=False, timeout=5) as client:  # a proxy of the environment is not for 127.0.0.1
             while time.monotonic() < end and self.process.poll() is None:
                 try:
-                    if client.get(f"{self.url}/models").status_code == 200:
+                    if client.get(f"{self.url}/health").status_code == 200:
                         return True
                 except httpx.HTTPError:
                     pass
-                time.sleep(0.1)
+                time.sleep(0.05)
         return False
 
+    def _signal(self, process, number: int) -> None:
+        try:
+            os.killpg(process.pid, number) if _GROUPS else process.terminate()
+        except OSError:  # gone already
+            pass
+
+    def kill(self) -> None:
+        """End the program at once, as a crash would: nobody can answer any more."""
+        self._signal(self.process, getattr(signal, "SIGKILL", signal.SIGTERM))
+        self.process.wait()
+
     def stop(self) -> None:
-        """End the server and wait until it is gone; harmless when repeated."""
+        """End the program and wait until it is gone; harmless when repeated."""
         process, self.process = self.process, None
         if process is not None:
-            process.terminate()
+            self._signal(process, signal.SIGTERM)
             try:
                 process.wait(5)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                pass
+            self._signal(process, getattr(signal, "SIGKILL", signal.SIGTERM))  # who did not listen, and the rest
+            process.wait()
             atexit.unregister(self.stop)
         if self._log is not None:
             self._log.close()
@@ -120,3 +147,16 @@ class Server:
 
     def __exit__(self, *_) -> None:
         self.stop()
+
+
+def llama_server(path, ctx: int = 512, slots: int = 1, threads: int | None = None, *options, alias: str = "model",
+                 **how) -> Server:  # fmt: skip
+    """llama.cpp's server for one GGUF file: ``slots`` requests at once, ``ctx`` tokens for each of them.
+
+    ``options`` are words of its command line (``--help`` lists them), ``how`` is for :class:`Server`.
+    """
+    found = llamacpp.check_gguf(path, to_compute=True)
+    threads = threads or llamacpp.n_threads()
+    return Server([llamacpp.tool("llama-server"), "--model", found.path.resolve(), "--alias", alias, "--host",
+                   "127.0.0.1", "--port", "{port}", "--parallel", slots, "--ctx-size", ctx * slots, "--no-kv-unified",
+                   "--threads", threads, "--threads-batch", threads, "--offline", *options], **how)  # fmt: skip
