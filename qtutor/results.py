@@ -102,6 +102,12 @@ VOCABULARY = {
         exposed_share (of a step's time, in which the GPU only communicated), ours_ms, torchao_ms, torch_ms, compiled_ms
         (of a call), ours_kernel_ms, compiled_kernel_ms (on the GPU alone), compiled_gb_per_s, compiled_share_of_copy,
         tflop_per_s, peak_tflop_per_s (of the data sheet), share_of_peak""",
+    "serving": """
+        loop (open: requests come at a rate; closed: users wait for their answer), rate_per_s (offered, open loop),
+        streams (users, closed loop), slots (requests computed at once), requests (of all repeats), failed (without an
+        answer), requests_per_s (answered), output_tokens_per_s, ttft_p50_ms, ttft_p95_ms, ttft_p99_ms (time to first
+        token, percentiles of requests), itl_p50_ms, itl_p95_ms, itl_p99_ms (inter-token latency, a request's mean),
+        ttft_limit_ms, itl_limit_ms, goodput_per_s (requests that kept both limits), within (their share)""",
     "energy": """
         joules_per_step, joules_per_train_token (of all GPUs), joules_per_prefill_token, joules_per_decode_token (of the
         whole device), energy_source (NVML or RAPL counter, or estimate), watts, prefill_watts, decode_watts, idle_watts

@@ -93,6 +93,8 @@ RESULTS = {
                               "model, with and without llama.cpp's rotation, at a short and a long context."),
     "llama70b": About("llama2_70b_on_one_gpu", "80 GB", "record_llama70b", "A model of Llama-2-70B's shape in four "
                       "types on one GPU: memory, speed, energy, batch sizes."),
+    "serving": About("serving", "llama.cpp", "record_serving", "llama-server with four slots and the course model in "
+                     "three types: time to first token, inter-token latency and goodput against the rate of requests."),
     "fake_quant_speed": About("fake_quantization", "gpu", "record_qat", "Fake quantization, forward and backward, "
                               "beside torchao and torch.compile: bytes a second as a share of a copy's."),
     "tradeoff": About("measuring_the_tradeoff", "any", "record_tradeoff", "Every technique of the course on one "

@@ -5,7 +5,8 @@ from .answers import function, letters, number, several
 
 
 def _goodput(ttft_ms, itl_ms, seconds, ttft_limit, itl_limit):
-    return sum(t is not None and t <= ttft_limit and i <= itl_limit for t, i in zip(ttft_ms, itl_ms, strict=True)) / seconds
+    pairs = zip(ttft_ms, itl_ms, strict=True)
+    return sum(t is not None and t <= ttft_limit and i <= itl_limit for t, i in pairs) / seconds
 
 
 @exercise("serving.goodput", solution=_goodput, wrong=[
@@ -18,9 +19,10 @@ def _goodput(ttft_ms, itl_ms, seconds, ttft_limit, itl_limit):
     lambda t, i, s, a, b: _goodput(t, i, 1, a, b)])  # fmt: skip
 def _check_goodput(answer):
     answer = function(answer, "goodput")
-    number(answer([100, 900, 100, 100], [5, 5, 50, 5], 2, 500, 20), 1.0, "Two of four requests keep both limits, in two "
-           "seconds.", {2.0: "That is every request, or a count: divide the good ones by the seconds.",
-                        1.5: "A request has to keep *both* limits.", 0.5: "Divide by the seconds, not by the requests."})
+    number(answer([100, 900, 100, 100], [5, 5, 50, 5], 2, 500, 20), 1.0, "Two of four requests keep both limits, "
+           "in two seconds.", {2.0: "That is every request, or a count: divide the good ones by the seconds.",
+                               1.5: "A request has to keep *both* limits.",
+                               0.5: "Divide by the seconds, not by the requests."})  # fmt: skip
     number(answer([100, None], [5, None], 4, 500, 20), 0.25, "A request without an answer (None) is not good.")
     return "A server can raise its throughput and lose its goodput."
 
@@ -53,9 +55,9 @@ def _check_open_loop(answer):
         number(got, 0.1, "Nobody waits here: each latency is its own service time, from the planned arrival.")
     found = several(answer([0.1, 5.0, 0.1, 0.1], 1.0), 4, "four latencies")
     for got, right in zip(found, _latencies([0.1, 5.0, 0.1, 0.1], 1.0), strict=True):
-        number(got, right, "Request 2 was planned at 2 s, the server is free again at 6 s: the latency counts from the "
-               "plan.", {0.1: "That is the service time: a closed loop would report it. Request 2 was planned at 2 s and "
-                              "waits for the server."}, within=1e-6)  # fmt: skip
+        number(got, right, "Request 2 was planned at 2 s, the server is free again at 6 s: the latency counts from "
+               "the plan.", {0.1: "That is the service time, as a closed loop reports it. Request 2 was planned at 2 s "
+                                  "and waits for the server."})  # fmt: skip
     return "One stall of the server: a closed loop reports one slow request, its users met three."
 
 

@@ -28,15 +28,16 @@ def timeline(table, slots: int, most: int = 16):
 
 
 def curves(rows, ttft_ms: float, itl_ms: float):
-    """Figure: TTFT, inter-token latency and goodput against the offered rate, a colour a type.  ``rows``: a recording's
-    rows of open loops: ``type, rate_per_s, ttft_p50_ms, ttft_p95_ms, ... goodput_per_s`` with ``_low`` and ``_high``."""
+    """Figure: TTFT, inter-token latency and goodput against the offered rate, a colour a type.  ``rows``: open loops
+    of a recording: ``type, rate_per_s, ttft_p50_ms, ttft_p95_ms, ... goodput_per_s`` with ``_low`` and ``_high``."""
     fig, axes = plots.figure(9.5, 3.6, ncols=3)
     for name, part in rows.groupby("type", sort=False):
         part, (color, marker) = part.sort_values("rate_per_s"), STYLE[name]
         for ax, column in zip(axes, ("ttft_p50_ms", "itl_p50_ms", "goodput_per_s"), strict=True):
             ax.plot(part["rate_per_s"], part[column], color=color, marker=marker, ms=5, label=name)
             if f"{column}_low" in part:
-                ax.fill_between(part["rate_per_s"], part[f"{column}_low"], part[f"{column}_high"], color=color, alpha=0.2)
+                low, high = part[f"{column}_low"].clip(lower=part[column].min() / 10), part[f"{column}_high"]
+                ax.fill_between(part["rate_per_s"], low, high, color=color, alpha=0.2)
             if column.endswith("ms"):
                 ax.plot(part["rate_per_s"], part[column.replace("p50", "p95")], color=color, ls=":", lw=1.2)
     for ax, limit, what in zip(axes, (ttft_ms, itl_ms), ("Time to first token", "Inter-token latency"), strict=False):

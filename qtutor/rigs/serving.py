@@ -36,6 +36,9 @@ cli()
 """
 
 
+STATES = ("successful", "errored", "incomplete")
+
+
 @dataclass(frozen=True)
 class Lengths:
     """Tokens of prompts and answers: normal distributions, cut off at both ends."""
@@ -99,11 +102,11 @@ def read(report) -> pd.DataFrame:
     """
     try:
         benchmarks = json.loads(Path(report).read_text("utf-8"))["benchmarks"]
-        rows = [_request(one, state, run["config"]["strategy"]) for run in benchmarks
-                for state in ("successful", "errored", "incomplete") for one in run["requests"][state] or []]  # fmt: skip
+        rows = [_request(one, state, run["config"]["strategy"])
+                for run in benchmarks for state in STATES for one in run["requests"][state] or []]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise QtutorError(f"'{report}' is no report of guidellm 0.8 ({type(error).__name__}): run the load again, with "
-                          "the version in constraints.txt.") from None  # fmt: skip
+        raise QtutorError(f"'{report}' is no report of guidellm 0.8 ({type(error).__name__}): install the version in "
+                          "constraints.txt.") from None  # fmt: skip
     if not rows:
         raise QtutorError(f"'{report}' holds no request: run the load again.")
     table = pd.DataFrame(rows).sort_values(["loop", "load", "start"], ignore_index=True)
