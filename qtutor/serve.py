@@ -42,6 +42,7 @@ while os.getppid() == parent:
 os.killpg(0, signal.SIGKILL)
 """
 _GROUPS = hasattr(os, "killpg")
+_HTTP_THREADS = 128  # a connection holds one: with the default, six for two slots, clients wait before the queue
 
 
 def free_port() -> int:
@@ -159,4 +160,5 @@ def llama_server(path, ctx: int = 512, slots: int = 1, threads: int | None = Non
     threads = threads or llamacpp.n_threads()
     return Server([llamacpp.tool("llama-server"), "--model", found.path.resolve(), "--alias", alias, "--host",
                    "127.0.0.1", "--port", "{port}", "--parallel", slots, "--ctx-size", ctx * slots, "--no-kv-unified",
-                   "--threads", threads, "--threads-batch", threads, "--offline", *options], **how)  # fmt: skip
+                   "--threads", threads, "--threads-batch", threads, "--threads-http", _HTTP_THREADS, "--offline",
+                   *options], **how)  # fmt: skip

@@ -24,7 +24,7 @@ from qtutor.rigs import serving
 from . import command, keep
 
 TYPES = ("F16", "Q8_0", "Q4_K_M")
-RATES, STREAMS, SLOTS, REPEATS, REQUESTS = (1.0, 2.0, 4.0, 6.0, 8.0, 12.0), (1, 2, 4, 8), 4, 5, 60
+RATES, STREAMS, SLOTS, REPEATS, REQUESTS = (2.0, 4.0, 8.0, 16.0), (4,), 4, 3, 40
 TTFT_MS, ITL_MS = 500.0, 50.0  # the limits of goodput
 FRESH = ("--no-cache-prompt", "--cache-ram", 0)  # repeated prompts would measure the cache
 
