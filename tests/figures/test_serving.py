@@ -7,8 +7,8 @@ from qtutor.figures import serving as figures
 
 
 def test_pictures():
-    table = pd.DataFrame([dict(state="successful", start=i * 0.1, first=i * 0.1 + 0.2, last=i * 0.1 + 0.5, ttft_ms=200.0)
-                          for i in range(6)])  # fmt: skip
+    table = pd.DataFrame([dict(state="successful", start=i * 0.1, first=i * 0.1 + 0.2, last=i * 0.1 + 0.5,
+                               ttft_ms=200.0) for i in range(6)])  # fmt: skip
     low = figures.timeline(table, 4).axes[1]
     assert max(low.lines[0].get_ydata()) == 3  # 0.3 s of decoding, one more every 0.1 s
     assert len(figures.loops({"open": table, "closed": table}).axes[0].lines) == 2

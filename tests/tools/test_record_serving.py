@@ -9,8 +9,8 @@ from tools import record_serving
 
 def test_intervals_over_repeats():
     def table(ttft):
-        return pd.DataFrame([dict(loop="open", load=2.0, state="successful", start=float(i), last=i + 0.5, output_tokens=4,
-                                  ttft_ms=ttft, itl_ms=5.0) for i in range(4)])  # fmt: skip
+        return pd.DataFrame([dict(loop="open", load=2.0, state="successful", start=float(i), last=i + 0.5,
+                                  output_tokens=4, ttft_ms=ttft, itl_ms=5.0) for i in range(4)])  # fmt: skip
 
     tables = [table(100.0), table(120.0), table(140.0)]
     parts = [serving.summary(one, 500, 50) for one in tables]
