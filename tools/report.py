@@ -73,6 +73,8 @@ RESULTS = {
                            "quality on the course model; time, energy and memory at the shape of Llama-2-7B."),
     "fp8_scaling": About("fp8_on_several_gpus", "gpus", "record_fsdp", "Training steps under FSDP2 on 1, 2 and 4 GPUs, "
                          "in BF16, FP8 and with FP8 weights: speed, memory, energy, bytes, exposed communication."),
+    "fp8_scaling_torchao": About("fp8_on_several_gpus", "gpus", "record_fsdp", "The same steps on all GPUs by "
+                                 "torchao under torch.compile, FP8 or BF16 all-gather, beside Transformer Engine."),
     "fp8_scaling_loss": About("fp8_on_several_gpus", "gpus", "record_fsdp", "The training loss of the same global "
                               "batches on 1, 2 and 4 GPUs, in BF16 and with FP8 weights."),
     "qat_recovery": About("qat", "gpu", "record_qat", "Quantization-aware training of the course model in ten schemes, "
