@@ -51,24 +51,26 @@ def clip_scale(blocks, importance, bits: int, ratios=RATIOS):
 
 
 @torch.no_grad()
-def gptq(w, H, bits: int, group: int, damp: float = 0.01, clip: bool = False, order: bool = False):
+def gptq(w, H, bits: int, group: int, damp: float = 0.01, clip: bool = False, order: bool = False, onto=nearest,
+         search=clip_scale):  # fmt: skip
     """``w`` (rows, columns) rounded by GPTQ: the columns not yet rounded compensate for the error of each column.
 
     ``H`` (columns, columns) is the sum of x x^T over the inputs x; ``damp`` times its mean diagonal is added to the
     diagonal.  ``group`` columns share a scale, found when the first of them is reached: from their largest magnitude,
     or with ``clip`` by :func:`clip_scale`.  ``order`` takes the columns by falling diagonal of ``H``.
+    ``onto`` and ``search``: functions like :func:`nearest` and :func:`clip_scale`, of another grid.
     """
     if order:
         by = H.diag().argsort(descending=True)
-        return gptq(w[:, by], H[by][:, by], bits, group, damp, clip)[:, by.argsort()]
+        return gptq(w[:, by], H[by][:, by], bits, group, damp, clip, False, onto, search)[:, by.argsort()]
     w, q, H = w.clone(), torch.zeros_like(w), H.double().clone()
     H.diagonal().add_(damp * H.diag().mean() + 1e-9 * (H.diag() == 0))  # an input may be 0 throughout
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True).to(w.dtype)
     for j in range(w.shape[1]):
         if j % group == 0:
             importance = H.diag()[j : j + group].to(w.dtype)
-            scale = clip_scale(w[:, j : j + group], importance, bits, RATIOS if clip else (1,))
-        q[:, j] = nearest(w[:, j : j + 1], scale, bits)[:, 0]
+            scale = search(w[:, j : j + group], importance, bits, RATIOS if clip else (1,))
+        q[:, j] = onto(w[:, j : j + 1], scale, bits)[:, 0]
         w[:, j + 1 :] -= torch.outer((w[:, j] - q[:, j]) / U[j, j], U[j, j + 1 :])
     return q
 
