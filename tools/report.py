@@ -87,12 +87,14 @@ RESULTS = {
                           "offers and that run here: size, speed, quality."),
     "gguf_quality": About("ptq_llamacpp", "llama.cpp", "record_gguf", "What each llama.cpp type costs the course model "
                           "in quality, with and without an importance matrix."),
-    "smollm2_quality": About("ptq_llamacpp", "smollm2", "record_gguf", "What quantizing a quantized chat model costs: "
-                             "types of SmolLM2-135M-Instruct against its dequantized Q4_1 file."),
-    "tensor_sensitivity": About("ptq_llamacpp", "llama.cpp", "record_bits", "What each tensor of the course model "
-                                "costs alone in each type; mixtures chosen by that at the sizes of llama.cpp's own."),
-    "kv_cache_quality": About("ptq_llamacpp", "llama.cpp", "record_bits", "What a quantized KV cache costs the course "
-                              "model, with and without llama.cpp's rotation, at a short and a long context."),
+    "smollm2_quality": About("bits_where_they_matter", "smollm2", "record_gguf", "What quantizing a quantized chat "
+                             "model costs: types of SmolLM2-135M-Instruct against its dequantized Q4_1 file."),
+    "tensor_sensitivity": About("bits_where_they_matter", "llama.cpp", "record_bits", "What each tensor of the course "
+                                "model costs in each type; mixtures chosen by that at the sizes of llama.cpp's own."),
+    "kv_cache_quality": About("bits_where_they_matter", "llama.cpp", "record_bits", "What a quantized KV cache costs, "
+                              "with and without llama.cpp's rotation, at a short and a long context."),
+    "imatrix_search": About("ptq_llamacpp", "llama.cpp", "record_bits", "Three llama.cpp types without an importance "
+                            "matrix, with a matrix of ones and with a real one: KLD, entropy, perplexity."),
     "llama70b": About("llama2_70b_on_one_gpu", "80 GB", "record_llama70b", "A model of Llama-2-70B's shape in four "
                       "types on one GPU: memory, speed, energy, batch sizes."),
     "fake_quant_speed": About("fake_quantization", "gpu", "record_qat", "Fake quantization, forward and backward, "
