@@ -30,11 +30,12 @@ from qtutor import fake_quant as fq
 from .record_gguf import interval
 from .record_ptq import assigned, lesson_cells
 
-PLAIN, ALONE, SMOOTH = "round to nearest", "GPTQ, blocks alone", "SmoothQuant, 0.5"  # ALONE: on the float blocks' inputs
+PLAIN, ALONE, SMOOTH = "round to nearest", "GPTQ, blocks alone", "SmoothQuant, 0.5"
 FP8 = fq.FakeQuantizer("FP8", "tensor"), fq.FakeQuantizer("FP8", "tensor", observer=observers.MinMaxObserver())
 FORMATS = {"FP8 dynamic": ("FP8_DYNAMIC", "FP8", "FP8"), "FP8 static": ("FP8", *FP8),  # llm-compressor's name, and ours
            "W8A8": ("W8A8", "int8", fq.FakeQuantizer("int8", "token"))}  # fmt: skip
-CASES = [*(("W4A16", group, method) for group in (128, 32) for method in (PLAIN, ALONE, "GPTQ", "GPTQ + order")),
+GROUPS = 128, 32
+CASES = [*(("W4A16", group, method) for group in GROUPS for method in (PLAIN, ALONE, "GPTQ", "GPTQ + order")),
          *((kind, None, PLAIN) for kind in FORMATS), ("W8A8", None, SMOOTH)]  # format, group, method  # fmt: skip
 
 
@@ -96,8 +97,8 @@ def lesson(model) -> dict:
 
 @torch.no_grad()
 def ours(case, model, use: dict, inputs: dict, calibration):
-    """The model quantized by the lesson's functions ``use``, its activations by fake_quant.  ALONE takes all scales from
-    the float weights, as llm-compressor does; the lesson's GPTQ takes a group's scales when it gets there."""
+    """The model quantized by the lesson's functions ``use``, its activations by fake_quant.  ALONE takes all scales
+    from the float weights, as llm-compressor does; the lesson's GPTQ takes a group's scales when it gets there."""
     (kind, group, method), model, scale_of = case, copy.deepcopy(model), use["scale_of"]
     layers = ptq.linears(model)
     for source in (s for s in inputs if method == SMOOTH and s.endswith(("q_proj", "gate_proj"))):  # folded into norms
@@ -146,7 +147,7 @@ def record(full: bool = True, *, directory=None) -> Path:
             held = sum(x.nbytes for key, x in load_file(file).items() if "_proj." in key)
             rows[-1] |= {"file_bytes": file.stat().st_size, "bits_per_weight": 8 * held / weights, "rival": "ours",
                          **interval(less, "kld_less_rival", 511)}  # fmt: skip
-    for group, backend in itertools.product((128, 32), ("ours", theirs)):  # what the usual way changes, in each
+    for group, backend in itertools.product(GROUPS, ("ours", theirs)):  # what the usual way changes, in each
         usual, alone = (compared[backend, ("W4A16", group, method)].token_kld for method in ("GPTQ", ALONE))
         rows.append({"format": "W4A16", "group": group, "method": "GPTQ", "backend": backend} | about
                     | {"rival": f"{backend}, {ALONE}", **interval(usual - alone, "kld_less_rival", 511)})  # fmt: skip
