@@ -37,6 +37,9 @@ FORMATS = {"FP8 dynamic": ("FP8_DYNAMIC", "FP8", "FP8"), "FP8 static": ("FP8", *
 GROUPS = 128, 32
 CASES = [*(("W4A16", group, method) for group in GROUPS for method in (PLAIN, ALONE, "GPTQ", "GPTQ + order")),
          *((kind, None, PLAIN) for kind in FORMATS), ("W8A8", None, SMOOTH)]  # format, group, method  # fmt: skip
+EXACT = ", float32"  # llm-compressor on a float32 model: its own rounding of scales to bfloat16 is out of the way
+CASES += [(kind, group, method + EXACT) for kind, group, method in CASES if method in (PLAIN, SMOOTH)
+          and kind in ("W4A16", "W8A8")]  # fmt: skip
 
 
 def python() -> Path:
@@ -66,7 +69,8 @@ def write(asked):
         order, alone = {} if "order" in method else {"actorder": None}, "alone" in method  # its default: static order
         last = GPTQModifier(ignore=["lm_head"], **scheme, **order) if "GPTQ" in method else (
             QuantizationModifier(ignore=["lm_head"], **scheme))  # fmt: skip
-        model = AutoModelForCausalLM.from_pretrained(asked["model"], dtype="float32" if alone else "bfloat16")
+        dtype = "float32" if alone or "float32" in method else "bfloat16"
+        model = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=dtype)
         oneshot(model=model, recipe=[SmoothQuantModifier(smoothing_strength=0.5)] * ("Smooth" in method) + [last],
                 dataset=torch.utils.data.DataLoader(rows), num_calibration_samples=len(rows), propagate_error=not alone)
         model.save_pretrained(str(number), save_compressed=True)
@@ -98,10 +102,11 @@ def lesson(model) -> dict:
 @torch.no_grad()
 def ours(case, model, use: dict, inputs: dict, calibration):
     """The model quantized by the lesson's functions ``use``, its activations by fake_quant.  ALONE takes all scales
-    from the float weights, as llm-compressor does; the lesson's GPTQ takes a group's scales when it gets there."""
+    from the float weights, as llm-compressor does; the lesson's GPTQ takes a group's scales when it gets there.  EXACT
+    divides by the scale, as llm-compressor does; the lesson multiplies by its reciprocal."""
     (kind, group, method), model, scale_of = case, copy.deepcopy(model), use["scale_of"]
     layers = ptq.linears(model)
-    for source in (s for s in inputs if method == SMOOTH and s.endswith(("q_proj", "gate_proj"))):  # folded into norms
+    for source in (s for s in inputs if SMOOTH in method and s.endswith(("q_proj", "gate_proj"))):  # folded into norms
         after = [layers[name] for name in use["readers"](layers, source)]
         scale = use["smooth"](inputs[source].amax, torch.cat([layer.weight for layer in after]), 0.5)
         use["fold"](use["producers"](model)[source], after, scale)
@@ -113,9 +118,12 @@ def ours(case, model, use: dict, inputs: dict, calibration):
         return model
     for name, layer in layers.items():
         w, H = layer.weight.clone(), inputs[ptq.source(name)].H
-        fixed = iter(scale_of(w.view(-1, group), 4).view(len(w), -1, 1).unbind(1))
+        scale = scale_of(w.view(-1, group), 4)
+        fixed = iter(scale.view(len(w), -1, 1).unbind(1))
         use["scale_of"] = (lambda *_, fixed=fixed: next(fixed)) if method == ALONE else scale_of
         q = use["rtn"](w, 4, group) if method == PLAIN else use["gptq"](w, H, 4, group, order="order" in method)
+        if EXACT in method:
+            q = ((w.view(-1, group) / scale).round().clamp(-8, 7) * scale).view_as(w)
         layer.weight.copy_(q)
     use["scale_of"] = scale_of
     return model
