@@ -121,7 +121,7 @@ def ours(case, model, use: dict, inputs: dict, calibration):
         scale = scale_of(w.view(-1, group), 4)
         fixed = iter(scale.view(len(w), -1, 1).unbind(1))
         use["scale_of"] = (lambda *_, fixed=fixed: next(fixed)) if method == ALONE else scale_of
-        q = use["rtn"](w, 4, group) if method == PLAIN else use["gptq"](w, H, 4, group, order="order" in method)
+        q = use["rtn"](w, 4, group) if PLAIN in method else use["gptq"](w, H, 4, group, order="order" in method)
         if EXACT in method:
             q = ((w.view(-1, group) / scale).round().clamp(-8, 7) * scale).view_as(w)
         layer.weight.copy_(q)

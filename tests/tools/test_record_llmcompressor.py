@@ -71,3 +71,5 @@ def test_what_the_recording_says():
     rows = results.load("ptq_official", "cpu").rows
     alone = [row for row in rows if row["method"] == recorder.ALONE and row.get("rival") == "ours"]
     assert len(alone) == 2 and all(abs(row["kld_less_rival"]) < 0.02 * row["kld_mean"] for row in alone)
+    exact = [row for row in rows if row["method"] == recorder.PLAIN + recorder.EXACT and row.get("rival") == "ours"]
+    assert len(exact) == 3 and all(abs(row["kld_less_rival"]) < 0.01 * row["kld_mean"] for row in exact)
