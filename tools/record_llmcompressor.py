@@ -131,6 +131,8 @@ def ours(case, model, use: dict, inputs: dict, calibration):
 
 def record(full: bool = True, *, directory=None) -> Path:
     """Every case by both, calibrated on 64 windows of 512 tokens and scored on 32."""
+    if not available():
+        raise QtutorError("llm-compressor is not here: make llmc-env.")
     model, tokenizer, rows, compared = course_model.load(), course_model.load_tokenizer(), [], {}
     use, weights = lesson(model), sum(layer.weight.numel() for layer in ptq.linears(model).values())
     seen = corpus.tokens("train", tokenizer, packages=use["packages"], progress=False)
