@@ -55,7 +55,8 @@ VOCABULARY = {
         device (cpu or cuda), dtype, compiled (with torch.compile), graph (in a CUDA graph), build, backends (both of
         llama.cpp), threads (of the CPU), notebook (its topic), jobs (processes that shared the machine), ranks
         (processes that train together, one a GPU), tensor (its name in GGUF), mixture (who chose the tensors' types),
-        rival (mixture that it is compared with), rotation (of keys and values before rounding), not_run (why there are
+        rival (mixture or back end that it is
+        compared with), rotation (of keys and values before rounding), not_run (why there are
         no numbers)""",
     "model": "model (its name), shape (name of its shape), hidden (width), intermediate (width of the MLP), heads, "
              "kv_heads, layers",

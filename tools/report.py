@@ -13,6 +13,7 @@ answer.  What has not been recorded has no headline: it is listed on the page as
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import math
 import os
@@ -47,6 +48,8 @@ NEEDS = {
     "80 GB": ("a CUDA GPU of 80 GB, with a llama.cpp that uses it", _cuda),  # the recorder says what is not enough
     "llama.cpp": ("llama.cpp", lambda: qtutor.llamacpp.available()[0]),
     "smollm2": ("SmolLM2: python -m qtutor model fetch smollm2", lambda: fetch.folder() is not None),
+    "llm-compressor": ("llm-compressor, in an environment of its own: make llmc-env",
+                       lambda: importlib.import_module(".record_llmcompressor", __package__).available()),
     "any": ("any machine", lambda: True),
 }
 
@@ -85,6 +88,8 @@ RESULTS = {
                          "clipping, SmoothQuant, AWQ, GPTQ): what each leaves of the course model's quality."),
     "ptq_backends": About("ptq_fundamentals", "any", "record_ptq", "The same job by the back ends that transformers "
                           "offers and that run here: size, speed, quality."),
+    "ptq_official": About("ptq_fundamentals", "llm-compressor", "record_llmcompressor", "The same job by "
+                          "llm-compressor, beside the notebook's functions at the same settings: bytes and quality."),
     "gguf_quality": About("ptq_llamacpp", "llama.cpp", "record_gguf", "What each llama.cpp type costs the course model "
                           "in quality, with and without an importance matrix."),
     "smollm2_quality": About("bits_where_they_matter", "smollm2", "record_gguf", "What quantizing a quantized chat "
