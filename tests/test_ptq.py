@@ -8,6 +8,7 @@ through the same tests, and gives what the notebook's gives.
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import inspect
 import itertools
@@ -39,7 +40,7 @@ def cells_of_the_lesson():
                      if isinstance(node, ast.FunctionDef)
                      or isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "RATIOS"]  # fmt: skip
     names = {"torch": torch, "nn": nn, "np": np, "ptq": ptq, "SimpleNamespace": SimpleNamespace, "device": "cpu",
-             "copy": copy, "scipy": scipy}
+             "copy": copy, "scipy": scipy, "contextmanager": contextlib.contextmanager}
     exec(compile(ast.Module(body, []), path.name, "exec"), names)
     return SimpleNamespace(**names)
 
