@@ -181,7 +181,7 @@ def bits_of(scheme: str) -> float:
     """Bits that a weight of the layers takes, with a 16-bit scale (MXFP4: 8 bits, NVFP4: 8 bits of 16 values)."""
     target, group = Target.of(SCHEMES[scheme]["weight"]), SCHEMES[scheme].get("group_size")
     bits = {"ternary": math.log2(3), "FP8": 8, "E4M3": 8, "MXFP4": 4, "NVFP4": 4}.get(str(target)) or target.fmt.bits
-    return bits + (8 / target.block if target.block else 16 / group if group else 0)
+    return bits + ((16 if target.rule == "gguf" else 8) / target.block if target.block else 16 / group if group else 0)
 
 
 def experiment(base, ids, tokens, schemes=SCHEMES, steps: int = 700, seeds=(0, 1, 2), batch_size: int = 16,
@@ -273,7 +273,10 @@ def record_recovery(full: bool) -> Path:
             running = any(job.poll() is None for _, job in jobs)
             rows = [json.loads(line) for out, _ in jobs if out.exists() for line in out.read_text().splitlines()]
             if rows:
-                path = keep(results.save("qat_recovery", rows, profile="full" if full else "quick"))
+                for name, kind in (("qat_rates", "rate"), ("qat_recovery", "result")):
+                    some = [{k: v for k, v in row.items() if k != "kind"} for row in rows if row["kind"] == kind]
+                    if some:
+                        path = keep(results.save(name, some, profile="full" if full else "quick"))
             if not running:
                 return path
             time.sleep(5)
@@ -335,7 +338,8 @@ def record_speed(full: bool = True) -> Path:
     return results.RESULTS / results.machine_folder() / "fake_quant_speed.json"
 
 
-RECORDS = {"qat_recovery": record_recovery, "qat_gguf": record_gguf, "fake_quant_speed": record_speed}
+RECORDS = {"qat_recovery": record_recovery, "qat_rates": record_recovery, "qat_gguf": record_gguf,
+           "fake_quant_speed": record_speed}  # fmt: skip
 
 if __name__ == "__main__":
     worker(*sys.argv[1:]) if sys.argv[1:] else train_q4_0()

@@ -80,8 +80,10 @@ RESULTS = {
                                  "torchao under torch.compile, FP8 or BF16 all-gather, beside Transformer Engine."),
     "fp8_scaling_loss": About("fp8_on_several_gpus", "gpus", "record_fsdp", "The training loss of the same global "
                               "batches on 1, 2 and 4 GPUs, in BF16 and with FP8 weights."),
-    "qat_recovery": About("qat", "gpu", "record_qat", "Quantization-aware training of the course model in ten schemes, "
-                          "against rounding (PTQ) and against a control that trained as long, with three seeds."),
+    "qat_recovery": About("qat", "gpu", "record_qat", "Quantization-aware training of the course model (straight "
+                          "through, LSQ, distilled) against GPTQ and a control that trained as long; three seeds."),
+    "qat_rates": About("qat", "gpu", "record_qat", "The learning rates that each arm of qat_recovery tried, by the "
+                       "KLD on held-back training text."),
     "qat_gguf": About("qat", "llama.cpp", "record_qat", "The course model as GGUF files: rounded by llama.cpp, and "
                       "trained on the grid of Q4_0, at their sizes."),
     "ptq_methods": About("ptq_fundamentals", "any", "record_ptq", "Quantization after training by hand (rounding, "
@@ -229,16 +231,13 @@ def _inference(data) -> str:
 
 
 def _qat(data) -> str:
-    said = []
-    for scheme, what in (("W4A16", "4-bit"), ("W3", "3-bit"), ("ternary", "ternary")):
-        before = one(data, scheme=scheme, arm="PTQ")
-        after, kld = (mean(data, column, scheme=scheme, arm="QAT, distilled")
-                      for column in ("perplexity_ratio", "kld_mean"))  # fmt: skip
-        ratio = before["perplexity_ratio"]
-        loss = percent(ratio - 1, 1) if ratio < 2 else f"{ratio:.0f} ×"
-        said.append(f"{what} weights: {loss} by rounding, **{percent(after - 1, 1)}** trained "
-                    f"(KLD {before['kld_mean']:.2f} to {kld:.2f})")  # fmt: skip
-    return "perplexity against the float model's; " + "; ".join(said)
+    said, steps = [], max(row["steps"] for row in data.rows if row["seed"] > 0)
+    for scheme, what in (("W4A16", "4-bit"), ("W3", "3-bit"), ("W2", "2-bit")):
+        nearest, gptq = (one(data, scheme=scheme, arm=arm)["kld_mean"] for arm in ("RTN", "GPTQ"))
+        qat = mean(data, "kld_mean", scheme=scheme, arm="QAT, distilled", steps=steps)
+        said.append(f"{what} weights: {nearest:.3f} rounded to nearest, {gptq:.3f} by GPTQ with searched scales, "
+                    f"**{qat:.3f}** trained (distilled)")  # fmt: skip
+    return "KLD from the float model; " + "; ".join(said)
 
 
 def _qat_gguf(data) -> str:
