@@ -19,7 +19,7 @@ def test_sensitivity_in_small(tmp_path, monkeypatch):
     assert single["token_embd.weight", "Q3_K"] > 1e-3  # a tied embedding is the head, too: it must count
     assert all(single[name, "Q3_K"] > single[name, "Q6_K"] for name, _ in single)
     total = sum(value for (_, kind), value in single.items() if kind == "Q6_K")
-    assert mixed["all Q6_K"]["kld_predicted"] == pytest.approx(total, rel=1e-4)
+    assert mixed["all Q6_K"]["kld_predicted"] == pytest.approx(total, rel=1e-5)  # six digits are kept
     assert mixed["by scores, size of Q4_K_S"]["file_bytes"] <= mixed["Q4_K_S, imatrix"]["file_bytes"]
 
 

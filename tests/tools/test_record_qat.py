@@ -79,6 +79,10 @@ def test_experiment_has_every_arm_and_training_helps(base, text, monkeypatch):
     model = fake_quant.prepare(copy.deepcopy(base), **qat.SCHEMES["W2"])
     reference = evaluate.compare_models(base, model, tokens[:2048], 512)
     assert kld["RTN"] == pytest.approx(reference.kld_mean, abs=1e-5)
+    row = rows["W2", "QAT"]
+    record_qat.train(model, ids[: -2 * record_qat.CONTEXT], 12, row["rate"], batch_size=4, context=64)
+    again = record_qat.evaluated(evaluate.logits_of(base, tokens[:2048], 512), model, tokens[:2048])
+    assert again == {key: row[key] for key in again}  # the same seed, the same result
 
 
 @pytest.mark.parametrize("scheme", ["W3", "MXFP4", "W8A8"])
