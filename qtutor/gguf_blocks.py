@@ -122,10 +122,3 @@ def mixture(src, type: str, imatrix: bool = False) -> tuple[dict[str, list[str]]
         elif len(tensor.shape) == 2:
             others[tensor.name.removesuffix(".weight")] = tensor.type
     return {kind: [found[i] for i in sorted(found)] for kind, found in layers.items()}, others
-
-
-def in_words(formats: list[str]) -> str:
-    """``["Q6_K", "Q4_K", "Q4_K", "Q6_K"]`` -> ``"Q4_K; Q6_K in 0, 3"``: the commonest (or smaller), and the rest."""
-    common = max(formats, key=lambda f: (formats.count(f), -bits_of(f)))
-    rest = {kind: [str(i) for i, f in enumerate(formats) if f == kind] for kind in formats if kind != common}
-    return "; ".join([common, *(f"{kind} in {', '.join(places)}" for kind, places in rest.items())])

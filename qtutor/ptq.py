@@ -1,8 +1,9 @@
-"""Around post-training quantization: which layers, what they really hold, why a library said no.
+"""Around post-training quantization: GPTQ, which layers there are, what they really hold, why a library said no.
 
-The methods themselves are in the cells of the notebook on quantization after training.  Here is what they use:
+The notebook on quantization after training has the methods in its cells, explained; a test holds its GPTQ to this one.
 
     layers = ptq.linears(model)                    # every linear layer but the output head
+    layer.weight.copy_(ptq.gptq(layer.weight, H, bits=3, group=32, clip=True))
     held = ptq.stored(model)                       # what lies in memory, whatever the configuration says
     model, why = ptq.attempt(lambda: AutoModelForCausalLM.from_pretrained(folder, quantization_config=config))
 """
@@ -13,20 +14,21 @@ import logging
 import re
 from collections.abc import Callable
 
+import torch
+
 from . import QtutorError, measure
 
+RATIOS = tuple(1 - i / 20 for i in range(11))  # clip ratios: shares of a group's largest magnitude, 1.00 to 0.50
 SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # layer: one that gets the same input
 
 
 def linears(model) -> dict:
     """Name -> layer: every linear layer of a causal language model except its output head.  Some libraries' quantized
     layers are no ``nn.Linear``: what has ``in_features`` and ``out_features`` counts as one."""
-
-    def linear(module):
-        return all(isinstance(getattr(module, side, None), int) for side in ("in_features", "out_features"))
-
+    sides = ("in_features", "out_features")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {name: module for name, module in model.named_modules() if linear(module) and module is not head}
+    return {name: module for name, module in model.named_modules()
+            if module is not head and all(isinstance(getattr(module, side, None), int) for side in sides)}  # fmt: skip
 
 
 def source(name: str) -> str:
@@ -35,18 +37,49 @@ def source(name: str) -> str:
     return head + dot + SAME_INPUT.get(last, last)
 
 
-def stored(model) -> dict:
-    """What a model really holds, counted from the storage behind its tensors (see :func:`measure.stored_bytes`).
+def nearest(blocks, scale, bits: int):
+    """``blocks`` rounded to the nearest point of the signed grid of ``bits`` bits with steps of ``scale``."""
+    return (blocks * (1 / scale)).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
 
-    - ``bits_per_weight``: of its linear layers without the head; scales, zero points and tables included
-    - ``stored_as``: the dtypes of the codes of these layers
-    - ``weights_mb``: of the whole model, a tied embedding once
 
-    Raises QtutorError where the model has no linear layers.
+def clip_scale(blocks, importance, bits: int, ratios=RATIOS):
+    """The scale (n, 1) of each block of weights (n, k) that makes its squared error smallest, among ``ratios`` of its
+    largest magnitude.  Errors are weighted by ``importance``: (k,) or (n, k), such as the diagonal of H."""
+    scales = [(r * blocks.abs().amax(1) / (2 ** (bits - 1) - 0.5)).clamp_min(1e-12)[:, None] for r in ratios]
+    losses = [((nearest(blocks, scale, bits) - blocks).square() * importance).sum(1, keepdim=True) for scale in scales]
+    return torch.stack(scales).gather(0, torch.stack(losses).argmin(0, keepdim=True))[0]
+
+
+@torch.no_grad()
+def gptq(w, H, bits: int, group: int, damp: float = 0.01, clip: bool = False, order: bool = False, onto=nearest,
+         search=clip_scale):  # fmt: skip
+    """``w`` (rows, columns) rounded by GPTQ: the columns not yet rounded compensate for the error of each column.
+
+    ``H`` (columns, columns) is the sum of x x^T over the inputs x; ``damp`` times its mean diagonal is added to the
+    diagonal.  ``group`` columns share a scale, found when the first of them is reached: from their largest magnitude,
+    or with ``clip`` by :func:`clip_scale`.  ``order`` takes the columns by falling diagonal of ``H``.
+    ``onto`` and ``search``: functions like :func:`nearest` and :func:`clip_scale`, of another grid.
     """
-    from torch import nn
+    if order:
+        by = H.diag().argsort(descending=True)
+        return gptq(w[:, by], H[by][:, by], bits, group, damp, clip, False, onto, search)[:, by.argsort()]
+    w, q, H = w.clone(), torch.zeros_like(w), H.double().clone()
+    H.diagonal().add_(damp * H.diag().mean() + 1e-9 * (H.diag() == 0))  # an input may be 0 throughout
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True).to(w.dtype)
+    for j in range(w.shape[1]):
+        if j % group == 0:
+            importance = H.diag()[j : j + group].to(w.dtype)
+            scale = search(w[:, j : j + group], importance, bits, RATIOS if clip else (1,))
+        q[:, j] = onto(w[:, j : j + 1], scale, bits)[:, 0]
+        w[:, j + 1 :] -= torch.outer((w[:, j] - q[:, j]) / U[j, j], U[j, j + 1 :])
+    return q
 
-    layers = nn.ModuleList(linears(model).values())
+
+def stored(model) -> dict:
+    """What a model really holds, counted from the storage behind its tensors (:func:`measure.stored_bytes`):
+    ``bits_per_weight`` of its linear layers without the head, scales and tables included; ``stored_as``, the dtypes of
+    their codes; ``weights_mb`` of the whole model, a tied embedding once.  QtutorError where it has no such layers."""
+    layers = torch.nn.ModuleList(linears(model).values())
     if not len(layers):
         raise QtutorError("This model has no linear layers outside its head: there is nothing to count.")
     held, weights = measure.stored_bytes(layers)

@@ -10,15 +10,14 @@ given?  So a scheme has these arms, all evaluated on the same text:
     QAT, distilled  the same, but the target is the float model's whole distribution and not one token
                     (LLM-QAT, https://arxiv.org/abs/2305.17888)
 
-and the share of the damage that is repaired is :func:`recovered`.  (A control for distillation would be the float
-model taught by itself: its loss is zero from the first step on, so PTQ is that control.)
+The share of the damage that is repaired is (PTQ - QAT) / (PTQ - float).  (A control for distillation would be the
+float model taught by itself: its loss is zero from the first step on, so PTQ is that control.)
 
 The QAT notebook has the training loop; one trained model, on llama.cpp's grid, is there already: :func:`load_q4_0`.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from . import QtutorError, files
@@ -42,16 +41,6 @@ SCHEMES = {  # name -> options of fake_quant.prepare
 Q4_0_FILE = files.DATA / "qat" / "course_model_q4_0.safetensors"
 # What SCHEMES["Q4_0"] means to llamacpp.quantize; the second pattern is for models whose head is not tied.
 Q4_0_TENSORS = {"token_embd": "Q8_0", r"^output\.weight": "Q8_0"}
-
-
-def recovered(ptq: float, qat: float, original: float) -> float:
-    """The share of the loss by PTQ that QAT wins back: (PTQ - QAT) / (PTQ - float).
-
-    1 is all of it, 0 nothing; beyond 1 QAT is better than the float model (more training can do that).  NaN where PTQ
-    lost nothing.  Works on perplexities and on KL divergences (float: 0).
-    """
-    lost = ptq - original
-    return (ptq - qat) / lost if lost > 0 else math.nan
 
 
 def load_q4_0(path=Q4_0_FILE):

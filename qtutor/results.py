@@ -55,8 +55,8 @@ VOCABULARY = {
         device (cpu or cuda), dtype, compiled (with torch.compile), graph (in a CUDA graph), build, backends (both of
         llama.cpp), threads (of the CPU), notebook (its topic), jobs (processes that shared the machine), ranks
         (processes that train together, one a GPU), tensor (its name in GGUF), mixture (who chose the tensors' types),
-        rival (mixture that it is compared with), rotation (of keys and values before rounding), not_run (why there are
-        no numbers)""",
+        rival (what it is compared with), rotation (of keys and values before rounding), not_run (why there are no
+        numbers)""",
     "model": "model (its name), shape (name of its shape), hidden (width), intermediate (width of the MLP), heads, "
              "kv_heads, layers",
     "tokens": """
@@ -75,7 +75,9 @@ VOCABULARY = {
         model on the same tokens), perplexity_ratio, perplexity_diff (to the base, error paired), perplexity_correlation
         (of the two log-likelihoods), kld_mean, kld_median, kld_p99, kld_p999, kld_max (KL divergence of the model from
         the base, nats a token; p99 and p999 are percentiles), kld_mean_se_windows (standard error over windows),
-        kld_less_rtn, kld_less_rival (kld_mean minus that of round-to-nearest, of the rival, paired), kld_calibration
+        kld_less_rival (kld_mean minus that of the rival, paired), entropy_diff (of
+        the predictions, minus the base's), nll_less_rival (negative log-likelihood minus the rival's),
+        nll_hot_less_rival (the same with all logits divided by 1.1), kld_calibration
         (on the text that chose the types), kld_predicted (sum of the tensors' single scores there), block (tokens
         averaged before an interval), delta_p_mean, delta_p_rms (change of the true token's probability, a share),
         same_top (share of tokens with the same first choice), accuracy (share of questions answered right),

@@ -32,6 +32,11 @@ def main(args):
         state[name] = torch.cat(parts).cpu()
         if hasattr(p.to_local(), "_scale_inv"):
             state[name + ".scale_inv"] = p.to_local()._scale_inv.cpu()
+    for name, x in state.items():  # the newest amax is each rank's own until the next pass
+        if name.endswith("amax_history"):
+            x = x.to(device)
+            dist.all_reduce(x, dist.ReduceOp.MAX)
+            state[name] = x.cpu()
     if rank == 0:
         torch.save(state, {target!r})
     dist.destroy_process_group()

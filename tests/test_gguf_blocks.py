@@ -67,11 +67,6 @@ def test_mixture_is_what_quantize_writes(f32, tmp_path):
     assert others["token_embd"] == done["token_embd.weight"]
 
 
-def test_in_words():
-    assert gguf_blocks.in_words(["Q4_K"] * 4) == "Q4_K" and gguf_blocks.in_words(["F16"]) == "F16"
-    assert gguf_blocks.in_words(["Q6_K", "Q4_K", "Q4_K", "Q6_K"]) == "Q4_K; Q6_K in 0, 3"
-    assert gguf_blocks.in_words(["Q6_K", "Q4_K", "Q4_K", "Q4_K", "Q6_K"]) == "Q4_K; Q6_K in 0, 4"
-
 
 @pytest.mark.parametrize("call", [
     lambda: gguf_blocks.fields("Q4_K", np.zeros(143, np.uint8)),

@@ -1,12 +1,14 @@
 """The cells of the notebook on quantization after training against independent oracles, and what they use of ptq.
 
 The functions under test are taken out of the notebook: what a reader copies is what is held against torchao, against
-the definition of OBQ (no Cholesky, every inverse taken anew) and against an exhaustive search.
+the definition of OBQ (no Cholesky, every inverse taken anew) and against an exhaustive search.  The package's GPTQ goes
+through the same tests, and gives what the notebook's gives.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import inspect
 import itertools
@@ -38,12 +40,13 @@ def cells_of_the_lesson():
                      if isinstance(node, ast.FunctionDef)
                      or isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "RATIOS"]  # fmt: skip
     names = {"torch": torch, "nn": nn, "np": np, "ptq": ptq, "SimpleNamespace": SimpleNamespace, "device": "cpu",
-             "copy": copy, "scipy": scipy}
+             "copy": copy, "scipy": scipy, "contextmanager": contextlib.contextmanager}
     exec(compile(ast.Module(body, []), path.name, "exec"), names)
     return SimpleNamespace(**names)
 
 
 lesson = cells_of_the_lesson()
+both_gptq = pytest.mark.parametrize("gptq", [lesson.gptq, ptq.gptq], ids=["notebook", "package"])
 
 
 @pytest.fixture
@@ -191,27 +194,43 @@ def obq(w, H, bits, group, damp):
     return q
 
 
+@both_gptq
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("group, damp", [(32, 0.01), (96, 0.01), (16, 0.1), (32, 0.0)])
-def test_gptq_gives_the_codes_of_plain_obq(problem, bits, group, damp):
+def test_gptq_gives_the_codes_of_plain_obq(problem, gptq, bits, group, damp):
     w, _, seen = problem
     w, H = w.double(), seen.H.double()
     w[:, ::16] *= 0.1  # a group's amax lies half-way between two codes; as its first column it would be a coin to toss
-    ours, plain = lesson.gptq(w, H, bits, group, damp=damp), obq(w, H, bits, group, damp)
+    ours, plain = gptq(w, H, bits, group, damp=damp), obq(w, H, bits, group, damp)
     torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
     assert not torch.equal(ours, lesson.rtn(w, bits, group))
 
 
-def test_activation_order_is_obq_in_that_order(problem):
+@both_gptq
+def test_activation_order_is_obq_in_that_order(problem, gptq):
     w, _, seen = problem
     w, H = w.double(), seen.H.double()
     by = sorted(range(96), key=lambda j: -H[j, j].item())
     plain = torch.empty_like(w)
     plain[:, by] = obq(w[:, by], H[by][:, by], 3, 32, 0.01)
-    torch.testing.assert_close(lesson.gptq(w, H, 3, 32, order=True), plain, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gptq(w, H, 3, 32, order=True), plain, rtol=1e-6, atol=1e-6)
 
 
-def test_gptq_equals_torchao(problem, monkeypatch):
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("bits", [4, 3])
+def test_the_packages_gptq_with_searched_scales_is_the_notebooks(problem, bits, order):
+    w, _, seen = problem
+    w, H = w.double(), seen.H.double()
+    assert list(ptq.RATIOS) == lesson.RATIOS
+    blocks, importance = w.view(-1, 32), H.diag().expand_as(w).reshape(-1, 32)
+    torch.testing.assert_close(ptq.clip_scale(blocks, importance, bits), lesson.clip_scale(blocks, importance, bits))
+    searched = ptq.gptq(w, H, bits, 32, clip=True, order=order)
+    torch.testing.assert_close(searched, lesson.gptq(w, H, bits, 32, clip=True, order=order), rtol=1e-9, atol=1e-9)
+    assert not torch.equal(searched, ptq.gptq(w, H, bits, 32, order=order))
+
+
+@both_gptq
+def test_gptq_equals_torchao(problem, monkeypatch, gptq):
     """torchao's own loop with int8 weights, a scale for each row; it insists on CUDA, so that line is taken out."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     from torchao.prototype.gptq import api
@@ -226,7 +245,7 @@ def test_gptq_equals_torchao(problem, monkeypatch):
     w, _, seen = problem
     config = api.GPTQConfig(step="convert", base_config=Int8WeightOnlyConfig())
     theirs = names["gptq_quantize"](seen.H.clone(), w.clone(), config)
-    ours = lesson.gptq(w, seen.H, 8, w.shape[1], damp=config.percdamp)
+    ours = gptq(w, seen.H, 8, w.shape[1], damp=config.percdamp)
     torch.testing.assert_close(ours, theirs.dequantize())
     assert (ours - lesson.rtn(w, 8, w.shape[1])).abs().max() > 0
 

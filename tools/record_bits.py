@@ -1,13 +1,14 @@
 """Record where llama.cpp's bits go: ``tensor_sensitivity`` (KLD of each tensor alone in each type, and mixtures chosen
-by it at the sizes of llama.cpp's own) and ``kv_cache_quality`` (KLD of quantized keys and values)."""
+by it at the sizes of llama.cpp's own), ``kv_cache_quality`` (of quantized keys and values), ``imatrix_search``."""
 
 from __future__ import annotations
 
 import os
 import re
 import tempfile
-from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,11 +23,6 @@ from .record_gguf import CALIBRATION, interval
 
 KINDS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 RIVALS = ("Q4_K_M", "Q4_K_S", "Q3_K_M", "Q3_K_S")
-
-
-def every_tensor(path, kind: str, f32, importance) -> Path:
-    """The file with each matrix in one type (norms stay F32)."""
-    return llamacpp.quantize(f32, path, "Q4_K_S", imatrix=importance, tensor_types={r"\.weight$": kind})
 
 
 def record_sensitivity(full: bool = True, *, directory=None) -> Path:
@@ -55,7 +51,8 @@ def record_sensitivity(full: bool = True, *, directory=None) -> Path:
 
         states, tables = {}, {}
         for kind in KINDS:
-            path = every_tensor(folder / f"{kind}.gguf", kind, f32, importance)
+            path = llamacpp.quantize(f32, folder / f"{kind}.gguf", "Q4_K_S", imatrix=importance,
+                                     tensor_types={r"\.weight$": kind})  # each matrix, norms stay F32
             states[kind] = loaded(path)
             tables[kind] = {t["name"]: t for t in llamacpp.tensor_table(path)}
         names = {gguf_export.gguf_name(name): name for name, x in own.items() if x.ndim == 2}
@@ -81,8 +78,7 @@ def record_sensitivity(full: bool = True, *, directory=None) -> Path:
                 row |= {"rival": rival} | interval(klds[label] - klds[rival], "kld_less_rival", ctx - 1)
             rows.append(row)
 
-        def predict(path) -> float | None:
-            """The sum of the scores of the file's types; None where it holds a type without a score."""
+        def predict(path) -> float | None:  # the sum of its types' scores, None where one has no score
             kinds = {t["name"]: t["type"] for t in llamacpp.tensor_table(path)}
             found = [known.get((name, kinds[name])) for name in names]
             return None if None in found else float(sum(found))
@@ -103,20 +99,6 @@ def record_sensitivity(full: bool = True, *, directory=None) -> Path:
     return results.save("tensor_sensitivity", rows, profile="full" if full else "quick", directory=directory)
 
 
-@contextmanager
-def rotation(on: bool):
-    """llama.cpp's Hadamard rotation of quantized keys and values; it reads the variable when a context is made."""
-    before = os.environ.pop("LLAMA_ATTN_ROT_DISABLE", None)
-    try:
-        if not on:
-            os.environ["LLAMA_ATTN_ROT_DISABLE"] = "1"
-        yield
-    finally:
-        os.environ.pop("LLAMA_ATTN_ROT_DISABLE", None)
-        if before is not None:
-            os.environ["LLAMA_ATTN_ROT_DISABLE"] = before
-
-
 def record_kv(full: bool = True, *, directory=None) -> Path:
     """KLD from an F32 cache without fused attention; weights F16.  The same tokens at a short and at a long context."""
     rows, text = [], corpus.fingerprint(corpus.eval_text())
@@ -134,7 +116,8 @@ def record_kv(full: bool = True, *, directory=None) -> Path:
                     base = evaluate.logits_of(original, ids, ctx, bos=bos)
                 for kind in tqdm(("F16", "Q8_0", "Q5_1", "Q4_0"), desc=f"{name}, {ctx} tokens", leave=False):
                     for rotated in (True, False) if kind != "F16" else (False,):
-                        with rotation(rotated), llamacpp.Model(file, ctx=ctx, exact=False, kv_type=kind) as quantized:
+                        with (patch.dict(os.environ, LLAMA_ATTN_ROT_DISABLE=str(int(not rotated))),
+                              llamacpp.Model(file, ctx=ctx, exact=False, kv_type=kind) as quantized):
                             found = evaluate.compare_models(base, quantized, ids, ctx, bos=bos)
                         rows.append({"model": name, "ctx": ctx, "kv_type": kind, "rotation": rotated,
                                      "scored_tokens": len(found.token_kld), "block": block, "text": text,
@@ -142,4 +125,34 @@ def record_kv(full: bool = True, *, directory=None) -> Path:
     return results.save("kv_cache_quality", rows, profile="full" if full else "quick", directory=directory)
 
 
-RECORDS = {"tensor_sensitivity": record_sensitivity, "kv_cache_quality": record_kv}
+def record_search(full: bool = True, *, directory=None) -> Path:
+    """What changes when llama.cpp searches for scales (a matrix of ones) and weighs columns, too (a real one)."""
+    ctx, model, tokenizer, base, rows = 512, course_model.load(), course_model.load_tokenizer(), [], []
+    seen = corpus.tokens("train", tokenizer, packages=CALIBRATION, progress=False)[: (200 if full else 2) * ctx]
+    cut = evaluate.windows(corpus.tokens("eval", tokenizer), ctx)[:: 1 if full else 40]
+
+    def measured(path) -> np.ndarray:  # of each token: KLD, entropy, nll, nll with logits / 1.1
+        parts = []
+        with llamacpp.Model(path, ctx=ctx, exact=False) as run:
+            every = evaluate.iter_logits(run, cut.ravel(), ctx, bos=evaluate.bos_of(run))
+            for n, (logits, true) in enumerate(zip(every, torch.from_numpy(cut[:, 1:]), strict=True)):
+                logp, nll = logits.log_softmax(-1), [evaluate.token_nll(logits / heat, true) for heat in (1, 1.1)]
+                base[n:] = base[n:] or [logp]  # of the first file that is measured
+                parts.append([(base[n].exp() * (base[n] - logp)).sum(-1), -(logp.exp() * logp).sum(-1), *nll])
+        return np.concatenate([torch.stack(part) for part in parts], 1)
+
+    with tempfile.TemporaryDirectory(prefix="qtutor-search-") as folder:
+        f32 = gguf_export.export(model, Path(folder) / "f32.gguf", tokenizer=tokenizer, name="course-model")
+        original, real = measured(f32), llamacpp.imatrix(model, seen, ctx)
+        arms = {"without": None, "ones": {name: 0 * x + 1 for name, x in real.items()}, "imatrix": real}
+        names = ("kld_mean", "entropy_diff", "nll_less_rival", "nll_hot_less_rival")
+        for kind, (arm, matrix) in product(("Q4_0", "Q5_0", "Q5_K_S"), arms.items()):
+            found = measured(llamacpp.quantize(f32, Path(folder) / "made.gguf", kind, imatrix=matrix))
+            plain = found if arm == "without" else plain  # noqa: F821 - the first arm of each type
+            rows.append({"type": kind, "arm": arm, "windows": len(cut), "text": corpus.fingerprint(corpus.eval_text())})
+            for name, values, other in zip(names, found, (0, original[1], *plain[2:]), strict=True):
+                rows[-1] |= interval(values - other, name, ctx - 1)
+    return results.save("imatrix_search", rows, profile="full" if full else "quick", directory=directory)
+
+
+RECORDS = {"tensor_sensitivity": record_sensitivity, "kv_cache_quality": record_kv, "imatrix_search": record_search}

@@ -80,12 +80,10 @@ def arms(full: bool) -> list[dict]:
     return rows
 
 
-def arms_of_all() -> list[dict]:
-    """More rows, to be measured on all GPUs: a whole 7B, and torchao under torch.compile."""
-    seven = "Llama-2-7B"
-    whole = [(name, options(seven, 32, 32000, 4, 2048, **PRECISIONS[name])) for name in WHOLE]
-    torchao = [(name, options(seven, LAYERS[seven], 1024, 4, 2048, **arm)) for name, arm in TORCHAO.items()]
-    return [{"shape": seven, "rung": name, "options": chosen} for name, chosen in whole + torchao]
+def arms_of_all(layers: int, vocab: int, chosen: dict[str, dict]) -> list[dict]:
+    """Rows of Llama-2-7B's shape, to be measured on all GPUs."""
+    return [{"shape": "Llama-2-7B", "rung": name, "options": options("Llama-2-7B", layers, vocab, 4, 2048, **arm)}
+            for name, arm in chosen.items()]  # fmt: skip
 
 
 def torchao_arm(args, device):
@@ -168,9 +166,6 @@ def measured(code: dict, args, device, seconds: float) -> dict:
     weights = sum(p.numel() for p in model.parameters())
     for _ in range(4):
         train(rows)
-    code["Wire"].moved.clear()
-    with code["Wire"]() as wire:
-        train(rows)
     measure.synchronize(device)
     began = time.perf_counter()
     train(rows), train(rows), measure.synchronize(device)
@@ -191,9 +186,7 @@ def measured(code: dict, args, device, seconds: float) -> dict:
     ms, tokens = agreed(statistics.median(each), device), args.batch * args.sequence
     cut = statistics.quantiles(each, n=10)
     row = {"ms_per_step": ms, "ms_p10": cut[0], "ms_p90": cut[-1], "repeats": count,
-           "train_tokens_per_s": tokens / ms * 1000, "trained_weights": weights,
-           "gathered_bytes_per_weight": wire.moved["_allgather_base_"] / weights,
-           "scattered_bytes_per_weight": wire.moved["_reduce_scatter_base_"] / weights}  # fmt: skip
+           "train_tokens_per_s": tokens / ms * 1000, "trained_weights": weights}  # fmt: skip
     joules = agreed(used.joules if math.isfinite(used.joules) else 0.0, device, dist.ReduceOp.SUM)
     if gpu and joules:
         row |= {"joules_per_train_token": joules / (count * tokens * world), "watts": joules / used.seconds / world}
@@ -204,6 +197,11 @@ def measured(code: dict, args, device, seconds: float) -> dict:
         row["peak_gib"] = agreed(torch.cuda.max_memory_allocated() - before, device) / measure.GIB
     if gpu and world > 1:
         row["exposed_share"] = agreed(exposed_share(lambda: train(rows)), device, dist.ReduceOp.SUM) / world
+    code["Wire"].moved.clear()
+    with code["Wire"]() as wire:  # last of all: a dispatch mode makes Dynamo give up compiled layers for good
+        train(rows)
+    for way, name in (("gathered", "_allgather_base_"), ("scattered", "_reduce_scatter_base_")):
+        row[f"{way}_bytes_per_weight"] = wire.moved[name] / weights
     return row
 
 
@@ -249,16 +247,30 @@ def side_by_side(source: Path, world: int, gpus: int, rows: list[dict], seconds:
 
 
 def record(full: bool) -> Path:
-    """``fp8_scaling``: every arm on 4, 2 and 1 GPUs; a whole 7B, and torchao, on all of them."""
+    """``fp8_scaling``: every arm on 4, 2 and 1 GPUs; a whole 7B on all of them."""
+    gpus = torch.cuda.device_count() or 2
+    whole = arms_of_all(32, 32000, {name: PRECISIONS[name] for name in WHOLE})
+    return saved("fp8_scaling", [(n, arms(full)) for n in (4, 2, 1) if n <= gpus] + [(gpus, whole)] * full, full)
+
+
+def record_torchao(full: bool) -> Path:
+    """``fp8_scaling_torchao``: torchao under torch.compile, and Transformer Engine beside it, on all GPUs."""
+    both = {name: PRECISIONS[name] for name in WHOLE} | TORCHAO
+    rows = arms_of_all(LAYERS["Llama-2-7B"], 1024, both) if full else arms(False)
+    return saved("fp8_scaling_torchao", [(torch.cuda.device_count() or 2, rows)], full)
+
+
+def saved(name: str, todo: list, full: bool) -> Path:
+    """Measure (ranks, rows) after (ranks, rows); keep the result after each."""
     if full:
         rig.require_fp8()
     gpus, rows = torch.cuda.device_count() or 2, []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "train_fsdp.py")
         source.write_text(script())
-        for world, todo in [(n, arms(full)) for n in (4, 2, 1) if n <= gpus] + [(gpus, arms_of_all())] * full:
-            rows += side_by_side(source, world, gpus, todo, 10 if full else 0.2, Path(folder))
-            path = keep(results.save("fp8_scaling", rows, profile="full" if full else "quick", devices=gpus))
+        for world, part in todo:
+            rows += side_by_side(source, world, gpus, part, 10 if full else 0.2, Path(folder))
+            path = keep(results.save(name, rows, profile="full" if full else "quick", devices=gpus))
     return path
 
 
@@ -275,7 +287,7 @@ def losses(source: Path, data: Path, ranks: int, seed: int, name: str, steps: in
                             env=os.environ | lane, stdout=subprocess.PIPE, text=True)  # fmt: skip
 
 
-def record_losses(full: bool) -> Path:
+def record_losses(full: bool, seeds=range(4)) -> Path:
     """``fp8_scaling_loss``: the same global batches on 1, 2 and 4 ranks, in BF16 and with FP8 weights, by seed."""
     gpus, rows, steps = torch.cuda.device_count() or 2, [], 400 if full else 4
     sizes = {"layers": 4, "batch": 16, "sequence": 512} if full else {"hidden": 64, "ffn": 128, "sequence": 64}
@@ -284,7 +296,7 @@ def record_losses(full: bool) -> Path:
         source.write_text(script())
         np.save(data, corpus.tokens("train", course_model.load_tokenizer()))
         names = [name for name in PRECISIONS if name in WHOLE]
-        for seed in range(4 if full else 1):
+        for seed in seeds if full else [0]:
             runs = {(n, name): losses(source, data, n, seed, name, steps, **sizes)
                     for n in (1, 2, 4) if n <= gpus for name in names}  # fmt: skip
             for (ranks, name), run in runs.items():
@@ -298,7 +310,7 @@ def record_losses(full: bool) -> Path:
     return path
 
 
-RECORDS = {"fp8_scaling": record, "fp8_scaling_loss": record_losses}
+RECORDS = {"fp8_scaling": record, "fp8_scaling_torchao": record_torchao, "fp8_scaling_loss": record_losses}
 
 if __name__ == "__main__":
     worker(sys.argv[1], sys.argv[2], float(sys.argv[3]))

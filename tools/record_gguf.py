@@ -1,6 +1,6 @@
 """Record what llama.cpp's types cost: ``gguf_quality`` on the course model, ``smollm2_quality`` on a real chat model.
 
-    python -m tools.record_gguf            # the whole evaluation text: a quarter of an hour on two cores
+    make results ONLY=gguf_quality         # the whole evaluation text: a quarter of an hour on two cores
     make results ONLY=smollm2_quality      # after python -m qtutor model fetch smollm2: a quarter of an hour
 
 ``smollm2_quality`` has no original to compare with.  Its yardstick, ``F16``, is the downloaded Q4_1 file dequantized: a
@@ -50,9 +50,8 @@ def measure(path, name: str, imatrix: bool, base, tokens, ctx: int, bos):
     """
     with llamacpp.Model(path, ctx=ctx, exact=False) as model:
         found = evaluate.compare_models(base, model, tokens, ctx, bos=bos)
-    quality = {key: value for key, value in found.row().items() if key != "n"}
     row = {"type": name, "imatrix": imatrix, "bits_per_weight": llamacpp.bits_per_weight(path),
-           "file_bytes": Path(path).stat().st_size, "ctx": ctx, **quality, "scored_tokens": len(found.token_kld),
+           "file_bytes": Path(path).stat().st_size, "ctx": ctx, **found.row(), "scored_tokens": len(found.token_kld),
            "kld_p999_se": percentile_se(found.token_kld, 99.9),
            "kld_mean_se_windows": over_windows(found.token_kld, ctx)}  # fmt: skip
     return row, found
@@ -60,12 +59,12 @@ def measure(path, name: str, imatrix: bool, base, tokens, ctx: int, bos):
 
 def same_tensors(one, other) -> bool:
     """True when two GGUF files hold the same tensors, byte for byte (their metadata may differ)."""
-    one, other = llamacpp.check_gguf(one), llamacpp.check_gguf(other)
-    if [(t.name, t.type, t.shape) for t in one.tensors] != [(t.name, t.type, t.shape) for t in other.tensors]:
-        return False
-    a, b = np.memmap(one.path, mode="r"), np.memmap(other.path, mode="r")
-    return all(np.array_equal(a[x.offset : x.offset + x.nbytes], b[y.offset : y.offset + y.nbytes])
-               for x, y in zip(one.tensors, other.tensors, strict=True))  # fmt: skip
+    def content(path):
+        data = np.memmap(path, mode="r")
+        return [(t.name, t.type, t.shape, bytes(data[t.offset : t.offset + t.nbytes]))
+                for t in llamacpp.check_gguf(path).tensors]  # fmt: skip
+
+    return content(one) == content(other)
 
 
 def measure_types(f32, base, tokens, importance, folder: Path, names, ctx: int, bos):
@@ -189,9 +188,3 @@ def record_smollm2(full: bool = True, *, windows: int = 8, ctx: int = 512, calib
 
 
 RECORDS = {"gguf_quality": record, "smollm2_quality": record_smollm2}
-
-if __name__ == "__main__":
-    try:
-        print(record())
-    except QtutorError as error:
-        raise SystemExit(str(error)) from None

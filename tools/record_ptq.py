@@ -59,6 +59,8 @@ def run(path: Path, full: bool) -> dict:
         warnings.filterwarnings("ignore", message=".*non-interactive.*")  # plt.show() has nothing to show on
         for source in tqdm(lesson_cells(path), desc=path.stem, unit="cell"):
             exec(compile(source, path.name, "exec"), names)
+            if "EVERY" in assigned(source):  # which a CPU's readers do not wait for, nor for so much text
+                names |= {"EVERY": True, "WINDOWS": max(32, names.get("WINDOWS", 0))}
             plt.close("all")
     return names
 

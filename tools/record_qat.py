@@ -8,23 +8,47 @@ GPU it replays a CUDA graph, because a step of so small a model is otherwise the
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy import stats
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import qtutor
-from qtutor import corpus, course_model, evaluate, fake_quant, files, gguf_export, llamacpp, measure, packed, results
+from qtutor import (
+    corpus,
+    course_model,
+    evaluate,
+    fake_quant,
+    files,
+    formats,
+    gguf_export,
+    llamacpp,
+    measure,
+    packed,
+    ptq,
+    results,
+)
 from qtutor.files import whole
 from qtutor.qat import Q4_0_FILE, Q4_0_TENSORS, SCHEMES, load_q4_0
 from qtutor.rigs.decoding import llama_logits
+from qtutor.ste import Target
 
-RATES = {"W8A8": 1e-4, "FP8": 1e-4, "W3": 5e-4, "W2": 1e-3, "ternary": 1e-3}  # see the notebook; otherwise 3e-4
+from . import keep
+
+RATES = {"W4A16": 3e-4, "W3": 5e-4, "W2": 1e-3, "MXFP4": 3e-4}  # tried: a third of it, it, three times it
+TRAINED = tuple(RATES)
+METHODS = "RTN", "searched scale", "GPTQ", "GPTQ, activation order"  # both GPTQ with searched scales
+ARMS = "control", "QAT", "QAT, LSQ", "QAT, distilled", "QAT, distilled, LSQ"
 CONTEXT = 512  # of the evaluation
 KEPT = ("perplexity", "perplexity_se", "base_perplexity", "perplexity_ratio", "perplexity_ratio_se", "kld_mean",
         "kld_mean_se", "same_top")  # fmt: skip
@@ -75,57 +99,196 @@ def train(model, ids, steps: int, rate: float, batch_size: int = 16, context: in
     return losses.tolist()
 
 
-@torch.no_grad()
-def evaluated(kept, model, tokens) -> dict:
-    """Columns of a result: perplexity of ``model`` and its distance from the float model, whose logits are ``kept``."""
+def window_klds(kept, model, tokens):
+    """The comparison of ``model`` with the float model, whose logits are ``kept``, and its mean KLD of each window."""
     targets, parts = evaluate.targets_of(tokens, CONTEXT), evaluate.iter_logits(model, tokens, CONTEXT)
     if isinstance(model, torch.nn.Module):  # 16 windows at a time: one alone leaves a GPU waiting for Python
         ids = torch.from_numpy(evaluate.windows(tokens, CONTEXT)).to(kept.device)
         parts = (llama_logits(model, part)[:, :-1].flatten(0, 1) for part in ids.split(16))
-    row = evaluate.compare(kept, parts, targets).row()
-    return {**{name: round(row[name], 6) for name in KEPT}, "scored_tokens": len(targets),
-            "text": corpus.fingerprint(corpus.eval_text())}  # fmt: skip
+    found = evaluate.compare(kept, parts, targets)
+    return found, found.token_kld.reshape(-1, CONTEXT - 1).mean(1)
+
+
+@torch.no_grad()
+def evaluated(kept, model, tokens, rival=None) -> dict:
+    """Columns of a result: perplexity of ``model`` and its distance from the float model, whose logits are ``kept``.
+    ``rival``: the KLD of each window of the model that it is compared with."""
+    found, klds = window_klds(kept, model, tokens)
+    row = {**{name: round(found.row()[name], 6) for name in KEPT}, "kld_mean_se_windows": stats.sem(klds),
+           "scored_tokens": found.scored_tokens, "windows": len(klds)}  # fmt: skip
+    if rival is not None:
+        row |= {"kld_less_rival": (klds - rival).mean(), "kld_less_rival_se": stats.sem(klds - rival)}
+    return row | {"text": corpus.fingerprint(corpus.eval_text())}
+
+
+@torch.no_grad()
+def hessians(model, ids, windows: int = 64) -> dict:
+    """Name of a layer -> the sum of x x^T over its inputs on the first ``windows`` of ``ids`` (layers that share an
+    input: one tensor)."""
+    sums, hooks = {}, []
+    for name, layer in ptq.linears(model).items():
+        if ptq.source(name) == name:
+            def gather(layer, args, name=name):
+                x = args[0].flatten(0, -2).double()
+                sums[name] = sums.get(name, 0) + x.T @ x
+
+            hooks.append(layer.register_forward_pre_hook(gather))
+    device = next(model.parameters()).device
+    for part in torch.from_numpy(evaluate.windows(ids[: windows * CONTEXT], CONTEXT)).to(device).split(8):
+        model(part, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: sums[ptq.source(name)] for name in ptq.linears(model)}
+
+
+def mx_nearest(blocks, scale, bits=4):
+    """``blocks`` on E2M1's points times ``scale``."""
+    return formats.E2M1.round((blocks / scale).clamp(-formats.E2M1.max, formats.E2M1.max)) * scale
+
+
+def mx_scale(blocks, importance, bits=4, ratios=(1,)):
+    """The power of two (n, 1) of each block of MXFP4: the standard's or, of several ``ratios``, that or a neighbour, by
+    the squared error."""
+    scale = formats.mx_scale(blocks.abs().amax(1, keepdim=True), formats.E2M1)
+    tried = [scale * 2.0**i for i in ((-1, 0, 1) if len(ratios) > 1 else (0,))]
+    losses = [((mx_nearest(blocks, s) - blocks).square() * importance).sum(1, keepdim=True) for s in tried]
+    return torch.stack(tried).gather(0, torch.stack(losses).argmin(0, keepdim=True))[0]
+
+
+@torch.no_grad()
+def after_training(model, scheme: str, method: str, H: dict):
+    """A copy of a float ``model`` with the weights of its layers rounded by ``method`` of METHODS, and a scheme's
+    quantizers of activations where it has some."""
+    quantized = fake_quant.prepare(copy.deepcopy(model), **SCHEMES[scheme])
+    if method == "RTN":
+        return quantized
+    how = SCHEMES[scheme]
+    onto, search = (mx_nearest, mx_scale) if how["weight"] == "MXFP4" else (ptq.nearest, ptq.clip_scale)
+    bits = 4 if onto is mx_nearest else int(how["weight"].removeprefix("int"))
+    for name, layer in ptq.linears(quantized).items():
+        w, group = layer.weight.data, how.get("group_size") or (32 if onto is mx_nearest else layer.in_features)
+        if method == "searched scale":
+            blocks, importance = w.reshape(-1, group), H[name].diag().float().expand_as(w).reshape(-1, group)
+            layer.weight.data = onto(blocks, search(blocks, importance, bits, ptq.RATIOS), bits).view_as(w)
+        else:
+            layer.weight.data = ptq.gptq(w, H[name], bits, group, clip=True, order=method.endswith("order"),
+                                         onto=onto, search=search)  # fmt: skip
+        layer.weight_fake_quant = torch.nn.Identity()  # its own search would move the points
+    return quantized
+
+
+def bits_of(scheme: str) -> float:
+    """Bits that a weight of the layers takes, with a 16-bit scale (MXFP4: 8 bits, NVFP4: 8 bits of 16 values)."""
+    target, group = Target.of(SCHEMES[scheme]["weight"]), SCHEMES[scheme].get("group_size")
+    bits = {"ternary": math.log2(3), "FP8": 8, "E4M3": 8, "MXFP4": 4, "NVFP4": 4}.get(str(target)) or target.fmt.bits
+    return bits + ((16 if target.rule == "gguf" else 8) / target.block if target.block else 16 / group if group else 0)
 
 
 def experiment(base, ids, tokens, schemes=SCHEMES, steps: int = 700, seeds=(0, 1, 2), batch_size: int = 16,
-               context: int = 512):  # fmt: skip
+               context: int = 512, curve=(), held_out: int = 40):  # fmt: skip
     """Yield the rows of ``qat_recovery``: every arm of every scheme and seed (order of batches; -1: not trained).
-    The control trains at its scheme's rate; the float model that it is rounded from has scheme "float"."""
-    kept = evaluate.logits_of(base, tokens, CONTEXT).to(next(base.parameters()).device)
-    how, tuned = dict(steps=steps, batch_size=batch_size, context=context), {}
 
-    def quantized(model, scheme):
-        return fake_quant.prepare(copy.deepcopy(model), **SCHEMES[scheme])
+    Arms after training are METHODS.  Schemes of TRAINED have trained arms, too; each is trained with three rates on the
+    first seed, and goes on with the one that is nearest to the float model on the last ``held_out`` windows of the
+    training text, which nobody trains on (rows of kind "rate").  A control is the float model trained as an arm "QAT"
+    is, then rounded.  ``curve``: further numbers of steps, on the first seed.
+    """
+    device, how = next(base.parameters()).device, dict(batch_size=batch_size, context=context)
+    ids, chosen_on = ids[: -held_out * CONTEXT], ids[-held_out * CONTEXT :]
+    kept, kept_for_rates = (evaluate.logits_of(base, text, CONTEXT).to(device) for text in (tokens, chosen_on))
+    H_of_base = hessians(base, ids)
 
-    def row(scheme, arm, model, seed=-1, rate=0.0):
-        return dict(scheme=scheme, arm=arm, seed=seed, rate=rate, steps=steps if seed >= 0 else 0,
-                    tokens_per_step=batch_size * context, **evaluated(kept, model, tokens))  # fmt: skip
+    def trained(scheme, arm, rate, seed, steps):
+        model = copy.deepcopy(base)
+        if arm != "control":
+            model = fake_quant.prepare(model, **SCHEMES[scheme], learned="LSQ" in arm)
+        if gpu := device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        train(model, ids, steps, rate, seed=seed, teacher=base if "distilled" in arm else None, **how)
+        return model, {"seconds": time.perf_counter() - began} | (
+            {"peak_gib": torch.cuda.max_memory_allocated() / measure.GIB} if gpu else {})  # fmt: skip
+
+    def row(scheme, arm, model, rival=None, seed=-1, rate=0.0, steps=0, **more):
+        return dict(kind="result", scheme=scheme, arm=arm, seed=seed, rate=rate, steps=steps,
+                    tokens_per_step=batch_size * context, bits_per_weight=bits_of(scheme), rival="GPTQ",
+                    **evaluated(kept, model, tokens, rival), **more)  # fmt: skip
 
     for scheme in schemes:
-        rate = RATES.get(scheme, 3e-4)
-        yield row(scheme, "PTQ", quantized(base, scheme))
-        for seed in seeds:
-            if (seed, rate) not in tuned:
-                tuned[seed, rate] = copy.deepcopy(base)
-                train(tuned[seed, rate], ids, rate=rate, seed=seed, **how)
-                yield row("float", "fine-tuned", tuned[seed, rate], seed, rate)
-            yield row(scheme, "control", quantized(tuned[seed, rate], scheme), seed, rate)
-            for arm, teacher in (("QAT", None), ("QAT, distilled", base)):
-                model = quantized(base, scheme)
-                train(model, ids, rate=rate, seed=seed, teacher=teacher, **how)
-                yield row(scheme, arm, model, seed, rate)
+        weight = SCHEMES[scheme]["weight"]
+        methods = METHODS if weight.startswith("int") or weight == "MXFP4" else METHODS[:1]
+        models = {method: after_training(base, scheme, method, H_of_base) for method in methods}
+        with torch.no_grad():
+            rival = window_klds(kept, models["GPTQ"], tokens)[1] if "GPTQ" in models else None
+        for method, model in models.items():
+            yield row(scheme, method, model, rival)
+        if scheme not in TRAINED:
+            continue
+
+        def result(arm, model, rival=rival, scheme=scheme, **where):
+            if arm != "control":
+                return [row(scheme, arm, model, rival, **where)]
+            return [row(scheme, arm, after_training(model, scheme, "RTN", None), rival, **where),
+                    row(scheme, "control, GPTQ", after_training(model, scheme, "GPTQ", hessians(model, ids)), rival,
+                        **where)]  # fmt: skip
+
+        best = {}
+        for arm in [arm for arm in ARMS if not ("LSQ" in arm and weight == "MXFP4")]:
+            found = {}
+            for rate in [RATES[scheme] * factor for factor in (1 / 3, 1, 3)]:
+                model, cost = trained(scheme, arm, rate, seeds[0], steps)
+                judged = after_training(model, scheme, "RTN", None) if arm == "control" else model
+                with torch.no_grad():
+                    held = window_klds(kept_for_rates, judged, chosen_on)[0].kld_mean
+                found[rate] = held, model, cost
+                yield dict(kind="rate", scheme=scheme, arm=arm, seed=seeds[0], rate=rate, steps=steps,
+                           tokens_per_step=batch_size * context, kld_calibration=held)  # fmt: skip
+            best[arm] = rate = min(found, key=lambda rate: found[rate][0])
+            yield from result(arm, found[rate][1], seed=seeds[0], rate=rate, steps=steps, **found[rate][2])
+            for seed in seeds[1:]:
+                model, cost = trained(scheme, arm, rate, seed, steps)
+                yield from result(arm, model, seed=seed, rate=rate, steps=steps, **cost)
+        for arm in ("QAT, distilled", "QAT", "control") if scheme in ("W3", "W2") else ():
+            for n in curve:
+                model, cost = trained(scheme, arm, best[arm], seeds[0], n)
+                yield from result(arm, model, seed=seeds[0], rate=best[arm], steps=n, **cost)
 
 
 def record_recovery(full: bool) -> Path:
-    """Run :func:`experiment` on a GPU and save ``qat_recovery`` after every row: what was done is there if it stops."""
+    """Run :func:`experiment` on all GPUs, one scheme a GPU at a time, and save ``qat_recovery`` as rows come."""
     if not torch.cuda.is_available():
-        raise qtutor.QtutorError("Training in ten schemes takes a CUDA GPU, and there is none.")
-    rows, path, size = [], None, {} if full else dict(schemes=["W3"], steps=20, seeds=(0,))
+        raise qtutor.QtutorError("Training so many arms takes a CUDA GPU, and there is none.")
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "train.npy")
+        np.save(text, corpus.tokens("train", course_model.load_tokenizer()))
+        gpus, jobs, path = torch.cuda.device_count(), [], None
+        others = [scheme for scheme in SCHEMES if scheme not in TRAINED]
+        for gpu in range(min(gpus, len(TRAINED))):
+            mine = [*others[gpu::gpus], *TRAINED[gpu::gpus]] if full else ["W3"]
+            out = Path(folder, f"{gpu}.jsonl")
+            command = [sys.executable, "-W", "ignore", "-m", "tools.record_qat", str(out), str(text), str(int(full))]
+            jobs.append((out, subprocess.Popen([*command, *mine],
+                                               env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)})))  # fmt: skip
+        while True:
+            running = any(job.poll() is None for _, job in jobs)
+            rows = [json.loads(line) for out, _ in jobs if out.exists() for line in out.read_text().splitlines()]
+            if rows:
+                for name, kind in (("qat_rates", "rate"), ("qat_recovery", "result")):
+                    some = [{k: v for k, v in row.items() if k != "kind"} for row in rows if row["kind"] == kind]
+                    if some:
+                        path = keep(results.save(name, some, profile="full" if full else "quick"))
+            if not running:
+                return path
+            time.sleep(5)
+
+
+def worker(out: str, text: str, full: str, *schemes: str) -> None:
+    """What one GPU runs: rows of its schemes into ``out``, one a line."""
     base, tokenizer = course_model.load(dtype=torch.float32, device="cuda"), course_model.load_tokenizer()
-    for row in experiment(base, corpus.tokens("train", tokenizer), corpus.tokens("eval", tokenizer), **size):
-        rows.append(row)
-        path = results.save("qat_recovery", rows, profile="full" if full else "quick")
-    return path
+    size = dict(curve=(70, 210, 2100)) if int(full) else dict(steps=20, seeds=(0,))
+    for row in experiment(base, np.load(text), corpus.tokens("eval", tokenizer), schemes, **size):
+        with open(out, "a") as file:
+            print(json.dumps(row, default=float), file=file)
 
 
 def gguf_rows(base, tokens, trained, types=("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")):
@@ -175,7 +338,8 @@ def record_speed(full: bool = True) -> Path:
     return results.RESULTS / results.machine_folder() / "fake_quant_speed.json"
 
 
-RECORDS = {"qat_recovery": record_recovery, "qat_gguf": record_gguf, "fake_quant_speed": record_speed}
+RECORDS = {"qat_recovery": record_recovery, "qat_rates": record_recovery, "qat_gguf": record_gguf,
+           "fake_quant_speed": record_speed}  # fmt: skip
 
 if __name__ == "__main__":
-    train_q4_0()
+    worker(*sys.argv[1:]) if sys.argv[1:] else train_q4_0()

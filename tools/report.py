@@ -13,6 +13,7 @@ answer.  What has not been recorded has no headline: it is listed on the page as
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import math
 import os
@@ -47,6 +48,8 @@ NEEDS = {
     "80 GB": ("a CUDA GPU of 80 GB, with a llama.cpp that uses it", _cuda),  # the recorder says what is not enough
     "llama.cpp": ("llama.cpp", lambda: qtutor.llamacpp.available()[0]),
     "smollm2": ("SmolLM2: python -m qtutor model fetch smollm2", lambda: fetch.folder() is not None),
+    "llm-compressor": ("llm-compressor, in an environment of its own: make llmc-env",
+                       lambda: importlib.import_module(".record_llmcompressor", __package__).available()),
     "any": ("any machine", lambda: True),
 }
 
@@ -73,24 +76,32 @@ RESULTS = {
                            "quality on the course model; time, energy and memory at the shape of Llama-2-7B."),
     "fp8_scaling": About("fp8_on_several_gpus", "gpus", "record_fsdp", "Training steps under FSDP2 on 1, 2 and 4 GPUs, "
                          "in BF16, FP8 and with FP8 weights: speed, memory, energy, bytes, exposed communication."),
+    "fp8_scaling_torchao": About("fp8_on_several_gpus", "gpus", "record_fsdp", "The same steps on all GPUs by "
+                                 "torchao under torch.compile, FP8 or BF16 all-gather, beside Transformer Engine."),
     "fp8_scaling_loss": About("fp8_on_several_gpus", "gpus", "record_fsdp", "The training loss of the same global "
                               "batches on 1, 2 and 4 GPUs, in BF16 and with FP8 weights."),
-    "qat_recovery": About("qat", "gpu", "record_qat", "Quantization-aware training of the course model in ten schemes, "
-                          "against rounding (PTQ) and against a control that trained as long, with three seeds."),
+    "qat_recovery": About("qat", "gpu", "record_qat", "Quantization-aware training of the course model (straight "
+                          "through, LSQ, distilled) against GPTQ and a control that trained as long; three seeds."),
+    "qat_rates": About("qat", "gpu", "record_qat", "The learning rates that each arm of qat_recovery tried, by the "
+                       "KLD on held-back training text."),
     "qat_gguf": About("qat", "llama.cpp", "record_qat", "The course model as GGUF files: rounded by llama.cpp, and "
                       "trained on the grid of Q4_0, at their sizes."),
     "ptq_methods": About("ptq_fundamentals", "any", "record_ptq", "Quantization after training by hand (rounding, "
                          "clipping, SmoothQuant, AWQ, GPTQ): what each leaves of the course model's quality."),
     "ptq_backends": About("ptq_fundamentals", "any", "record_ptq", "The same job by the back ends that transformers "
                           "offers and that run here: size, speed, quality."),
+    "ptq_official": About("ptq_fundamentals", "llm-compressor", "record_llmcompressor", "The same job by "
+                          "llm-compressor, beside the notebook's functions at the same settings: bytes and quality."),
     "gguf_quality": About("ptq_llamacpp", "llama.cpp", "record_gguf", "What each llama.cpp type costs the course model "
                           "in quality, with and without an importance matrix."),
-    "smollm2_quality": About("ptq_llamacpp", "smollm2", "record_gguf", "What quantizing a quantized chat model costs: "
-                             "types of SmolLM2-135M-Instruct against its dequantized Q4_1 file."),
-    "tensor_sensitivity": About("ptq_llamacpp", "llama.cpp", "record_bits", "What each tensor of the course model "
-                                "costs alone in each type; mixtures chosen by that at the sizes of llama.cpp's own."),
-    "kv_cache_quality": About("ptq_llamacpp", "llama.cpp", "record_bits", "What a quantized KV cache costs the course "
-                              "model, with and without llama.cpp's rotation, at a short and a long context."),
+    "smollm2_quality": About("bits_where_they_matter", "smollm2", "record_gguf", "What quantizing a quantized chat "
+                             "model costs: types of SmolLM2-135M-Instruct against its dequantized Q4_1 file."),
+    "tensor_sensitivity": About("bits_where_they_matter", "llama.cpp", "record_bits", "What each tensor of the course "
+                                "model costs in each type; mixtures chosen by that at the sizes of llama.cpp's own."),
+    "kv_cache_quality": About("bits_where_they_matter", "llama.cpp", "record_bits", "What a quantized KV cache costs, "
+                              "with and without llama.cpp's rotation, at a short and a long context."),
+    "imatrix_search": About("ptq_llamacpp", "llama.cpp", "record_bits", "Three llama.cpp types without an importance "
+                            "matrix, with a matrix of ones and with a real one: KLD, entropy, perplexity."),
     "llama70b": About("llama2_70b_on_one_gpu", "80 GB", "record_llama70b", "A model of Llama-2-70B's shape in four "
                       "types on one GPU: memory, speed, energy, batch sizes."),
     "serving": About("serving", "llama.cpp", "record_serving", "llama-server with four slots and the course model in "
@@ -222,16 +233,13 @@ def _inference(data) -> str:
 
 
 def _qat(data) -> str:
-    said = []
-    for scheme, what in (("W4A16", "4-bit"), ("W3", "3-bit"), ("ternary", "ternary")):
-        before = one(data, scheme=scheme, arm="PTQ")
-        after, kld = (mean(data, column, scheme=scheme, arm="QAT, distilled")
-                      for column in ("perplexity_ratio", "kld_mean"))  # fmt: skip
-        ratio = before["perplexity_ratio"]
-        loss = percent(ratio - 1, 1) if ratio < 2 else f"{ratio:.0f} ×"
-        said.append(f"{what} weights: {loss} by rounding, **{percent(after - 1, 1)}** trained "
-                    f"(KLD {before['kld_mean']:.2f} to {kld:.2f})")  # fmt: skip
-    return "perplexity against the float model's; " + "; ".join(said)
+    said, steps = [], max(row["steps"] for row in data.rows if row["seed"] > 0)
+    for scheme, what in (("W4A16", "4-bit"), ("W3", "3-bit"), ("W2", "2-bit")):
+        nearest, gptq = (one(data, scheme=scheme, arm=arm)["kld_mean"] for arm in ("RTN", "GPTQ"))
+        qat = mean(data, "kld_mean", scheme=scheme, arm="QAT, distilled", steps=steps)
+        said.append(f"{what} weights: {nearest:.3f} rounded to nearest, {gptq:.3f} by GPTQ with searched scales, "
+                    f"**{qat:.3f}** trained (distilled)")  # fmt: skip
+    return "KLD from the float model; " + "; ".join(said)
 
 
 def _qat_gguf(data) -> str:

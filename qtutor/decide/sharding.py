@@ -64,8 +64,8 @@ def step(ranks: int, compute_ms: float, optimizer_ms: float, *, layers: int, wei
     several hosts runs at the slower one.  ``hop_us``: NCCL's cost model (src/graph/tuning.cc) has 3.4 over NVLink and
     about 10 between hosts; one hop of eight leaves a host.  ``overlap_cost``: ms that compute loses to each GB that
     travels beside it, through SMs, memory bandwidth, power and FSDP's copies; least squares of the relative errors of
-    the 36 rows on 2 and 4 H200 in ``fp8_scaling`` (RMS 1.8 %; "as on one GPU": 2.5 %).  A cost a byte, as 2 and 4 GPUs
-    nearly agree on it (0.68, 0.55), but not on a share of the time (1.5, 0.5).  QtutorError: sizes not above 0.
+    the 36 rows on 2 and 4 H200 in ``fp8_scaling`` (RMS 1.8 %; "as on one GPU": 2.5 %).  QtutorError: sizes not
+    above 0.
     """
     sizes = ranks, layers, compute_ms, weights, gather_bytes, gb_per_s, between_hosts_gb_per_s, gpus_per_host
     if not (all(x > 0 for x in sizes) and min(optimizer_ms, hop_us, overlap_cost) >= 0) or ranks % 1 or layers % 1:

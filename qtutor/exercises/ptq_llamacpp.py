@@ -7,13 +7,12 @@ from ..lesson import exercise, expect
 from .answers import function, number, several
 
 
-@exercise("ptq_llamacpp.bits_q6_k", solution=8 * (128 + 64 + 16 + 2) / 256,
-          wrong=[6, 6.5, 6.625, 210, 8 * 210, 0.82, "6.5625"])  # fmt: skip
-def _bits_q6_k(answer):
-    whole = "That is the whole super-block: it serves 256 weights."
-    number(answer, 6.5625, "Add 4-bit parts, 2-bit parts, 16 scales of 8 bits, 16 bits; divide by 256.", {
-        210: whole, 8 * 210: whole, 6: "The codes alone are 6 bits; the scales are stored, too."}, within=1e-3)
-    return "210 bytes for 256 weights: half a bit goes to the scales, a sixteenth to the float16."
+@exercise("ptq_llamacpp.step_ratio", solution=(0.10 / 8) / (0.12 / 15),
+          wrong=[1 / 1.5625, 0.10 / 7 / 0.008, 0.0125, 0.10 / 15 / 0.008, 0.12 / 8 / 0.008, "1.5625"])  # fmt: skip
+def _step_ratio(answer):
+    number(answer, 1.5625, "Q4_0: the largest magnitude over 8. Q4_1: the distance of the ends over 15.", {
+        0.64: "Upside down: the step of Q4_0 over that of Q4_1.", 0.0125: "This is the step of Q4_0."}, within=1e-3)
+    return "The same codes, spread over 0.12 instead of 0.19: Q4_1 pays 16 bits a block for its minimum."
 
 
 def _dequantize_q8_0_solution(blocks, codes="int8"):
@@ -70,16 +69,3 @@ def _paired_ratio(answer):
         unpaired: "That is unpaired: subtract first.", tokens: "Tokens are not independent: average windows first."},
         within=0.01 * error)
     return f"Paired, over windows: ± {error:.3f}. Unpaired: ± {unpaired:.3f}; over tokens, too small: ± {tokens:.3f}."
-
-
-def _more_bits_solution(layers=32):
-    return sum(i < layers // 8 or i >= 7 * layers // 8 or (i - layers // 8) % 3 == 2 for i in range(layers))
-
-
-@exercise("ptq_llamacpp.more_bits", solution=_more_bits_solution(),
-          wrong=[8, 10, 32, 4, 18, 0.5, "16", _more_bits_solution(8)])  # fmt: skip
-def _more_bits(answer):
-    number(answer, _more_bits_solution(), "Count the layers i for which use_more_bits(i, 32) is true.", {
-        8: "Those are the first and the last eighth; every third layer between them counts as well.",
-        10: "Every third of all layers: the first and the last eighth get more bits without a gap."})
-    return "Half of the layers: 0 to 3, then 6, 9, ... 27, then 28 to 31."

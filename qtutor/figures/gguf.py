@@ -1,18 +1,14 @@
-"""Pictures of GGUF: one block, bits and mixtures of the formats, quality by type, answers side by side."""
+"""Pictures of GGUF: one block, bits and mixtures of the formats, quality by type."""
 
 from __future__ import annotations
 
-import html
-import os
 from itertools import groupby
 
-import ipywidgets
 import numpy as np
 import pandas as pd
 from matplotlib.patches import Patch, Rectangle
 
 from .. import gguf_blocks, plots
-from .live import live_picture
 
 _COLORS = {"codes": 0, "high": 4, "signs": 3, "scales": 1, "d": 2}  # places in plots.PALETTE
 
@@ -131,36 +127,3 @@ def quality_picture(data, title: str):
                     xytext=(-6 if before else 6, {"TQ1_0": 12, "TQ2_0": 12, "IQ1_S": 5, "Q5_K_M": -9}.get(name, 0)),
                     textcoords="offset points", ha="right" if before else "left", va="center")  # fmt: skip
     return fig
-
-
-def answers_table(said: dict[str, str]) -> str:
-    """HTML of the answers (the original's first): what the original said too in grey, the rest in bold."""
-    original, rows = next(iter(said.values())), []
-    for number, text in enumerate(said.values()):
-        at = len(os.path.commonprefix([text, original])) if number else len(text)
-        same, own = (html.escape(part).replace("\n", "↵ ") for part in (text[:at], text[at:]))  # keeps to its row
-        note = "the original" if not number else "word for word" if text == original else f"{at} characters"
-        rows.append({"same for": note, "answer (bold: from where it differs from the original)":
-                     f"<span style='color:#767676'>{same}</span><b>{own}</b>"})  # fmt: skip
-    table = pd.DataFrame(rows, index=[html.escape(name) for name in said])
-    return table.style.set_properties(**{"text-align": "left", "white-space": "pre-wrap"}).to_html()
-
-
-def explorer(models: dict, prompts, max_tokens: int = 24):
-    """A widget: choose or write a prompt, and every model answers it.  ``models``: name -> an open
-    :class:`qtutor.llamacpp.Model`, the original first; ``prompts``: those to choose from."""
-    when_let_go = {"continuous_update": False}
-    prompt = ipywidgets.Combobox(value=prompts[0], options=prompts, description="prompt", ensure_option=False,
-                                 layout={"width": "95%"}, **when_let_go)  # fmt: skip
-    settings = {
-        "max_tokens": ipywidgets.IntSlider(max_tokens, 4, 64, 4, description="tokens", **when_let_go),
-        "temperature": ipywidgets.FloatSlider(0, min=0, max=1.5, step=0.1, description="temperature",
-                                              style={"description_width": "initial"}, **when_let_go),
-        "seed": ipywidgets.BoundedIntText(0, 0, 999, description="seed", layout={"width": "160px"}),
-    }  # fmt: skip
-
-    def answer(**how):
-        return answers_table({name: model.generate(**how) for name, model in models.items()}), None
-
-    rows = prompt, ipywidgets.HBox(list(settings.values()))
-    return live_picture(answer, ipywidgets.VBox(rows), prompt=prompt, **settings)

@@ -1,14 +1,14 @@
-"""Pictures of post-training quantization: clipping, outlier channels, SmoothQuant, GPTQ, methods and libraries."""
+"""Pictures of post-training quantization: clipping, outliers, SmoothQuant, rotation, the methods compared."""
 
 from __future__ import annotations
 
 import ipywidgets
 import numpy as np
 
-from .. import plots
+from .. import plots, ptq
 from .live import live_picture
 
-BLUE, ORANGE, GREEN, RED = plots.PALETTE[:4]
+BLUE, ORANGE, _, RED = plots.PALETTE[:4]
 
 
 def clip_curve(weight, bits: int, group: int | None, ratios) -> np.ndarray:
@@ -17,13 +17,12 @@ def clip_curve(weight, bits: int, group: int | None, ratios) -> np.ndarray:
     ``weight`` (rows, columns) is rounded to signed integers with one scale for ``group`` neighbours (None: a row);
     ``2 ** (bits - 1) - 1/2`` steps are a ratio times their amax.  Clipping: the error of weights beyond the last code.
     """
-    blocks, half, parts = weight.detach().float().reshape(-1, group or weight.shape[1]), 2 ** (bits - 1), []
+    blocks, parts = weight.detach().float().reshape(-1, group or weight.shape[1]), []
     for ratio in ratios:
-        scale = (float(ratio) * blocks.abs().amax(1, keepdim=True) / (half - 0.5)).clamp_min(1e-12)
-        codes = (blocks / scale).round()
-        kept = codes.clamp(-half, half - 1)
-        error = (kept * scale - blocks).square() / blocks.square().sum()
-        parts.append([error[codes == kept].sum().item(), error[codes != kept].sum().item()])
+        scale = ptq.clip_scale(blocks, 1, bits, [float(ratio)])
+        error = (ptq.nearest(blocks, scale, bits) - blocks).square() / blocks.square().sum()
+        clips = (blocks / scale).round() != ptq.nearest(blocks / scale, 1, bits)
+        parts.append([error[~clips].sum().item(), error[clips].sum().item()])
     return np.array(parts).T
 
 
@@ -118,19 +117,6 @@ def rotation_picture(before: dict, after: dict, down: str):
     return fig
 
 
-def optimum_picture(rtn, gptq):
-    """Figure: the share of rows whose squared error is within a factor (rows,) of the least possible one, by method."""
-    fig, ax = plots.figure(7, 3.3)
-    for values, label, color, style in ((gptq, "GPTQ", GREEN, "-"), (rtn, "round to nearest", ORANGE, "--")):
-        ax.ecdf(values.cpu().numpy(), color=color, ls=style, lw=2, label=label)
-    ax.set(title="Eight weights, two bits: how close to the best of 65,536 codes?", xscale="log", xlim=(0.97, 8),
-           ylim=(0, 1.03), xlabel="squared error / least possible squared error", ylabel="share of rows")  # fmt: skip
-    ax.set_xticks(ticks := [1, 1.5, 2, 3, 4, 6, 8], map(str, ticks))
-    ax.xaxis.minorticks_off()
-    ax.legend(loc="lower right")
-    return fig
-
-
 def methods_picture(table):
     """Figure: KLD by method, a panel for each number of bits; columns bits, method, kld_mean, kld_mean_se."""
     bits = sorted(table["bits"].unique(), reverse=True)
@@ -142,19 +128,4 @@ def methods_picture(table):
         ax.set(title=f"{b} bits", xlim=(0, 1.15 * (rows["kld_mean"] + 2 * rows["kld_mean_se"]).max()))
         ax.set_xlabel("mean KL divergence (nats; bars: two standard errors)", size=9)
         ax.grid(False, axis="y")
-    return fig
-
-
-def backends_picture(table):
-    """Figure: KLD against the bits per weight that are really stored; the index of the table names the back ends."""
-    fig, ax = plots.figure(8.5, 4)
-    bits, kld, errors = table["bits_per_weight"], table["kld_mean"], 2 * table["kld_mean_se"]
-    looks = {"bfloat16": (plots.PALETTE[7], "D"), "torchao": (BLUE, "o"), "bitsandbytes": (ORANGE, "s")}
-    for name in table.index:
-        color, marker = looks.get(name.split()[0], (GREEN, "^"))
-        plots.quality_vs_bits(ax, [bits[name]], [kld[name]], [errors[name]], color=color, marker=marker)
-    ax.set(title="What is stored, and what it costs", xlabel="bits per weight of the linear layers, counted in memory",
-           ylabel="mean KL divergence (nats)", yscale="log", xlim=(3, bits.max() + 1.5),
-           ylim=(kld.min() / 3, kld.max() * 4))  # fmt: skip
-    plots.annotate(ax, bits, kld, table.index)
     return fig

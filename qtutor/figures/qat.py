@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from .live import live_picture
-
-ARM_STYLE = {"PTQ": ("#666666", "s"), "control": ("#949494", "D"), "QAT": ("#de8f05", "o"),
-             "QAT, distilled": ("#0173b2", "^")}  # fmt: skip
-NOTHING_LOST = 0.005  # less than half a percent of perplexity: dividing by it says nothing
+COLOR = {"control": "#949494", "QAT": "#de8f05", "QAT, distilled": "#0173b2"}
 
 
 def ptq_picture(table):
@@ -39,8 +35,8 @@ def losses_picture(losses, title: str, smooth: int = 5):
     for name, values in losses.items():
         axis, style = right if "distilled" in name else left, "--" if name == "control" else "-"
         mean = np.convolve(values, np.ones(smooth) / smooth, "valid")
-        axis.plot(range(1, len(values) + 1), values, color=ARM_STYLE[name][0], lw=0.8, alpha=0.25)
-        axis.plot(np.arange(len(mean)) + (smooth + 1) / 2, mean, color=ARM_STYLE[name][0], lw=2, label=name, ls=style)
+        axis.plot(range(1, len(values) + 1), values, color=COLOR[name], lw=0.8, alpha=0.25)
+        axis.plot(np.arange(len(mean)) + (smooth + 1) / 2, mean, color=COLOR[name], lw=2, label=name, ls=style)
         axis.legend(fontsize=8)
         axis.xaxis.get_major_locator().set_params(integer=True)
     left.set(title=f"{title}: next token", xlabel="step", ylabel="cross-entropy (nats/token)")
@@ -48,75 +44,55 @@ def losses_picture(losses, title: str, smooth: int = 5):
     return fig
 
 
-def recovery_table(rows, measure: str = "perplexity", against: str = "PTQ"):
-    """Return a DataFrame: scheme, arm, mean and spread (standard deviation over seeds) of the recovered share, and
-    ``measurable``: False where PTQ's perplexity is within two standard errors, or half a percent, of the float model's.
-
-    ``rows``: of ``qat_recovery``.  ``measure``: perplexity or kld_mean.  ``against``: PTQ, or control (same seed).
-    """
-    from ..qat import recovered
-
-    ptq, keys = rows[rows["arm"] == "PTQ"].set_index("scheme"), ["scheme"] if against == "PTQ" else ["scheme", "seed"]
-    before = rows.loc[rows["arm"] == against, [*keys, measure]]
-    trained = rows[rows["arm"].isin(set(ARM_STYLE) - {"PTQ", against})].merge(before, on=keys, suffixes=("", "_before"))
-    original = trained["base_perplexity"] * (measure == "perplexity")  # the KL divergence of the float model is 0
-    values = zip(trained[f"{measure}_before"], trained[measure], original, strict=True)
-    trained["share"] = [recovered(*three) for three in values]
-    table = trained.groupby(["scheme", "arm"], sort=False)["share"].agg(mean="mean", spread="std").reset_index()
-    lost = ptq["perplexity_ratio"] - 1 > (2 * ptq["perplexity_ratio_se"]).clip(lower=NOTHING_LOST)
-    return table.assign(measurable=table["scheme"].map(lost))
-
-
-def recovery_means(rows, measure: str = "perplexity"):
-    """Table (scheme x arm) of "mean over seeds ± standard error over tokens" from the rows of ``qat_recovery``, with
-    the peak learning rate of the trained arms where the rows have it."""
-    digits = 2 if measure == "perplexity" else 4
-    mean = rows[rows["scheme"] != "float"].groupby(["scheme", "arm"], sort=False)[[measure, measure + "_se"]].mean()
-    cells = mean.apply(lambda row: f"{row.iloc[0]:.{digits}f} ± {row.iloc[1]:.{digits}f}", axis=1).unstack("arm")
-    cells = cells.reindex(mean.index.unique("scheme"))[[arm for arm in ARM_STYLE if arm in cells]].fillna("")
-    if "rate" in rows:
-        cells.insert(0, "rate", rows.groupby("scheme")["rate"].max().map("{:g}".format))
-    names = {"perplexity": "perplexity", "perplexity_ratio": "perplexity / float"}
-    return cells.rename_axis(columns=names.get(measure, "KL divergence, nats"))
-
-
-def recovery_picture(rows, measure: str = "perplexity", against: str = "PTQ"):
-    """Figure: the recovered share of each scheme; bars reach over one standard deviation between seeds."""
+def _arms(axis, rows, x: str, order, places=None):
+    """A line of marks for each arm of ``rows``: mean KL divergence, and bars of two standard deviations over seeds."""
     from .. import plots
 
-    table = recovery_table(rows, measure, against)
-    schemes, arms = list(table["scheme"].unique()), [arm for arm in ARM_STYLE if arm in set(table["arm"])]
-    low, high = -60, 160 if 100 * table["mean"][table["measurable"]].max() > 105 else 120
+    for i, arm in enumerate(order):
+        if len(part := rows[rows["arm"] == arm]):
+            found = part.groupby(x, sort=False)["kld_mean"].agg(["mean", "std"])
+            at = [places[key] + 0.7 * ((i + 0.5) / len(order) - 0.5) for key in found.index] if places else found.index
+            axis.errorbar(at, found["mean"], yerr=2 * found["std"].fillna(0), fmt="so^Dv<>P*X"[i % 10], ms=6, capsize=3,
+                          lw=1.2, ls="none" if places else "-", color=plots.PALETTE[i % 10], label=arm)  # fmt: skip
+    axis.set(yscale="log", ylabel="KL from the float model (nats/token)")
+
+
+def recovery_picture(rows):
+    """Figure: the KL divergence from the float model that each arm leaves, a group of marks for each scheme."""
+    from .. import plots
+
+    schemes, order = list(rows["scheme"].unique()), list(rows["arm"].unique())
     fig, axis = plots.figure(8.5, 3.9)
-    for place, arm in enumerate(arms):
-        part, (color, marker) = table[(table["arm"] == arm) & table["measurable"]], ARM_STYLE[arm]
-        x = [schemes.index(scheme) + 0.22 * (place - (len(arms) - 1) / 2) for scheme in part["scheme"]]
-        shown = (100 * part["mean"]).clip(low, high)
-        axis.errorbar(x, shown, yerr=100 * part["spread"].fillna(0), fmt=marker, ms=7, capsize=3, lw=1.3, color=color,
-                      label="control (float steps, then rounded)" if arm == "control" else arm)  # fmt: skip
-        for at, value, mean in zip(x, shown, 100 * part["mean"], strict=True):
-            if value != mean:  # off the picture: the number instead
-                axis.annotate(f"{mean:.0f} %", (at, value), xytext=(0, 9 if mean < 0 else -14), color=color,
-                              textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
-    for at in {schemes.index(scheme) for scheme in table["scheme"][~table["measurable"]]}:
-        axis.axvspan(at - 0.45, at + 0.45, color="0.5", alpha=0.12, lw=0)
-        axis.text(at, 50, "nothing\nto recover", rotation=90, ha="center", va="center", fontsize=9, color="0.35")
-    axis.hlines([0, 100], -0.5, len(schemes) - 0.5, color="black", lw=1, ls=["-", "--"])
+    _arms(axis, rows, "scheme", order, {scheme: i for i, scheme in enumerate(schemes)})
+    for at in range(1, len(schemes)):
+        axis.axvline(at - 0.5, color="0.85", lw=0.8, zorder=0)
     axis.set_xticks(range(len(schemes)), schemes)
-    what = "perplexity" if measure == "perplexity" else "KL divergence"
-    axis.set(title=f"Share of the lost {what} that training recovers, against {against}", ylim=(low - 5, high + 5),
-             ylabel="recovered (%): 100 is the float model", xlabel="scheme")  # fmt: skip
-    fig.legend(ncols=3, fontsize=8, loc="outside lower center", frameon=False)
+    axis.set(title="Distance that is left, by scheme and arm", xlabel="scheme", xlim=(-0.5, len(schemes) - 0.5))
+    fig.legend(ncols=4, fontsize=8, loc="outside lower center", frameon=False)
     return fig
 
 
-def recovery_explorer(rows):
-    """Recovered shares of ``rows``: of perplexity or KL divergence, against PTQ or against the control."""
-    from ipywidgets import Dropdown
+def steps_picture(rows):
+    """Figure: the KL divergence against the steps of training, a panel for each scheme that was trained for several
+    lengths; dashed: the smallest one without training.  None where there is no such scheme."""
+    from .. import plots
 
-    measure = Dropdown(options=[("perplexity", "perplexity"), ("KL divergence", "kld_mean")], description="measure")
-    against = Dropdown(options=["PTQ", "control"], description="against")
-    return live_picture(lambda **how: recovery_picture(rows, **how), measure=measure, against=against)
+    trained, order = rows[rows["seed"] >= 0], list(rows["arm"].unique())
+    schemes = [scheme for scheme, part in trained.groupby("scheme", sort=False) if part["steps"].nunique() > 1]
+    if not schemes:
+        return None
+    fig, axes = plots.figure(8.5, 3.5, ncols=len(schemes), squeeze=False)
+    for axis, scheme in zip(axes[0], schemes, strict=True):
+        _arms(axis, trained[trained["scheme"] == scheme].sort_values("steps"), "steps", order)
+        untrained = rows[(rows["scheme"] == scheme) & (rows["seed"] < 0)]
+        if len(untrained):
+            best = untrained.loc[untrained["kld_mean"].idxmin()]
+            axis.axhline(best["kld_mean"], color="black", lw=1, ls="--")
+            axis.set_title(f"{scheme} (dashed: {best['arm']})", fontsize=9)
+        axis.set(xscale="log", xlabel="steps")
+    handles = {label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles, ncols=4, fontsize=8, loc="outside lower center", frameon=False)
+    return fig
 
 
 def gguf_picture(rows):

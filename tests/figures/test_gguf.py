@@ -37,26 +37,3 @@ def test_table_and_picture_of_quality():
     plt.close(fig)
     assert {pictures.family(name) for name in llamacpp.TYPES if name != "F32"} == set(pictures.FAMILIES)
     assert pictures.family("Q1_0") == pictures.family("TQ2_0") != pictures.family("Q8_0")
-
-
-@needs_llamacpp
-def test_answers_and_explorer(tmp_path):
-    path = gguf_export.export(tiny_llama.model(layers=1), tmp_path / "m.gguf", tokenizer=tiny_llama.tokenizer())
-    q2 = llamacpp.quantize(path, tmp_path / "q2.gguf", "Q2_K")
-    models = {name: llamacpp.Model(p, ctx=64, threads=1) for name, p in (("F32", path), ("Q2_K", q2), ("again", path))}
-    html = pictures.answers_table({"F32": "a<b>c", "Q2_K": "a<x", "again": "a<b>c"})
-    assert "&lt;b&gt;" in html and "2 characters" in html and "word for word" in html and "<b>x</b>" in html
-    box = pictures.explorer(models, ["The", "A list"], max_tokens=4)
-    (prompt, controls), shown = box.children[0].children, box.children[1]
-    first = shown.value
-    assert "the original" in first and "Q2_K" in first
-    prompt.value = "A list"
-    assert shown.value != first
-    controls.children[0].value = 8
-    longer = shown.value
-    controls.children[1].value = 1.0
-    assert shown.value != longer
-    prompt.value = "x " * 200  # more than the context: a sentence, not a traceback
-    assert "change it or ctx" in shown.value
-    for model in models.values():
-        model.close()

@@ -28,33 +28,17 @@ def title(axis):
     return axis.get_title() or axis.get_title(loc="left")
 
 
-def test_recovery_table(rows):
-    table = figures.recovery_table(rows).set_index(["scheme", "arm"])
-    assert table.loc[("W3", "QAT"), "mean"] == pytest.approx(0.75)
-    assert table.loc[("W3", "QAT"), "spread"] == pytest.approx(0.1 / 2**0.5)  # of two values 0.1 apart
-    assert table.loc[("W3", "control"), "mean"] == pytest.approx(0.25)
-    assert table.loc["W3", "measurable"].all() and not table.loc["W8A8", "measurable"].any()
-    against = figures.recovery_table(rows, against="control").set_index(["scheme", "arm"])
-    assert against.loc[("W3", "QAT, distilled"), "mean"] == pytest.approx(0.65 / 0.75)
-    assert "control" not in set(against.index.get_level_values("arm"))
-    kld = figures.recovery_table(rows, "kld_mean").set_index(["scheme", "arm"])
-    assert kld.loc[("W3", "QAT"), "mean"] == pytest.approx(0.5)
-
-
-def test_recovery_means(rows):
-    means = figures.recovery_means(rows)
-    assert list(means.index) == ["W8A8", "W3"] and list(means.columns) == list(figures.ARM_STYLE)
-    assert means.loc["W3", "PTQ"] == "28.00 ± 0.20"
-    assert figures.recovery_means(rows, "kld_mean").loc["W3", "QAT"] == "0.2000 ± 0.0010"
-
-
-@pytest.mark.parametrize("measure", ["perplexity", "kld_mean"])
-@pytest.mark.parametrize("against", ["PTQ", "control"])
-def test_recovery_picture(rows, measure, against):
-    fig = figures.recovery_picture(rows, measure, against)
-    assert title(fig.axes[0]) and any("nothing" in text.get_text() for text in fig.axes[0].texts)
-    fig.canvas.draw()
-    plt.close(fig)
+@pytest.mark.parametrize("lengths", [(700,), (100, 700)])
+def test_recorded_arms(rows, lengths):
+    rows = rows[rows["scheme"] != "float"]
+    rows = pd.concat([rows.assign(steps=(rows["seed"] >= 0) * n) for n in lengths], ignore_index=True)
+    by_scheme, by_steps = figures.recovery_picture(rows), figures.steps_picture(rows)
+    assert {text.get_text() for text in by_scheme.legends[0].get_texts()} == set(rows["arm"])
+    assert (by_steps is None) == (len(lengths) == 1)
+    for fig in filter(None, (by_scheme, by_steps)):
+        fig.canvas.draw()
+        assert all(title(axis) and axis.get_xlabel() for axis in fig.axes)
+        plt.close(fig)
 
 
 def test_other_pictures(rows):
@@ -67,10 +51,3 @@ def test_other_pictures(rows):
         fig.canvas.draw()
         assert all(title(axis) and axis.get_xlabel() for axis in fig.axes)
         plt.close(fig)
-
-
-def test_recovery_explorer(rows):
-    box = figures.recovery_explorer(rows)
-    before = bytes(box.children[1].value)
-    box.children[0].children[1].value = "control"
-    assert bytes(box.children[1].value) != before

@@ -150,11 +150,11 @@ def test_loss_headline_against_scipy():
 
 def test_qat_headlines_against_pandas():
     answer, data = answers()["qat_recovery"]
-    means = data.frame().groupby(["scheme", "arm"]).perplexity_ratio.mean()
-    assert f"{100 * (means['W4A16', 'PTQ'] - 1):+.1f} % by rounding" in answer
-    for scheme in ("W4A16", "W3", "ternary"):
-        shown = f"{100 * (means[scheme, 'QAT, distilled'] - 1):+.1f}".replace("-", "−")
-        assert f"**{shown} %** trained" in answer
+    rows = data.frame()
+    means = rows[rows.steps.isin([0, 700])].groupby(["scheme", "arm"]).kld_mean.mean()
+    assert f"{means['W4A16', 'RTN']:.3f} rounded to nearest, {means['W4A16', 'GPTQ']:.3f} by GPTQ" in answer
+    for scheme in ("W4A16", "W3", "W2"):
+        assert f"**{means[scheme, 'QAT, distilled']:.3f}** trained" in answer
     answer, data = answers()["qat_gguf"]
     kld = data.frame().groupby(["model", "type"]).kld_mean.mean()
     assert f"KLD {kld['PTQ, head in Q8_0', 'Q4_0']:.3f} rounded, **{kld['QAT', 'Q4_0']:.3f}** trained" in answer
