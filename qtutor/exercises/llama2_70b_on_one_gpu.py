@@ -5,27 +5,25 @@ from ..lesson import exercise, expect
 from .answers import function, number, several
 
 
-def _cache_gib(tokens, kv_heads, values=2, layers=80, head_dim=128, width=2, unit=2**30):
-    return values * layers * kv_heads * head_dim * width * tokens / unit
+def _cache_gib(width, values=2, layers=126, kv_heads=8, unit=2**30):
+    return values * layers * kv_heads * 128 * width * 32768 / unit
 
 
-@exercise("llama2_70b_on_one_gpu.kv_cache", solution=[_cache_gib(4096, 8), _cache_gib(4096, 64)], wrong=[
-    [_cache_gib(4096, 64), _cache_gib(4096, 8)],
-    [_cache_gib(4096, 8, values=1), _cache_gib(4096, 64, values=1)],     # keys without values
-    [_cache_gib(4096, 8, width=1), _cache_gib(4096, 64, width=1)],       # a byte a value
-    [_cache_gib(4096, 8, layers=1), _cache_gib(4096, 64, layers=1)],     # one layer
-    [_cache_gib(4096, 8, unit=1e9), _cache_gib(4096, 64, unit=1e9)],     # GB
-    [_cache_gib(4096, 8), _cache_gib(4096, 8)], 1.25, "1.25, 10"])  # fmt: skip
+@exercise("llama2_70b_on_one_gpu.kv_cache", solution=[_cache_gib(2), _cache_gib(1)], wrong=[
+    [_cache_gib(1), _cache_gib(2)],
+    [_cache_gib(2, values=1), _cache_gib(1, values=1)],              # keys without values
+    [_cache_gib(2, layers=1), _cache_gib(1, layers=1)],              # one layer
+    [_cache_gib(2, unit=1e9), _cache_gib(1, unit=1e9)],              # GB
+    [_cache_gib(2), _cache_gib(2)], 15.75, "15.75, 7.875"])  # fmt: skip
 def _kv_cache(answer):
-    grouped, full = several(answer, 2, "two numbers, in GiB,")
-    right, all_heads = _cache_gib(4096, 8), _cache_gib(4096, 64)
-    number(grouped, right, "2 x 80 layers x 8 heads x 128 values x 2 bytes, for each of 4096 tokens.", {
-        all_heads: "The first number is with 8 heads of keys and values, the second with 64.",
-        right / 2: "Keys *and* values are kept, in F16: two bytes for each value.",
-        right / 80: "Every one of the 80 layers keeps keys and values of its own.",
+    wide, narrow = several(answer, 2, "two numbers, in GiB,")
+    right = _cache_gib(2)
+    number(wide, right, "2 x 126 layers x 8 heads x 128 values x 2 bytes, for each of 32768 tokens.", {
+        right / 2: "Keys *and* values are kept, and F16 takes two bytes for each value.",
+        right / 126: "Every one of the 126 layers keeps keys and values of its own.",
         right * 2**30 / 1e9: "That is in GB, of 10^9 bytes: a GiB has 2^30."}, within=1e-3)
-    number(full, all_heads, "Without groups there are 64 heads of keys and values: eight times as many.", within=1e-3)
-    return "Without grouped queries a few users would need more memory for their caches than for the weights."
+    number(narrow, right / 2, "FP8 takes one byte for each value: half of F16.", within=1e-3)
+    return "A single long conversation takes as much memory as a small model."
 
 
 @exercise("llama2_70b_on_one_gpu.largest_type", solution=["Q6_K", "Q8_0"], wrong=[
