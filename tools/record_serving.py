@@ -57,7 +57,7 @@ def measured(path, tokenizer, loops: dict, requests: int, seed: int, threads: in
 
 def record(rates=RATES, streams=STREAMS, repeats: int = REPEATS, requests: int = REQUESTS, directory=None) -> Path:
     """Measure the three types and save ``serving``; return the path."""
-    threads = llamacpp.n_threads()
+    threads = max(1, llamacpp.n_threads() - 1)  # the load needs a core, too
     found, joules = {name: [] for name in TYPES}, {name: [] for name in TYPES}
     with tempfile.TemporaryDirectory(prefix="qtutor-serving-", ignore_cleanup_errors=True) as folder:
         files = {"F16": Path(folder) / "F16.gguf"}

@@ -130,8 +130,7 @@ def summary(table: pd.DataFrame, ttft_ms: float = np.inf, itl_ms: float = np.inf
     """One row for each run in a table of :func:`load`: percentiles, throughput, goodput.
 
     ``goodput_per_s`` counts the requests that kept both limits; a request without an answer never does.  ``warmup``: so
-    many first requests do not count.  A percentile needs at least 100 requests below a tail of one percent each:
-    the 99th is None below 1,000 requests.
+    many first requests do not count.  The 99th percentile is None below 1,000 requests: it would rest on a handful.
     """
     rows = []
     for (loop, load), runs in table.groupby(["loop", "load"], sort=True):
