@@ -24,7 +24,7 @@ LLAMA_CMAKE := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__ -
 	-DLLAMA_TOOLS_INSTALL=ON -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DGGML_CUDA=$(CUDA) -DCMAKE_INSTALL_RPATH=$$ORIGIN/../lib
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test quick test-gpu check notebooks times renumber results llmc-env doctor install install-test clean
+.PHONY: help lab test quick test-gpu check notebooks times renumber results llmc-env serve-gpu doctor install install-test clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -72,6 +72,9 @@ llmc-env: $(VENV)/.test ## llm-compressor in an environment of its own, and here
 	$(PYTHON) -m venv .venv-llmc && .venv-llmc/bin/python -m pip install --quiet "torch==2.13.0" \
 		--extra-index-url https://download.pytorch.org/whl/cpu "llmcompressor==0.14.0.1"
 	$(PIP) install --quiet -c constraints.txt "compressed-tensors>=0.20,<0.21"
+
+serve-gpu: ## vLLM in an environment of its own, on a machine with an NVIDIA GPU (notebook 11)
+	$(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/python -m pip install --quiet "vllm>=0.26"
 
 doctor: $(VENV)/.lab ## what works on this machine, and what to do about the rest
 	$(PY) -m qtutor doctor
