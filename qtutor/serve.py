@@ -33,6 +33,7 @@ _STRAY = ("LLAMA_ARG_", "LLAMA_API_KEY", "LLAMA_LOG_", "VLLM_API_KEY")
 # killed and could not say goodbye.
 _WATCH = """
 import os, signal, subprocess, sys
+signal.signal(signal.SIGTERM, lambda *_: None)  # the group gets it, and this one waits for the server
 parent, server = int(sys.argv[1]), subprocess.Popen(sys.argv[2:])
 while os.getppid() == parent:
     try:
@@ -50,6 +51,11 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 class Server:
@@ -71,9 +77,8 @@ class Server:
         if self.process is not None:
             return self
         self.port = self.port or free_port()
-        with socket.socket() as sock:
-            if sock.connect_ex(("127.0.0.1", self.port)) == 0:
-                raise QtutorError(f"Port {self.port} is taken: leave port out, and a free one is found.")
+        if _listens(self.port):
+            raise QtutorError(f"Port {self.port} is taken: leave port out, and a free one is found.")
         env = {key: value for key, value in os.environ.items() if not key.upper().startswith(_STRAY)}
         env |= {"HF_HUB_OFFLINE": "1"} | ({"LLAMA_API_KEY": self.key, "VLLM_API_KEY": self.key} if self.key else {})
         command = [word.replace("{port}", str(self.port)) for word in self.command]
@@ -96,6 +101,14 @@ class Server:
         name = os.path.basename(self.command[0])
         raise QtutorError(f"{name} did not start within {self.timeout:g} s ({last}): run it in a terminal to see why.")
 
+    def client(self, timeout: float = 60):
+        """An ``httpx.Client`` of this server: past any proxy, and with a connection for each request, since
+        llama-server closes idle ones after some seconds."""
+        import httpx
+
+        return httpx.Client(base_url=self.url, timeout=timeout, trust_env=False,
+                            limits=httpx.Limits(max_keepalive_connections=0))  # fmt: skip
+
     def log(self) -> str:
         """What the program has printed so far."""
         self._log.seek(0)
@@ -106,10 +119,10 @@ class Server:
         import httpx
 
         end = time.monotonic() + self.timeout
-        with httpx.Client(trust_env=False, timeout=5) as client:  # a proxy of the environment is not for 127.0.0.1
+        with self.client(5) as client:
             while time.monotonic() < end and self.process.poll() is None:
                 try:
-                    if client.get(f"{self.url}/health").status_code == 200:
+                    if client.get("/health").status_code == 200:
                         return True
                 except httpx.HTTPError:
                     pass
@@ -126,6 +139,9 @@ class Server:
         """End the program at once, as a crash would: nobody can answer any more."""
         self._signal(self.process, getattr(signal, "SIGKILL", signal.SIGTERM))
         self.process.wait()
+        end = time.monotonic() + 5  # the server is the child of a child: its port closes a moment later
+        while _listens(self.port) and time.monotonic() < end:
+            time.sleep(0.01)
 
     def stop(self) -> None:
         """End the program and wait until it is gone; harmless when repeated."""

@@ -53,14 +53,13 @@ def soon(condition):
 @needs_server
 @pytest.mark.slow
 def test_answers_stream_and_key(path):
-    import httpx
 
     with llamacpp.Model(path, ctx=64, threads=1, exact=False) as model:
         expected = model.generate("The for statement", 4).replace("\ufffd", "")
     with serve.llama_server(path, 64, 2, 1, alias="tiny", key="secret") as server:
         pids, port = family(server.process), server.port
         ask = {"prompt": "The for statement", "max_tokens": 4, "temperature": 0}
-        with httpx.Client(base_url=server.url, trust_env=False, timeout=60) as client:
+        with server.client() as client:
             assert client.post("/v1/completions", json=ask).status_code == 401
             client.headers["Authorization"] = "Bearer secret"
             assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["tiny"]
