@@ -148,6 +148,8 @@ def speed_picture(rows, device: str):
         if row.get("ceiling_tokens_per_s"):
             axes[0].hlines(row["ceiling_tokens_per_s"], place - 0.4, place + 0.4, color="black", lw=2,
                            label="memory bandwidth allows" if place == 0 else None)  # fmt: skip
+    axes[0].autoscale(axis="y")  # the lines are above the bars
+    axes[0].set_ylim(bottom=0)
     fig.legend(loc="outside lower center", ncols=2, frameon=False)
     fig.suptitle(device, fontsize=10, x=0.01, ha="left", color="0.35")
     return fig
