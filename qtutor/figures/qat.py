@@ -40,7 +40,7 @@ def losses_picture(losses, title: str, smooth: int = 5):
         axis.legend(fontsize=8)
         axis.xaxis.get_major_locator().set_params(integer=True)
     left.set(title=f"{title}: next token", xlabel="step", ylabel="cross-entropy (nats/token)")
-    right.set(title="distilled", xlabel="step", ylabel="KL from the float model (nats/token)", ylim=(0, None))
+    right.set(title="distilled", xlabel="step", ylabel="KL from float (nats/token)", ylim=(0, None))
     return fig
 
 
