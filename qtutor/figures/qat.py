@@ -116,8 +116,8 @@ def gguf_picture(rows):
         axis.set(xlabel="size of the file (MB)")
         axis.margins(x=0.16, y=0.12)
         for row, height in zip(line.itertuples(), y[line.index], strict=True):  # clear of the bars and of the line
-            axis.annotate(row.type, (row.file_mb, height), xytext=(-5, 7) if row.file_mb < 4.6 else (6, 7), fontsize=8.5,
-                          ha="right" if row.file_mb < 4.6 else "left", textcoords="offset points")  # fmt: skip
+            at, side = ((-5, 7), "right") if row.file_mb < 4.6 else ((6, 7), "left")
+            axis.annotate(row.type, (row.file_mb, height), xytext=at, ha=side, textcoords="offset points", fontsize=8.5)
     axes[0].axhline(0, color="black", lw=0.8)
     axes[0].set(title="Perplexity", ylabel="more than the float model (%)")
     axes[1].set(title="KL divergence", ylabel="mean KL from the float model (nats)", ylim=(0, None))
