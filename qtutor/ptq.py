@@ -1,11 +1,11 @@
-"""Around post-training quantization: GPTQ, which layers there are, what they really hold, why a library said no.
+"""Around post-training quantization: what a layer's inputs are, GPTQ, what a model really holds, why a library said no.
 
 The notebook on quantization after training has the methods in its cells, explained; a test holds its GPTQ to this one.
 
     layers = ptq.linears(model)                    # every linear layer but the output head
     layer.weight.copy_(ptq.gptq(layer.weight, H, bits=3, group=32, clip=True))
     held = ptq.stored(model)                       # what lies in memory, whatever the configuration says
-    model, why = ptq.attempt(lambda: AutoModelForCausalLM.from_pretrained(folder, quantization_config=config))
+    model, why = ptq.attempt(AutoModelForCausalLM.from_pretrained, folder)
 """
 
 from __future__ import annotations
@@ -37,6 +37,24 @@ def source(name: str) -> str:
     return head + dot + SAME_INPUT.get(last, last)
 
 
+@torch.no_grad()
+def input_squares(model, batches) -> dict:
+    """Name of a layer -> H (columns, columns), float64: the sum of x x^T over its inputs x while ``model`` reads
+    ``batches`` of token ids (rows, tokens).  Layers that share an input share one tensor."""
+    layers, sums = linears(model), {}
+
+    def add(name, x):
+        sums[name] = sums.get(name, 0) + x.T @ x
+
+    hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0].flatten(0, -2).double()))
+             for name, layer in layers.items() if source(name) == name]  # fmt: skip
+    for batch in batches:
+        model(batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: sums[source(name)] for name in layers}
+
+
 def nearest(blocks, scale, bits: int):
     """``blocks`` rounded to the nearest point of the signed grid of ``bits`` bits with steps of ``scale``."""
     return (blocks * (1 / scale)).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
@@ -66,12 +84,15 @@ def gptq(w, H, bits: int, group: int, damp: float = 0.01, clip: bool = False, or
     w, q, H = w.clone(), torch.zeros_like(w), H.double().clone()
     H.diagonal().add_(damp * H.diag().mean() + 1e-9 * (H.diag() == 0))  # an input may be 0 throughout
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True).to(w.dtype)
-    for j in range(w.shape[1]):
-        if j % group == 0:
-            importance = H.diag()[j : j + group].to(w.dtype)
-            scale = search(w[:, j : j + group], importance, bits, RATIOS if clip else (1,))
-        q[:, j] = onto(w[:, j : j + 1], scale, bits)[:, 0]
-        w[:, j + 1 :] -= torch.outer((w[:, j] - q[:, j]) / U[j, j], U[j, j + 1 :])
+    for start in range(0, w.shape[1], group):  # the columns behind a group are updated once, when it is finished
+        now, importance = w[:, start : start + group].clone(), H.diag()[start : start + group].to(w.dtype)
+        u, errors, n = U[start : start + group, start:], torch.zeros_like(now), now.shape[1]
+        scale = search(now, importance, bits, RATIOS if clip else (1,))
+        for j in range(n):
+            q[:, start + j] = onto(now[:, j : j + 1], scale, bits)[:, 0]
+            errors[:, j] = (now[:, j] - q[:, start + j]) / u[j, j]
+            now[:, j + 1 :] -= torch.outer(errors[:, j], u[j, j + 1 : n])
+        w[:, start + n :] -= errors @ u[:, n:]
     return q
 
 

@@ -1,17 +1,4 @@
-"""Quantization-aware training of a language model, and the opponents that it has to beat.
-
-"QAT recovered 90 %" means little by itself: 90 % of what, and what would the same hours of ordinary training have
-given?  So a scheme has these arms, all evaluated on the same text:
-
-    float           the model as it was
-    PTQ             the float model, rounded
-    control         the float model, trained on for as many steps on the same batches, then rounded
-    QAT             trained for those steps on the next token, with the quantizer in the forward pass
-    QAT, distilled  the same, but the target is the float model's whole distribution and not one token
-                    (LLM-QAT, https://arxiv.org/abs/2305.17888)
-
-The share of the damage that is repaired is (PTQ - QAT) / (PTQ - float).  (A control for distillation would be the
-float model taught by itself: its loss is zero from the first step on, so PTQ is that control.)
+"""Quantization-aware training of a language model: its schemes, and a trained model.
 
 The QAT notebook has the training loop; one trained model, on llama.cpp's grid, is there already: :func:`load_q4_0`.
 """

@@ -121,24 +121,10 @@ def evaluated(kept, model, tokens, rival=None) -> dict:
     return row | {"text": corpus.fingerprint(corpus.eval_text())}
 
 
-@torch.no_grad()
 def hessians(model, ids, windows: int = 64) -> dict:
-    """Name of a layer -> the sum of x x^T over its inputs on the first ``windows`` of ``ids`` (layers that share an
-    input: one tensor)."""
-    sums, hooks = {}, []
-    for name, layer in ptq.linears(model).items():
-        if ptq.source(name) == name:
-            def gather(layer, args, name=name):
-                x = args[0].flatten(0, -2).double()
-                sums[name] = sums.get(name, 0) + x.T @ x
-
-            hooks.append(layer.register_forward_pre_hook(gather))
-    device = next(model.parameters()).device
-    for part in torch.from_numpy(evaluate.windows(ids[: windows * CONTEXT], CONTEXT)).to(device).split(8):
-        model(part, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return {name: sums[ptq.source(name)] for name in ptq.linears(model)}
+    """:func:`ptq.input_squares` of the first ``windows`` of ``ids``."""
+    parts = torch.from_numpy(evaluate.windows(ids[: windows * CONTEXT], CONTEXT)).split(8)
+    return ptq.input_squares(model, (part.to(next(model.parameters()).device) for part in parts))
 
 
 def mx_nearest(blocks, scale, bits=4):

@@ -66,7 +66,7 @@ def outlier_picture(amax: dict, name: str, other: str):
     """Figure: ``amax[layer]`` (channels,) of the inputs of two layers, and how far the largest stands out in each."""
     fig, (left, right) = plots.figure(8.5, 3.5, ncols=2, width_ratios=(1.25, 1))
     for key, color in ((name, RED), (other, BLUE)):
-        left.plot(amax[key].cpu() / amax[key].cpu().median(), color=color, lw=0.9, label=".".join(key.split(".")[-3:]))
+        left.plot(amax[key].cpu() / amax[key].cpu().median(), color=color, lw=0.9, label=".".join(key.split(".")[-4:]))
     left.set(title="Inputs: the largest value of each channel", xlabel="channel", ylabel="amax (median channel = 1)")
     left.legend(loc="upper left")
     labels = {"q_proj": "q, k, v", "o_proj": "o", "gate_proj": "gate, up", "down_proj": "down"}
@@ -112,8 +112,9 @@ def rotation_picture(before: dict, after: dict, down: str):
         for seen, color, label in ((before, RED, "before"), (after, BLUE, "rotated")):
             values = seen[name].amax.cpu() / seen[name].H.diag().mean().div(seen[name].n).sqrt().cpu()
             ax.plot(values.sort(descending=True).values, color=color, lw=2, label=label)
-        ax.set(title="Input of " + ".".join(name.split(".")[-4:]), ylabel="amax / root mean square", ylim=(0, None))
-        ax.legend(title="channels, largest first")
+        ax.set(title="Input of " + ".".join(name.split(".")[-4:]), ylabel="amax / root mean square", ylim=(0, None),
+               xlabel="channel, largest first")  # fmt: skip
+        ax.legend()
     return fig
 
 
@@ -126,6 +127,7 @@ def methods_picture(table):
         ax.errorbar(rows["kld_mean"], range(len(rows)), xerr=2 * rows["kld_mean_se"], fmt="o", capsize=3, color=BLUE)
         ax.set_yticks(range(len(rows)), rows["method"])
         ax.set(title=f"{b} bits", xlim=(0, 1.15 * (rows["kld_mean"] + 2 * rows["kld_mean_se"]).max()))
-        ax.set_xlabel("mean KL divergence (nats; bars: two standard errors)", size=9)
+        ax.set_xlabel("mean KL divergence (nats; bars: two std. errors)", size=8.5)
+        ax.locator_params(axis="x", nbins=4)
         ax.grid(False, axis="y")
     return fig

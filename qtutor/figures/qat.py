@@ -40,7 +40,7 @@ def losses_picture(losses, title: str, smooth: int = 5):
         axis.legend(fontsize=8)
         axis.xaxis.get_major_locator().set_params(integer=True)
     left.set(title=f"{title}: next token", xlabel="step", ylabel="cross-entropy (nats/token)")
-    right.set(title="distilled", xlabel="step", ylabel="KL from the float model (nats/token)", ylim=(0, None))
+    right.set(title="distilled", xlabel="step", ylabel="KL from float (nats/token)", ylim=(0, None))
     return fig
 
 
@@ -67,6 +67,7 @@ def recovery_picture(rows):
     for at in range(1, len(schemes)):
         axis.axvline(at - 0.5, color="0.85", lw=0.8, zorder=0)
     axis.set_xticks(range(len(schemes)), schemes)
+    plots.plain_ticks(axis.yaxis, span=50)
     axis.set(title="Distance that is left, by scheme and arm", xlabel="scheme", xlim=(-0.5, len(schemes) - 0.5))
     fig.legend(ncols=4, fontsize=8, loc="outside lower center", frameon=False)
     return fig
@@ -89,7 +90,10 @@ def steps_picture(rows):
             best = untrained.loc[untrained["kld_mean"].idxmin()]
             axis.axhline(best["kld_mean"], color="black", lw=1, ls="--")
             axis.set_title(f"{scheme} (dashed: {best['arm']})", fontsize=9)
-        axis.set(xscale="log", xlabel="steps")
+        axis.set(xscale="log", xlabel="steps", ylabel="KL from float (nats/token)")
+        plots.plain_ticks(axis.yaxis)
+        axis.set_xticks(sorted(set(trained["steps"])), [f"{n:,}" for n in sorted(set(trained["steps"]))])
+        axis.minorticks_off()
     handles = {label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     fig.legend(handles.values(), handles, ncols=4, fontsize=8, loc="outside lower center", frameon=False)
     return fig
@@ -107,11 +111,13 @@ def gguf_picture(rows):
             one = rows["model"] == name
             axis.errorbar(rows["file_mb"][one], y[one], yerr=2 * factor * rows[f"{column}_se"][one], fmt=marker, ms=7,
                           capsize=3, lw=1.2, color=color, label=name)  # fmt: skip
-        line = rows["file_mb"][rows["model"] == "PTQ"].sort_values()
-        axis.plot(line, y[line.index], color="0.35", lw=1, ls=":", zorder=0)
+        line = rows[rows["model"] == "PTQ"].sort_values("file_mb")
+        axis.plot(line["file_mb"], y[line.index], color="0.35", lw=1, ls=":", zorder=0)
         axis.set(xlabel="size of the file (MB)")
-        axis.margins(x=0.12, y=0.12)
-        plots.annotate(axis, rows["file_mb"], y, rows["type"].where(rows["model"] == "PTQ", ""))
+        axis.margins(x=0.16, y=0.12)
+        for row, height in zip(line.itertuples(), y[line.index], strict=True):  # clear of the bars and of the line
+            at, side = ((-5, 7), "right") if row.file_mb < 4.6 else ((6, 7), "left")
+            axis.annotate(row.type, (row.file_mb, height), xytext=at, ha=side, textcoords="offset points", fontsize=8.5)
     axes[0].axhline(0, color="black", lw=0.8)
     axes[0].set(title="Perplexity", ylabel="more than the float model (%)")
     axes[1].set(title="KL divergence", ylabel="mean KL from the float model (nats)", ylim=(0, None))
