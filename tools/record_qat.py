@@ -1,18 +1,20 @@
 """Record what quantization-aware training gives back: results ``qat_recovery`` and ``qat_gguf``, and the Q4_0 model.
 
-The trained arms are those of qtutor.qat; the others are the methods of the lesson on quantization after training, by
-the functions of its own cells, and llama.cpp's.  :func:`train` is the loop of the QAT notebook (a test holds one to the
-other); on a GPU it replays a CUDA graph, because a step of so small a model is otherwise the time that Python takes to
-launch it.  ``python -m tools.record_qat --arms ptq`` records the arms that are not trained, ``--arms training`` the
-others, side by side if you like: both add to one file.  Without arguments it trains
-data/qat/course_model_q4_0.safetensors anew.
+The trained arms are those of qtutor.qat; the others are llama.cpp's, and those of the lesson on quantization after
+training by the functions of its cells.  :func:`train` is the loop of the QAT notebook (a test holds one to the other);
+on a GPU it replays a CUDA graph, because a step of so small a model is otherwise the time that Python takes to launch
+it.  ``python -m tools.record_qat --arms ptq`` records the arms that are not trained, ``--arms training`` the others, if
+you like at the same time: both add to one file.  Without arguments data/qat/course_model_q4_0.safetensors is trained.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import json
 import math
+import operator
 import os
 import subprocess
 import sys
@@ -27,21 +29,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import qtutor
-from qtutor import (
-    corpus,
-    course_model,
-    evaluate,
-    fake_quant,
-    files,
-    formats,
-    gguf_export,
-    llamacpp,
-    measure,
-    packed,
-    ptq,
-    results,
-)
-from qtutor.files import whole
+from qtutor import corpus, course_model, evaluate, fake_quant, gguf_export, llamacpp, measure, packed, ptq, results
+from qtutor.files import ROOT, whole
+from qtutor.formats import E4M3, nvfp4_scales
 from qtutor.qat import Q4_0_FILE, Q4_0_TENSORS, SCHEMES, load_q4_0
 from qtutor.rigs.decoding import llama_logits
 from qtutor.ste import Target, find_grid
@@ -52,9 +42,9 @@ from .record_llmcompressor import lesson
 
 RATES = {"W4A16": 3e-4, "W3": 5e-4, "W2": 1e-3, "MXFP4": 3e-4}  # tried: a third of it, it, three times it
 TRAINED = tuple(RATES)
-ALONE = {f"{name} weights": dict(weight=name) for name in ("FP8", "MXFP4", "NVFP4")}  # activations stay float
-GROUPS = {f"{name} g128": SCHEMES[name] | {"group_size": 128} for name in ("W4A16", "W3")}
-AFTER = SCHEMES | {"W8A16": dict(weight="int8")} | ALONE | GROUPS  # what models are rounded to without training
+AFTER = SCHEMES | {"W8A16": dict(weight="int8"),  # to what models are rounded without training
+                   **{f"{name} weights": dict(weight=name) for name in ("FP8", "MXFP4", "NVFP4")},
+                   **{f"{name} g128": SCHEMES[name] | {"group_size": 128} for name in ("W4A16", "W3")}}  # fmt: skip
 METHODS = ("RTN", "searched scale", "GPTQ", "GPTQ, activation order", "GPTQ, no clipping", "AWQ", "AWQ, searched scale",
            "rotation, RTN", "rotation, GPTQ")  # GPTQ has searched scales, but for "no clipping"  # fmt: skip
 K_QUANTS = {"W4A16": "Q4_K", "W3": "Q3_K", "W2": "Q2_K"}  # scheme: llama.cpp's type of that size
@@ -110,6 +100,7 @@ def train(model, ids, steps: int, rate: float, batch_size: int = 16, context: in
     return losses.tolist()
 
 
+@torch.no_grad()
 def window_klds(kept, model, tokens):
     """The comparison of ``model`` with the float model, whose logits are ``kept``, and its mean KLD of each window."""
     targets, parts = evaluate.targets_of(tokens, CONTEXT), evaluate.iter_logits(model, tokens, CONTEXT)
@@ -121,8 +112,7 @@ def window_klds(kept, model, tokens):
 
 
 def columns(found, klds, rival=None) -> dict:
-    """Columns of a result, from what :func:`window_klds` found: perplexity of a model, distance from the float model.
-    ``rival``: the KLD of each window of the model that it is compared with."""
+    """Columns of a result, from what :func:`window_klds` found.  ``rival``: each window's KLD of what is compared."""
     row = {**{name: round(found.row()[name], 6) for name in KEPT}, "kld_mean_se_windows": stats.sem(klds),
            "scored_tokens": found.scored_tokens, "windows": len(klds)}  # fmt: skip
     if rival is not None:
@@ -137,34 +127,28 @@ def grid_of(target: Target, whole=None):
         return ptq.nearest, ptq.clip_scale
 
     def nearest(blocks, scale, bits):
-        low, high = target.quant_min, target.quant_max
-        points = (blocks / scale).clamp(low, high) if target.is_float else (blocks / scale).round().clamp(low, high)
-        return (target.fmt.round(points) if target.is_float else points) * scale
+        return target.fmt.round((blocks / scale).clamp(target.quant_min, target.quant_max)) * scale
 
     def search(blocks, importance, bits, ratios=ptq.RATIOS):
-        """The standard's scale or, of several ``ratios``, the one with the smallest squared error."""
-        scale, stored = find_grid(blocks, target).scale, lambda scale: scale
-        if target.rule == "nvfp4":
-            amax = blocks.abs().amax(1, keepdim=True)
-            of_all = formats.nvfp4_scales(amax)[1] if whole is None else whole
-            scale, least = amax / target.quant_max, formats.E4M3.min_normal
-            stored = lambda scale: formats.E4M3.round((scale / of_all).clamp(min=least)) * of_all  # noqa: E731
-        elif target.rule == "gguf":
-            stored = lambda scale: scale.half().float()  # noqa: E731
         if len(ratios) > 1:  # a power of two has neighbours; ternary's mean magnitude is the least that is tried
             ratios = {"mx": (0.5, 1, 2), "absmean": [2 * ratio for ratio in ratios]}.get(target.rule, ratios)
-        tried = [stored(scale * ratio) for ratio in ratios]
-        losses = [((nearest(blocks, s, bits) - blocks).square() * importance).sum(1, keepdim=True) for s in tried]
-        return torch.stack(tried).gather(0, torch.stack(losses).argmin(0, keepdim=True))[0]
+        amax, scale = blocks.abs().amax(1, keepdim=True), find_grid(blocks, target).scale
+        scale = amax / target.quant_max if target.rule == "nvfp4" else scale
+        tried = scale * torch.tensor(ratios, device=scale.device)[:, None, None]
+        if target.rule == "nvfp4":
+            of_all = nvfp4_scales(amax)[1] if whole is None else whole
+            tried = E4M3.round((tried / of_all).clamp(min=E4M3.min_normal)) * of_all
+        tried = tried.half().float() if target.rule == "gguf" else tried
+        losses = ((nearest(blocks, tried, bits) - blocks).square() * importance).sum(2, keepdim=True)
+        return tried.gather(0, losses.argmin(0, keepdim=True))[0]
 
     return nearest, search
 
 
 @torch.no_grad()
 def after_training(model, scheme: str, method: str, seen: dict | None = None, use: dict | None = None):
-    """A copy of a float ``model`` with the weights of its layers rounded by ``method`` of METHODS (a rotation is the
-    caller's), and a scheme's quantizers of activations where it has some.  ``use``: the lesson's functions; ``seen``:
-    what its ``watch`` has found."""
+    """A copy of a float ``model``, its layers rounded by ``method`` of METHODS (a rotation is the caller's), with a
+    scheme's quantizers of activations.  ``use``: the lesson's functions; ``seen``: what its ``watch`` has found."""
     how, quantized = AFTER[scheme], fake_quant.prepare(copy.deepcopy(model), **AFTER[scheme])
     if method == "RTN":
         return quantized
@@ -173,7 +157,8 @@ def after_training(model, scheme: str, method: str, seen: dict | None = None, us
         names = use["readers"](layers, source)
         w = torch.cat([layers[name].weight.data for name in names])  # no row of a weight touches another
         group, bits = target.block or how.get("group_size") or w.shape[1], target.bits
-        nearest, search = grid_of(target)
+        whole = nvfp4_scales(w.abs().reshape(-1, group).amax(1))[1] if "GPTQ" in method else None
+        nearest, search = grid_of(target, whole)
         use |= {"GROUP": group, "nearest": nearest, "clip_scale": search,
                 "scale_of": lambda blocks, bits, ratio=1, search=search: search(blocks, 1, bits, (ratio,))}  # fmt: skip
         if method == "searched scale":
@@ -181,8 +166,6 @@ def after_training(model, scheme: str, method: str, seen: dict | None = None, us
         elif "AWQ" in method:
             q = use["awq_of"](w, s, bits, source, clip="searched" in method)
         else:
-            whole = formats.nvfp4_scales(w.abs().reshape(-1, group).amax(1))[1]
-            nearest, search = grid_of(target, whole)
             q = ptq.gptq(w, s.H, bits, group, clip="no clipping" not in method, order="order" in method,
                          onto=nearest, search=search)  # fmt: skip
         for name, part in zip(names, q.split([len(layers[name].weight) for name in names]), strict=True):
@@ -191,20 +174,12 @@ def after_training(model, scheme: str, method: str, seen: dict | None = None, us
     return quantized
 
 
-def stored_bits(model, scheme: str) -> float:
-    """Bits that a weight of the layers of a 16-bit ``model`` takes, scales included, counted in packed layers."""
-    quantized = packed.convert(fake_quant.prepare(copy.deepcopy(model).bfloat16(), **AFTER[scheme]))
-    held, weights = measure.stored_bytes(torch.nn.ModuleList(ptq.linears(quantized).values()))
-    return 8 * held / weights
-
-
 @torch.no_grad()
 def k_quant(model, kind: str, imatrix=None):
     """(a copy of ``model`` with the weights of its layers as llama.cpp rounds them to ``kind``, bits of a weight)."""
-    quantized = copy.deepcopy(model)
+    quantized, tokenizer = copy.deepcopy(model), course_model.load_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        source, tokenizer = Path(folder) / "f32.gguf", course_model.load_tokenizer()
-        gguf_export.export(copy.deepcopy(model).cpu(), source, tokenizer=tokenizer)
+        source = gguf_export.export(copy.deepcopy(model).cpu(), Path(folder) / "f32.gguf", tokenizer=tokenizer)
         file = llamacpp.quantize(source, Path(folder) / "k.gguf", kind, imatrix, {r"blk\..*\.weight$": kind})
         found = llamacpp.check_gguf(file)
         weights = dequantized(found, gguf_export.hyperparameters(model.config.to_dict()))
@@ -216,34 +191,40 @@ def k_quant(model, kind: str, imatrix=None):
     return quantized, 8 * sum(t.nbytes for t in held) / sum(math.prod(t.shape) for t in held)
 
 
+def next_rate(middle: float, found: dict):
+    """The rate to try next: three around ``middle``, then up to two beyond them while the best of those ``found``,
+    {rate: (KLD, ...)}, is at an end.  None where there is no next."""
+    if len(found) < 3:
+        return middle * (1 / 3, 1, 3)[len(found)]
+    best = min(found, key=lambda rate: found[rate][0])
+    beyond = best / 3 if best == min(found) else best * 3 if best == max(found) else None
+    return beyond if len(found) < 5 else None
+
+
 def experiment(base, ids, tokens, schemes=AFTER, steps: int = 700, seeds=(0, 1, 2), batch_size: int = 16,
                context: int = 512, curve=(), held_out: int = 40, calibration: int = 64, arms: str = "all"):  # fmt: skip
     """Yield the rows of ``qat_recovery``: every arm of every scheme and seed (order of batches; -1: not trained).
 
-    Arms after training are METHODS and, where llama.cpp has a type of that size, K_QUANTS.  Schemes of TRAINED have
-    trained arms, too.  Each is trained with three rates on the first seed, with a fourth and a fifth where the best of
-    them is at an end, and goes on with the one that is nearest to the float model on the last ``held_out`` windows of
-    the training text, which nobody trains on (rows of kind "rate").  A control is the float model trained as an arm
-    "QAT" is, then rounded.  ``curve``: further numbers of steps, on the first seed.  ``arms``: "ptq" or "training" for
-    one half of them (with GPTQ in both: it is what all are compared with).
+    Arms after training are METHODS and K_QUANTS.  Schemes of TRAINED have trained arms, too; each tries the rates of
+    :func:`next_rate` on the first seed, and goes on with the one that is nearest to the float model on the last
+    ``held_out`` windows of the training text, which nobody trains on (rows of kind "rate").  A control is the float
+    model trained as an arm "QAT" is, then rounded.  ``curve``: further numbers of steps, on the first seed.  ``arms``:
+    "ptq" or "training" for one half (GPTQ is in both: all are compared with it).
     """
     device, how = next(base.parameters()).device, dict(batch_size=batch_size, context=context)
     ids, chosen_on = ids[: -held_out * CONTEXT], ids[-held_out * CONTEXT :]
     kept, kept_for_rates = (evaluate.logits_of(base, text, CONTEXT).to(device) for text in (tokens, chosen_on))
     use, seen_by_all = lesson(base), evaluate.windows(ids[: calibration * CONTEXT], CONTEXT)
     plain = base, use["watch"](base, seen_by_all)
+    compared = functools.partial(window_klds, kept, tokens=tokens)
     if arms != "training":
         rotated = use["rotate"](base)
         rotated = rotated, use["watch"](rotated, seen_by_all)
         imatrix = llamacpp.available()[0] and llamacpp.imatrix(base, seen_by_all, CONTEXT)
 
-    def compared(model):
-        with torch.no_grad():
-            return window_klds(kept, model, tokens)
-
     def rounded(scheme, method):
         model, seen = rotated if method.startswith("rotation") else plain
-        return after_training(model, scheme, method.removeprefix("rotation, "), seen, use)
+        return compared(after_training(model, scheme, method.removeprefix("rotation, "), seen, use))
 
     def trained(scheme, arm, rate, seed, steps):
         model = copy.deepcopy(base)
@@ -257,20 +238,22 @@ def experiment(base, ids, tokens, schemes=AFTER, steps: int = 700, seeds=(0, 1, 
             {"peak_gib": torch.cuda.max_memory_allocated() / measure.GIB} if gpu else {})  # fmt: skip
 
     for scheme in schemes:
-        gptq, bits = compared(rounded(scheme, "GPTQ")), stored_bits(base, scheme)
+        gptq, stored = rounded(scheme, "GPTQ"), copy.deepcopy(base).bfloat16()  # scales have 16 bits, if not fewer
+        stored = ptq.linears(packed.convert(fake_quant.prepare(stored, **AFTER[scheme]))).values()
+        size = operator.truediv(*measure.stored_bytes(torch.nn.ModuleList(stored)))
 
-        def row(arm, found, seed=-1, rate=0.0, steps=0, scheme=scheme, rival=gptq[1], bits=bits, **more):
+        def row(arm, found, seed=-1, rate=0.0, steps=0, scheme=scheme, rival=gptq[1], bits=8 * size, **more):
             return dict(kind="result", scheme=scheme, arm=arm, seed=seed, rate=rate, steps=steps,
                         tokens_per_step=batch_size * context, bits_per_weight=bits, rival="GPTQ",
                         **columns(*found, rival), **more)  # fmt: skip
 
         for method in METHODS if arms != "training" else ["GPTQ"]:
             if not ("AWQ" in method and "activation" in AFTER[scheme]):  # AWQ is for weights alone
-                yield row(method, gptq if method == "GPTQ" else compared(rounded(scheme, method)))
+                yield row(method, gptq if method == "GPTQ" else rounded(scheme, method))
         if arms != "training" and scheme in K_QUANTS and imatrix:
             for arm, matrix in (("K-quant", None), ("K-quant, imatrix", imatrix)):
-                model, size = k_quant(base, K_QUANTS[scheme], matrix)
-                yield row(arm, compared(model), bits=size, type=K_QUANTS[scheme])
+                model, bits = k_quant(base, K_QUANTS[scheme], matrix)
+                yield row(arm, compared(model), bits=bits, type=K_QUANTS[scheme])
         if arms == "ptq" or scheme not in TRAINED:
             continue
 
@@ -283,26 +266,18 @@ def experiment(base, ids, tokens, schemes=AFTER, steps: int = 700, seeds=(0, 1, 
 
         best = {}
         for arm in [arm for arm in ARMS if not ("LSQ" in arm and scheme == "MXFP4")]:
-            found, ahead = {}, [RATES[scheme] * factor for factor in (1 / 3, 1, 3)]
-            while ahead:
-                rate = ahead.pop(0)
-                try:
+            found = {}
+            while rate := next_rate(RATES[scheme], found):
+                found[rate] = (math.inf,)
+                with contextlib.suppress(qtutor.QtutorError):  # it may explode
                     model, cost = trained(scheme, arm, rate, seeds[0], steps)
-                except qtutor.QtutorError:  # it exploded: a rate that is too high
-                    continue
-                judged = after_training(model, scheme, "RTN") if arm == "control" else model
-                with torch.no_grad():
-                    held = window_klds(kept_for_rates, judged, chosen_on)[0].kld_mean
-                found[rate] = held, model, cost
-                yield dict(kind="rate", scheme=scheme, arm=arm, seed=seeds[0], rate=rate, steps=steps,
-                           tokens_per_step=batch_size * context, kld_calibration=held)  # fmt: skip
-                rate = min(found, key=lambda rate: found[rate][0])
-                if not ahead and len(found) in (3, 4):  # the best of them should have a worse one on either side
-                    ahead = [rate / 3] if rate == min(found) else [rate * 3] if rate == max(found) else []
-            best[arm] = rate
-            yield from result(arm, found[rate][1], seed=seeds[0], rate=rate, steps=steps, **found[rate][2])
-            for seed in seeds[1:]:
-                model, cost = trained(scheme, arm, rate, seed, steps)
+                    judged = after_training(model, scheme, "RTN") if arm == "control" else model
+                    found[rate] = window_klds(kept_for_rates, judged, chosen_on)[0].kld_mean, model, cost
+                    yield dict(kind="rate", scheme=scheme, arm=arm, seed=seeds[0], rate=rate, steps=steps,
+                               tokens_per_step=batch_size * context, kld_calibration=found[rate][0])  # fmt: skip
+            best[arm] = rate = min(found, key=lambda rate: found[rate][0])
+            for seed in seeds:
+                model, cost = found[rate][1:] if seed == seeds[0] else trained(scheme, arm, rate, seed, steps)
                 yield from result(arm, model, seed=seed, rate=rate, steps=steps, **cost)
         for arm in ("QAT, distilled", "QAT", "control") if scheme in ("W3", "W2") else ():
             for n in curve:
@@ -317,9 +292,9 @@ def earlier(name: str, full: bool, directory=None, **about) -> list[dict]:
     if not results.exists(name, folder, directory):
         return []
     found, device = results.load(name, folder, directory), results.machine()["device"]
-    columns = [("device", found.device, device), ("profile", found.profile, "full" if full else "quick"),
-               *((key, row.get(key, value), value) for row in found.rows for key, value in about.items())]  # fmt: skip
-    if other := [f"{key} {there}, here it is {here}" for key, there, here in columns if there != here]:
+    pairs = [("device", found.device, device), ("profile", found.profile, "full" if full else "quick"),
+             *((key, row.get(key, value), value) for row in found.rows for key, value in about.items())]  # fmt: skip
+    if other := [f"{key} {there}, here it is {here}" for key, there, here in pairs if there != here]:
         raise qtutor.QtutorError(f"{folder}/{name}.json holds rows of {other[0]}: move the file away first.")
     return found.rows
 
@@ -331,72 +306,59 @@ def add(name: str, rows: list[dict], full: bool, directory=None) -> Path:
 
     def key(row):
         return (list(AFTER).index(row["scheme"]), ORDER.index(row["arm"]), -row["steps"], row["seed"],
-                f"{row['rate']:.2g}" if name == "qat_rates" else "")  # fmt: skip
+                float(f"{row['rate']:.2g}") if name == "qat_rates" else 0)  # fmt: skip
 
-    folder = Path(directory or results.RESULTS) / results.machine_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
+    with open(__file__) as lock:  # the same for all processes
         fcntl.flock(lock, fcntl.LOCK_EX)
         about = {what: rows[0][what] for what in ("text", "windows") if what in rows[0]}
+        rows = [{column: value for column, value in row.items() if column != "kind"} for row in rows]
         found = {key(row): row for row in [*earlier(name, full, directory, **about), *rows]}
         gptq = {row["scheme"]: row["kld_mean"] for row in found.values() if row["arm"] == "GPTQ"}
         for row in found.values():
             less = row.get("kld_mean", 0) - gptq.get(row["scheme"], 0)
-            if abs(row.get("kld_less_rival", less) - less) > 2e-6:  # more than what rounding kld_mean does
+            if abs(row.get("kld_less_rival", less) - less) > 2e-6 + 1e-5 * row.get("kld_mean", 0):  # no rounding
                 row["kld_less_rival"] = less
         ordered = [found[place] for place in sorted(found)]
         return keep(results.save(name, ordered, profile="full" if full else "quick", directory=directory))
-    finally:
-        os.close(lock)
 
 
 def record_recovery(full: bool, arms: str = "all", directory=None) -> Path:
     """Run :func:`experiment` on all GPUs, one scheme a GPU at a time, and add rows to ``qat_recovery`` as they come."""
     if not torch.cuda.is_available():
         raise qtutor.QtutorError("Training so many arms takes a CUDA GPU, and there is none.")
-    tokenizer = course_model.load_tokenizer()
-    windows = len(evaluate.windows(scored(corpus.tokens("eval", tokenizer), full), CONTEXT))
-    earlier("qat_recovery", full, directory, text=corpus.fingerprint(corpus.eval_text()), windows=windows)
+    earlier("qat_recovery", full, directory, text=corpus.fingerprint(corpus.eval_text()))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     others = [scheme for scheme in AFTER if scheme not in TRAINED and arms != "training"]
     with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder, "train.npy")
-        np.save(text, corpus.tokens("train", tokenizer))
-        jobs, path, saved = [], None, 0
-        for number, gpu in enumerate(gpus):
-            mine = [*others[number :: len(gpus)], *TRAINED[number :: len(gpus)]] if full else ["W3"][number:]
-            if mine:
-                out, command = Path(folder, f"{gpu}.jsonl"), [sys.executable, "-W", "ignore", "-m", "tools.record_qat"]
-                jobs.append((out, subprocess.Popen([*command, str(out), str(text), str(int(full)), arms, *mine],
-                                                   env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})))  # fmt: skip
+        text, jobs, path, saved = Path(folder, "train.npy"), [], None, 0
+        np.save(text, corpus.tokens("train", course_model.load_tokenizer()))
+        for number, gpu in enumerate(gpus[: len(others) + len(TRAINED) if full else 1]):
+            mine = [*others[number :: len(gpus)], *TRAINED[number :: len(gpus)]] if full else ["W3"]
+            out, command = Path(folder, f"{gpu}.jsonl"), [sys.executable, "-W", "ignore", "-m", "tools.record_qat"]
+            jobs.append((out, subprocess.Popen([*command, out, text, str(int(full)), arms, *mine],
+                                               env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})))  # fmt: skip
         while True:
             running = any(job.poll() is None for _, job in jobs)
             rows = [json.loads(line) for out, _ in jobs if out.exists() for line in out.read_text().splitlines()]
-            for name, kind in (("qat_rates", "rate"), ("qat_recovery", "result")) if len(rows) > saved else ():
-                some = [{k: v for k, v in row.items() if k != "kind"} for row in rows if row["kind"] == kind]
-                path = add(name, some, full, directory) if some else path
+            for kind, name in (("rate", "qat_rates"), ("result", "qat_recovery")) if len(rows) > saved else ():
+                if some := [row for row in rows if row["kind"] == kind]:
+                    path = add(name, some, full, directory)
             saved = len(rows)
             if not running:
                 break
             time.sleep(5)
     if failed := sum(job.returncode != 0 for _, job in jobs):
-        raise qtutor.QtutorError(f"{failed} of {len(jobs)} processes stopped early: see above; their rows are saved.")
+        raise qtutor.QtutorError(f"{failed} of {len(jobs)} processes stopped early (why is above).")
     return path
 
 
-def scored(tokens, full: bool):
-    """The evaluation text, or little of it for a try."""
-    return tokens if full else tokens[: 4 * CONTEXT]
-
-
 def worker(out: str, text: str, full: str, arms: str, *schemes: str) -> None:
-    """What one GPU runs: rows of its schemes into ``out``, one a line.  (A CPU can, too, for a try.)"""
-    device, tokenizer = "cuda" if torch.cuda.is_available() else "cpu", course_model.load_tokenizer()
-    base, tokens = course_model.load(dtype=torch.float32, device=device), corpus.tokens("eval", tokenizer)
-    size = dict(steps=20, seeds=(0,), batch_size=4, held_out=4, calibration=4)
-    size = dict(curve=(70, 210, 2100)) if int(full) else size
-    for row in experiment(base, np.load(text), scored(tokens, int(full)), schemes, arms=arms, **size):
+    """What one GPU (or, for a try, a CPU) runs: rows of its schemes into ``out``, one a line."""
+    base = course_model.load(dtype=torch.float32, device="cuda" if torch.cuda.is_available() else "cpu")
+    tokens, size = corpus.tokens("eval", course_model.load_tokenizer()), dict(curve=(70, 210, 2100))
+    if not int(full):
+        tokens, size = tokens[: 4 * CONTEXT], dict(steps=20, seeds=(0,), batch_size=4, held_out=4, calibration=4)
+    for row in experiment(base, np.load(text), tokens, schemes, arms=arms, **size):
         with open(out, "a") as file:
             print(json.dumps(row, default=float), file=file)
 
@@ -444,7 +406,7 @@ def train_q4_0(path=Q4_0_FILE, steps: int = 2500, seed: int = 0) -> None:
 def record_speed(full: bool = True) -> Path:
     """``fake_quant_speed``: bench/bench_fake_quant.py on a GPU, saved."""
     rows = [] if full else ["--rows", "256", "--columns", "256", "--rounds", "2"]
-    subprocess.run([sys.executable, files.ROOT / "bench" / "bench_fake_quant.py", "--save", *rows], check=True)
+    subprocess.run([sys.executable, ROOT / "bench" / "bench_fake_quant.py", "--save", *rows], check=True)
     return results.RESULTS / results.machine_folder() / "fake_quant_speed.json"
 
 
