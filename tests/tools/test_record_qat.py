@@ -224,6 +224,46 @@ def test_processes_add_at_the_same_time(tmp_path):
     assert len(results.validate(files.read_json(path)).rows) == 6
 
 
+def test_one_process_a_gpu_and_nothing_is_saved_without_new_rows(tmp_path, monkeypatch):
+    started, saves = [], []
+
+    class Job:
+        """Writes a row at the first and at the third question, and ends at the fourth."""
+
+        def __init__(self, command, env):
+            self.out, self.first, self.asked, self.returncode = command[5], command[9], 0, 0
+            started.append((env["CUDA_VISIBLE_DEVICES"], command[8], command[9:]))
+
+        def poll(self):
+            self.asked += 1
+            if self.asked in (1, 3):
+                rows = [a_row("GPTQ", 0.2, self.first, kind="result", text=fingerprint),
+                        a_row("QAT", 0.1, kind="rate", rate=1e-4 * self.asked, steps=7)]  # fmt: skip
+                with open(self.out, "a") as file:
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+            return None if self.asked < 4 else 0
+
+    machine, fingerprint = results.machine(), corpus.fingerprint(corpus.eval_text())
+    monkeypatch.setenv("QTUTOR_COMMIT", "asks no process")
+    monkeypatch.setattr(results, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(record_qat.subprocess, "Popen", Job)
+    monkeypatch.setattr(record_qat.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(corpus, "tokens", lambda *args: np.arange(9))
+    monkeypatch.setattr(record_qat, "keep", lambda path: saves.append(path.stem) or path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    record_qat.record_recovery(True, "ptq", tmp_path)
+    assert [gpu for gpu, _, _ in started] == ["2", "5"] and {arms for _, arms, _ in started} == {"ptq"}
+    assert sorted(sum((mine for _, _, mine in started), [])) == sorted(record_qat.AFTER)
+    assert saves == ["qat_rates", "qat_recovery"] * 4
+    (path,) = tmp_path.rglob("qat_rates.json")
+    assert len(results.validate(files.read_json(path)).rows) == 2
+    monkeypatch.setattr(Job, "poll", lambda job: setattr(job, "returncode", 1) or 1)
+    with pytest.raises(qtutor.QtutorError, match="2 of 2 processes"):
+        record_qat.record_recovery(True, "training", tmp_path)
+    assert started[-1][2] == list(record_qat.TRAINED[1::2])
+
+
 @pytest.mark.slow
 def test_a_worker_writes_its_rows_one_a_line(tmp_path, text, monkeypatch):
     monkeypatch.setattr(record_qat, "METHODS", ("RTN", "GPTQ", "rotation, RTN"))
