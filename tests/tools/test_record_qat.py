@@ -69,8 +69,8 @@ def test_experiment_has_every_arm_and_training_helps(base, text, monkeypatch):
     ids, tokens = text
     monkeypatch.setattr(record_qat, "ARMS", ("control", "QAT", "QAT, distilled, LSQ"))
     monkeypatch.setattr(record_qat, "METHODS", ("RTN", "GPTQ", "AWQ"))
-    how = dict(schemes=["FP8", "W2"], steps=12, seeds=(0,), batch_size=4, context=64, held_out=2, calibration=32)
-    rows = list(record_qat.experiment(base, ids, tokens[:2048], **how))
+    how = dict(schemes=["FP8", "W2"], steps=12, seeds=(0,), batch_size=4, context=64, held_out=2, calibration=8)
+    rows = list(record_qat.experiment(base, ids, tokens[:1024], **how))
     assert all(set(results.vocabulary_of(row)) == set(row) for row in rows)
     tried = [row for row in rows if row["kind"] == "rate"]
     rows = {(row["scheme"], row["arm"]): row for row in rows if row["kind"] == "result"}
@@ -87,12 +87,12 @@ def test_experiment_has_every_arm_and_training_helps(base, text, monkeypatch):
     gap = rows["W2", "QAT"]["kld_less_rival"]
     assert gap == pytest.approx(kld["QAT"] - kld["GPTQ"], abs=1e-5) and rows["W2", "GPTQ"]["kld_less_rival"] == 0
     model = fake_quant.prepare(copy.deepcopy(base), **qat.SCHEMES["W2"])
-    reference = evaluate.compare_models(base, model, tokens[:2048], 512)
+    reference = evaluate.compare_models(base, model, tokens[:1024], 512)
     assert kld["RTN"] == pytest.approx(reference.kld_mean, abs=1e-5)
     row = rows["W2", "QAT"]
     record_qat.train(model, ids[: -2 * record_qat.CONTEXT], 12, row["rate"], batch_size=4, context=64)
-    kept = evaluate.logits_of(base, tokens[:2048], 512)
-    again = record_qat.columns(*record_qat.window_klds(kept, model, tokens[:2048]))
+    kept = evaluate.logits_of(base, tokens[:1024], 512)
+    again = record_qat.columns(*record_qat.window_klds(kept, model, tokens[:1024]))
     assert again == {key: row[key] for key in again}  # the same seed, the same result
 
 
