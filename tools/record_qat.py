@@ -220,7 +220,7 @@ def experiment(base, ids, tokens, schemes=AFTER, steps: int = 700, seeds=(0, 1, 
     if arms != "training":
         rotated = use["rotate"](base)
         rotated = rotated, use["watch"](rotated, seen_by_all)
-        imatrix = llamacpp.available()[0] and llamacpp.imatrix(base, seen_by_all, CONTEXT)
+        imatrix = llamacpp.native() and llamacpp.imatrix(base, seen_by_all, CONTEXT)
 
     def rounded(scheme, method):
         model, seen = rotated if method.startswith("rotation") else plain
@@ -238,7 +238,7 @@ def experiment(base, ids, tokens, schemes=AFTER, steps: int = 700, seeds=(0, 1, 
             {"peak_gib": torch.cuda.max_memory_allocated() / measure.GIB} if gpu else {})  # fmt: skip
 
     for scheme in schemes:
-        gptq, stored = rounded(scheme, "GPTQ"), copy.deepcopy(base).bfloat16()  # scales have 16 bits, if not fewer
+        gptq, stored = rounded(scheme, "GPTQ"), copy.deepcopy(base).to("cpu", torch.bfloat16)  # 16-bit scales
         stored = ptq.linears(packed.convert(fake_quant.prepare(stored, **AFTER[scheme]))).values()
         size = operator.truediv(*measure.stored_bytes(torch.nn.ModuleList(stored)))
 
@@ -250,7 +250,7 @@ def experiment(base, ids, tokens, schemes=AFTER, steps: int = 700, seeds=(0, 1, 
         for method in METHODS if arms != "training" else ["GPTQ"]:
             if not ("AWQ" in method and "activation" in AFTER[scheme]):  # AWQ is for weights alone
                 yield row(method, gptq if method == "GPTQ" else rounded(scheme, method))
-        if arms != "training" and scheme in K_QUANTS and imatrix:
+        if arms != "training" and scheme in K_QUANTS:
             for arm, matrix in (("K-quant", None), ("K-quant, imatrix", imatrix)):
                 model, bits = k_quant(base, K_QUANTS[scheme], matrix)
                 yield row(arm, compared(model), bits=bits, type=K_QUANTS[scheme])

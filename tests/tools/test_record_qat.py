@@ -65,6 +65,7 @@ def test_loss_of_is_cross_entropy_or_the_divergence_from_the_teacher(base, text)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not llamacpp.available()[0], reason="llama.cpp is not here")
 def test_experiment_has_every_arm_and_training_helps(base, text, monkeypatch):
     ids, tokens = text
     monkeypatch.setattr(record_qat, "ARMS", ("control", "QAT", "QAT, distilled, LSQ"))
@@ -74,10 +75,9 @@ def test_experiment_has_every_arm_and_training_helps(base, text, monkeypatch):
     assert all(set(results.vocabulary_of(row)) == set(row) for row in rows)
     tried = [row for row in rows if row["kind"] == "rate"]
     rows = {(row["scheme"], row["arm"]): row for row in rows if row["kind"] == "result"}
-    trained = ["control", "control, GPTQ", "QAT", "QAT, distilled, LSQ"]
-    k_quants = ["K-quant", "K-quant, imatrix"] if llamacpp.available()[0] else []
+    arms = ["AWQ", "K-quant", "K-quant, imatrix", "control", "control, GPTQ", "QAT", "QAT, distilled, LSQ"]
     assert list(rows) == [("FP8", "RTN"), ("FP8", "GPTQ"),  # AWQ is for weights alone
-                          *(("W2", arm) for arm in ("RTN", "GPTQ", "AWQ", *k_quants, *trained))]  # fmt: skip
+                          *(("W2", arm) for arm in ("RTN", "GPTQ", *arms))]  # fmt: skip
     for arm in ("control", "QAT", "QAT, distilled, LSQ"):  # the rate is the best of those tried, on other text
         mine = {row["rate"]: row["kld_calibration"] for row in tried if row["arm"] == arm}
         best = rows["W2", arm]["rate"]
@@ -265,6 +265,7 @@ def test_one_process_a_gpu_and_nothing_is_saved_without_new_rows(tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not llamacpp.available()[0], reason="llama.cpp is not here")
 def test_a_worker_writes_its_rows_one_a_line(tmp_path, text, monkeypatch):
     monkeypatch.setattr(record_qat, "METHODS", ("RTN", "GPTQ", "rotation, RTN"))
     np.save(tmp_path / "text.npy", text[0])
