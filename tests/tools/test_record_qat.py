@@ -167,6 +167,7 @@ def test_the_arms_are_those_of_the_lesson_and_of_the_package(base, lesson):
     assert (turned(ids).logits - base(ids).logits).abs().mean() < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not llamacpp.available()[0], reason="llama.cpp is not here")
 def test_k_quants_are_llama_cpps_own(base, text, tmp_path):
     ids, _ = text
@@ -213,6 +214,7 @@ def test_runs_add_to_one_file_and_lose_no_row(tmp_path):
         record_qat.earlier("qat_recovery", True, tmp_path)
 
 
+@pytest.mark.slow
 def test_processes_add_at_the_same_time(tmp_path):
     code = ("import sys; from tools import record_qat; from tests.tools.test_record_qat import a_row\n"
             "for seed in range(3): record_qat.add('qat_recovery', [a_row(sys.argv[1], 0.1, seed=seed)], True, "
