@@ -145,15 +145,8 @@ def write_folder(folder: Path) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": meta["rope.freq_base"]},
         tie_word_embeddings=all(t.name != "output.weight" for t in found.tensors),
         architectures=["LlamaForCausalLM"], dtype="float16", **ids)  # fmt: skip
-    hyper, state, data = gguf_export.hyperparameters(config.to_dict()), {}, np.memmap(found.path, mode="r")
-    names = gguf_export.expected(hyper)
-    for t in found.tensors:
-        stored = data[t.offset : t.offset + t.nbytes].reshape(t.shape[0] if len(t.shape) > 1 else 1, -1)
-        x = gguf.dequantize(stored, gguf.GGMLQuantizationType[t.type]).reshape(t.shape)
-        if ".attn_q." in t.name or ".attn_k." in t.name:  # llama.cpp turns neighbouring pairs, Hugging Face halves
-            heads = hyper["heads" if ".attn_q." in t.name else "kv_heads"]
-            x = x.reshape(heads, -1, 2, t.shape[1]).swapaxes(1, 2).reshape(t.shape)
-        state[names[t.name][0]] = torch.from_numpy(x.astype(np.float16))
+    state = dequantized(found, gguf_export.hyperparameters(config.to_dict()))
+    state = {name: torch.from_numpy(x.astype(np.float16)) for name, x in state.items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer_of(meta, ids).save_pretrained(folder)
     GenerationConfig(**ids).save_pretrained(folder)
@@ -161,6 +154,19 @@ def write_folder(folder: Path) -> None:
         f"---\nlicense: apache-2.0\n---\n{fetch.FILE}, dequantized to float16; the original weights are those of "
         "[SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct).\n", "utf-8")  # fmt: skip
     config.save_pretrained(folder)
+
+
+def dequantized(found, hyper: dict) -> dict:
+    """Hugging Face's name -> float32 weights, of every tensor of a Llama's GGUF file (gguf_file.Gguf)."""
+    state, data, names = {}, np.memmap(found.path, mode="r"), gguf_export.expected(hyper)
+    for t in found.tensors:
+        stored = data[t.offset : t.offset + t.nbytes].reshape(t.shape[0] if len(t.shape) > 1 else 1, -1)
+        x = gguf.dequantize(stored, gguf.GGMLQuantizationType[t.type]).reshape(t.shape)
+        if ".attn_q." in t.name or ".attn_k." in t.name:  # llama.cpp turns neighbouring pairs, Hugging Face halves
+            heads = hyper["heads" if ".attn_q." in t.name else "kv_heads"]
+            x = x.reshape(heads, -1, 2, t.shape[1]).swapaxes(1, 2).reshape(t.shape)
+        state[names[t.name][0]] = x
+    return state
 
 
 def tokenizer_of(meta: dict, ids: dict):

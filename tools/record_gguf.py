@@ -138,13 +138,6 @@ def interval(values, name: str, block: int) -> dict:
     return {name: found.difference, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
-def with_intervals(row: dict, found, ctx: int) -> dict:
-    """The row with 95 % intervals over windows of mean KLD and the perplexities' ratio."""
-    nll = paired.paired_nll(found.token_dnll, block=ctx - 1)
-    return interval(found.token_kld, "kld_mean", ctx - 1) | row | {
-        "perplexity_ratio_low": math.exp(nll.low), "perplexity_ratio_high": math.exp(nll.high)}  # fmt: skip
-
-
 def record_smollm2(full: bool = True, *, windows: int = 8, ctx: int = 512, calibration: int | None = None,
                    names=SMOLLM2_TYPES, directory=None) -> Path:  # fmt: skip
     """Measure SmolLM2-135M-Instruct in several types and save ``smollm2_quality``; return its path.
@@ -174,7 +167,10 @@ def record_smollm2(full: bool = True, *, windows: int = 8, ctx: int = 512, calib
 
         def add(path, name, kind, imatrix=False):
             row, found = measure(path, name, imatrix, base, tokens, ctx, bos)
-            rows.append(about | {"kind": kind, "stored_as": stored_as(path)} | with_intervals(row, found, ctx))
+            nll = paired.paired_nll(found.token_dnll, block=ctx - 1)  # 95 % intervals, over windows
+            ends = {"perplexity_ratio_low": math.exp(nll.low), "perplexity_ratio_high": math.exp(nll.high)}
+            kld = interval(found.token_kld, "kld_mean", ctx - 1)
+            rows.append(about | {"kind": kind, "stored_as": stored_as(path)} | kld | row | ends)
 
         add(f16, "F16", "float")
         add(parent, "Q4_1", "downloaded")

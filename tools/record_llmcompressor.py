@@ -89,9 +89,9 @@ def checkpoints(folder: Path, calibration) -> str:
 
 
 def lesson(model) -> dict:
-    """The functions of the lesson's cells, for this model, and which packages it calibrates on."""
+    """The functions of the lesson's cells, for this model on its device, and which packages it calibrates on."""
     (path,) = (files.ROOT / "notebooks").glob("*_ptq_fundamentals.ipynb")
-    names = {"__name__": "lesson", "device": "cpu", "model": model}
+    names = {"__name__": "lesson", "device": next(model.parameters()).device, "model": model}
     for source in lesson_cells(path):
         kept = [part for part in ast.parse(source).body if assigned(ast.unparse(part)) == {"packages"}
                 or isinstance(part, ast.Import | ast.ImportFrom | ast.FunctionDef)]  # fmt: skip

@@ -12,6 +12,7 @@ import io
 import os
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 
@@ -35,27 +36,15 @@ def lesson_cells(path: Path) -> list[str]:
     return cells[: last + 1]
 
 
-@contextlib.contextmanager
-def _size(full: bool):
-    """QTUTOR_PROFILE for as long as the cells run, which ask for it with ``qtutor.pick``."""
-    before = os.environ.get("QTUTOR_PROFILE")
-    os.environ["QTUTOR_PROFILE"] = "full" if full else "quick"
-    try:
-        yield
-    finally:
-        os.environ.pop("QTUTOR_PROFILE")
-        if before is not None:
-            os.environ["QTUTOR_PROFILE"] = before
-
-
 def run(path: Path, full: bool) -> dict:
     """Run the lesson's cells in this process, without showing their tables and pictures; return all their names."""
     import matplotlib.pyplot as plt
     from tqdm.auto import tqdm
 
-    names = {"__name__": "lesson"}
+    names, quiet = {"__name__": "lesson"}, contextlib.redirect_stdout(io.StringIO())
+    size = mock.patch.dict(os.environ, QTUTOR_PROFILE="full" if full else "quick")  # cells ask with qtutor.pick
     plt.switch_backend("agg")
-    with _size(full), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with size, quiet, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*non-interactive.*")  # plt.show() has nothing to show on
         for source in tqdm(lesson_cells(path), desc=path.stem, unit="cell"):
             exec(compile(source, path.name, "exec"), names)

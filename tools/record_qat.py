@@ -1,15 +1,20 @@
 """Record what quantization-aware training gives back: results ``qat_recovery`` and ``qat_gguf``, and the Q4_0 model.
 
-The arms are those of qtutor.qat.  :func:`train` is the loop of the QAT notebook (a test holds one to the other); on a
-GPU it replays a CUDA graph, because a step of so small a model is otherwise the time that Python takes to launch it.
-``python -m tools.record_qat`` trains data/qat/course_model_q4_0.safetensors anew.
+The trained arms are those of qtutor.qat; the others are llama.cpp's, and those of the lesson on quantization after
+training by the functions of its cells.  :func:`train` is the loop of the QAT notebook (a test holds one to the other);
+on a GPU it replays a CUDA graph, because a step of so small a model is otherwise the time that Python takes to launch
+it.  ``python -m tools.record_qat --arms ptq`` records the arms that are not trained, ``--arms training`` the others, if
+you like at the same time: both add to one file.  Without arguments data/qat/course_model_q4_0.safetensors is trained.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import json
 import math
+import operator
 import os
 import subprocess
 import sys
@@ -24,31 +29,27 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import qtutor
-from qtutor import (
-    corpus,
-    course_model,
-    evaluate,
-    fake_quant,
-    files,
-    formats,
-    gguf_export,
-    llamacpp,
-    measure,
-    packed,
-    ptq,
-    results,
-)
-from qtutor.files import whole
+from qtutor import corpus, course_model, evaluate, fake_quant, gguf_export, llamacpp, measure, packed, ptq, results
+from qtutor.files import ROOT, whole
+from qtutor.formats import E4M3, nvfp4_scales
 from qtutor.qat import Q4_0_FILE, Q4_0_TENSORS, SCHEMES, load_q4_0
 from qtutor.rigs.decoding import llama_logits
-from qtutor.ste import Target
+from qtutor.ste import Target, find_grid
 
 from . import keep
+from .fetch_model import dequantized
+from .record_llmcompressor import lesson
 
 RATES = {"W4A16": 3e-4, "W3": 5e-4, "W2": 1e-3, "MXFP4": 3e-4}  # tried: a third of it, it, three times it
 TRAINED = tuple(RATES)
-METHODS = "RTN", "searched scale", "GPTQ", "GPTQ, activation order"  # both GPTQ with searched scales
+AFTER = SCHEMES | {"W8A16": dict(weight="int8"),  # to what models are rounded without training
+                   **{f"{name} weights": dict(weight=name) for name in ("FP8", "MXFP4", "NVFP4")},
+                   **{f"{name} g128": SCHEMES[name] | {"group_size": 128} for name in ("W4A16", "W3")}}  # fmt: skip
+METHODS = ("RTN", "searched scale", "GPTQ", "GPTQ, activation order", "GPTQ, no clipping", "AWQ", "AWQ, searched scale",
+           "rotation, RTN", "rotation, GPTQ")  # GPTQ has searched scales, but for "no clipping"  # fmt: skip
+K_QUANTS = {"W4A16": "Q4_K", "W3": "Q3_K", "W2": "Q2_K"}  # scheme: llama.cpp's type of that size
 ARMS = "control", "QAT", "QAT, LSQ", "QAT, distilled", "QAT, distilled, LSQ"
+ORDER = [*METHODS, "K-quant", "K-quant, imatrix", "control", "control, GPTQ", *ARMS[1:]]  # of a file's rows
 CONTEXT = 512  # of the evaluation
 KEPT = ("perplexity", "perplexity_se", "base_perplexity", "perplexity_ratio", "perplexity_ratio_se", "kld_mean",
         "kld_mean_se", "same_top")  # fmt: skip
@@ -99,6 +100,7 @@ def train(model, ids, steps: int, rate: float, batch_size: int = 16, context: in
     return losses.tolist()
 
 
+@torch.no_grad()
 def window_klds(kept, model, tokens):
     """The comparison of ``model`` with the float model, whose logits are ``kept``, and its mean KLD of each window."""
     targets, parts = evaluate.targets_of(tokens, CONTEXT), evaluate.iter_logits(model, tokens, CONTEXT)
@@ -109,11 +111,8 @@ def window_klds(kept, model, tokens):
     return found, found.token_kld.reshape(-1, CONTEXT - 1).mean(1)
 
 
-@torch.no_grad()
-def evaluated(kept, model, tokens, rival=None) -> dict:
-    """Columns of a result: perplexity of ``model`` and its distance from the float model, whose logits are ``kept``.
-    ``rival``: the KLD of each window of the model that it is compared with."""
-    found, klds = window_klds(kept, model, tokens)
+def columns(found, klds, rival=None) -> dict:
+    """Columns of a result, from what :func:`window_klds` found.  ``rival``: each window's KLD of what is compared."""
     row = {**{name: round(found.row()[name], 6) for name in KEPT}, "kld_mean_se_windows": stats.sem(klds),
            "scored_tokens": found.scored_tokens, "windows": len(klds)}  # fmt: skip
     if rival is not None:
@@ -121,68 +120,111 @@ def evaluated(kept, model, tokens, rival=None) -> dict:
     return row | {"text": corpus.fingerprint(corpus.eval_text())}
 
 
-def hessians(model, ids, windows: int = 64) -> dict:
-    """:func:`ptq.input_squares` of the first ``windows`` of ``ids``."""
-    parts = torch.from_numpy(evaluate.windows(ids[: windows * CONTEXT], CONTEXT)).split(8)
-    return ptq.input_squares(model, (part.to(next(model.parameters()).device) for part in parts))
+def grid_of(target: Target, whole=None):
+    """Functions like ptq.nearest and ptq.clip_scale, on the grid of ``target``.  ``whole``: NVFP4's scale of a tensor,
+    where the blocks are only a part of it."""
+    if target.rule == "amax" and not target.is_float:
+        return ptq.nearest, ptq.clip_scale
 
+    def nearest(blocks, scale, bits):
+        return target.fmt.round((blocks / scale).clamp(target.quant_min, target.quant_max)) * scale
 
-def mx_nearest(blocks, scale, bits=4):
-    """``blocks`` on E2M1's points times ``scale``."""
-    return formats.E2M1.round((blocks / scale).clamp(-formats.E2M1.max, formats.E2M1.max)) * scale
+    def search(blocks, importance, bits, ratios=ptq.RATIOS):
+        if len(ratios) > 1:  # a power of two has neighbours; ternary's mean magnitude is the least that is tried
+            ratios = {"mx": (0.5, 1, 2), "absmean": [2 * ratio for ratio in ratios]}.get(target.rule, ratios)
+        amax, scale = blocks.abs().amax(1, keepdim=True), find_grid(blocks, target).scale
+        scale = amax / target.quant_max if target.rule == "nvfp4" else scale
+        tried = scale * torch.tensor(ratios, device=scale.device)[:, None, None]
+        if target.rule == "nvfp4":
+            of_all = nvfp4_scales(amax)[1] if whole is None else whole
+            tried = E4M3.round((tried / of_all).clamp(min=E4M3.min_normal)) * of_all
+        tried = tried.half().float() if target.rule == "gguf" else tried
+        losses = ((nearest(blocks, tried, bits) - blocks).square() * importance).sum(2, keepdim=True)
+        return tried.gather(0, losses.argmin(0, keepdim=True))[0]
 
-
-def mx_scale(blocks, importance, bits=4, ratios=(1,)):
-    """The power of two (n, 1) of each block of MXFP4: the standard's or, of several ``ratios``, that or a neighbour, by
-    the squared error."""
-    scale = formats.mx_scale(blocks.abs().amax(1, keepdim=True), formats.E2M1)
-    tried = [scale * 2.0**i for i in ((-1, 0, 1) if len(ratios) > 1 else (0,))]
-    losses = [((mx_nearest(blocks, s) - blocks).square() * importance).sum(1, keepdim=True) for s in tried]
-    return torch.stack(tried).gather(0, torch.stack(losses).argmin(0, keepdim=True))[0]
+    return nearest, search
 
 
 @torch.no_grad()
-def after_training(model, scheme: str, method: str, H: dict):
-    """A copy of a float ``model`` with the weights of its layers rounded by ``method`` of METHODS, and a scheme's
-    quantizers of activations where it has some."""
-    quantized = fake_quant.prepare(copy.deepcopy(model), **SCHEMES[scheme])
+def after_training(model, scheme: str, method: str, seen: dict | None = None, use: dict | None = None):
+    """A copy of a float ``model``, its layers rounded by ``method`` of METHODS (a rotation is the caller's), with a
+    scheme's quantizers of activations.  ``use``: the lesson's functions; ``seen``: what its ``watch`` has found."""
+    how, quantized = AFTER[scheme], fake_quant.prepare(copy.deepcopy(model), **AFTER[scheme])
     if method == "RTN":
         return quantized
-    how = SCHEMES[scheme]
-    onto, search = (mx_nearest, mx_scale) if how["weight"] == "MXFP4" else (ptq.nearest, ptq.clip_scale)
-    bits = 4 if onto is mx_nearest else int(how["weight"].removeprefix("int"))
-    for name, layer in ptq.linears(quantized).items():
-        w, group = layer.weight.data, how.get("group_size") or (32 if onto is mx_nearest else layer.in_features)
+    target, layers = Target.of(how["weight"]), ptq.linears(quantized)
+    for source, s in seen.items():
+        names = use["readers"](layers, source)
+        w = torch.cat([layers[name].weight.data for name in names])  # no row of a weight touches another
+        group, bits = target.block or how.get("group_size") or w.shape[1], target.bits
+        whole = nvfp4_scales(w.abs().reshape(-1, group).amax(1))[1] if "GPTQ" in method else None
+        nearest, search = grid_of(target, whole)
+        use |= {"GROUP": group, "nearest": nearest, "clip_scale": search,
+                "scale_of": lambda blocks, bits, ratio=1, search=search: search(blocks, 1, bits, (ratio,))}  # fmt: skip
         if method == "searched scale":
-            blocks, importance = w.reshape(-1, group), H[name].diag().float().expand_as(w).reshape(-1, group)
-            layer.weight.data = onto(blocks, search(blocks, importance, bits, ptq.RATIOS), bits).view_as(w)
+            q = use["clipped"](w, bits, group, s.H.diag())
+        elif "AWQ" in method:
+            q = use["awq_of"](w, s, bits, source, clip="searched" in method)
         else:
-            layer.weight.data = ptq.gptq(w, H[name], bits, group, clip=True, order=method.endswith("order"),
-                                         onto=onto, search=search)  # fmt: skip
-        layer.weight_fake_quant = torch.nn.Identity()  # its own search would move the points
+            q = ptq.gptq(w, s.H, bits, group, clip="no clipping" not in method, order="order" in method,
+                         onto=nearest, search=search)  # fmt: skip
+        for name, part in zip(names, q.split([len(layers[name].weight) for name in names]), strict=True):
+            layers[name].weight.data = part.clone()
+            layers[name].weight_fake_quant = torch.nn.Identity()  # its own search would move the points
     return quantized
 
 
-def bits_of(scheme: str) -> float:
-    """Bits that a weight of the layers takes, with a 16-bit scale (MXFP4: 8 bits, NVFP4: 8 bits of 16 values)."""
-    target, group = Target.of(SCHEMES[scheme]["weight"]), SCHEMES[scheme].get("group_size")
-    bits = {"ternary": math.log2(3), "FP8": 8, "E4M3": 8, "MXFP4": 4, "NVFP4": 4}.get(str(target)) or target.fmt.bits
-    return bits + ((16 if target.rule == "gguf" else 8) / target.block if target.block else 16 / group if group else 0)
+@torch.no_grad()
+def k_quant(model, kind: str, imatrix=None):
+    """(a copy of ``model`` with the weights of its layers as llama.cpp rounds them to ``kind``, bits of a weight)."""
+    quantized, tokenizer = copy.deepcopy(model), course_model.load_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        source = gguf_export.export(copy.deepcopy(model).cpu(), Path(folder) / "f32.gguf", tokenizer=tokenizer)
+        file = llamacpp.quantize(source, Path(folder) / "k.gguf", kind, imatrix, {r"blk\..*\.weight$": kind})
+        found = llamacpp.check_gguf(file)
+        weights = dequantized(found, gguf_export.hyperparameters(model.config.to_dict()))
+        held = [t for t in found.tensors if t.name.startswith("blk.") and len(t.shape) == 2]
+    if {t.type for t in held} != {kind}:
+        raise qtutor.QtutorError(f"llama.cpp gave some layers other types than {kind}: its blocks do not fit them.")
+    for name, layer in ptq.linears(quantized).items():
+        layer.weight.copy_(torch.from_numpy(weights[f"{name}.weight"]))
+    return quantized, 8 * sum(t.nbytes for t in held) / sum(math.prod(t.shape) for t in held)
 
 
-def experiment(base, ids, tokens, schemes=SCHEMES, steps: int = 700, seeds=(0, 1, 2), batch_size: int = 16,
-               context: int = 512, curve=(), held_out: int = 40):  # fmt: skip
+def next_rate(middle: float, found: dict):
+    """The rate to try next: three around ``middle``, then up to two beyond them while the best of those ``found``,
+    {rate: (KLD, ...)}, is at an end.  None where there is no next."""
+    if len(found) < 3:
+        return middle * (1 / 3, 1, 3)[len(found)]
+    best = min(found, key=lambda rate: found[rate][0])
+    beyond = best / 3 if best == min(found) else best * 3 if best == max(found) else None
+    return beyond if len(found) < 5 else None
+
+
+def experiment(base, ids, tokens, schemes=AFTER, steps: int = 700, seeds=(0, 1, 2), batch_size: int = 16,
+               context: int = 512, curve=(), held_out: int = 40, calibration: int = 64, arms: str = "all"):  # fmt: skip
     """Yield the rows of ``qat_recovery``: every arm of every scheme and seed (order of batches; -1: not trained).
 
-    Arms after training are METHODS.  Schemes of TRAINED have trained arms, too; each is trained with three rates on the
-    first seed, and goes on with the one that is nearest to the float model on the last ``held_out`` windows of the
-    training text, which nobody trains on (rows of kind "rate").  A control is the float model trained as an arm "QAT"
-    is, then rounded.  ``curve``: further numbers of steps, on the first seed.
+    Arms after training are METHODS and K_QUANTS.  Schemes of TRAINED have trained arms, too; each tries the rates of
+    :func:`next_rate` on the first seed, and goes on with the one that is nearest to the float model on the last
+    ``held_out`` windows of the training text, which nobody trains on (rows of kind "rate").  A control is the float
+    model trained as an arm "QAT" is, then rounded.  ``curve``: further numbers of steps, on the first seed.  ``arms``:
+    "ptq" or "training" for one half (GPTQ is in both: all are compared with it).
     """
     device, how = next(base.parameters()).device, dict(batch_size=batch_size, context=context)
     ids, chosen_on = ids[: -held_out * CONTEXT], ids[-held_out * CONTEXT :]
     kept, kept_for_rates = (evaluate.logits_of(base, text, CONTEXT).to(device) for text in (tokens, chosen_on))
-    H_of_base = hessians(base, ids)
+    use, seen_by_all = lesson(base), evaluate.windows(ids[: calibration * CONTEXT], CONTEXT)
+    plain = base, use["watch"](base, seen_by_all)
+    compared = functools.partial(window_klds, kept, tokens=tokens)
+    if arms != "training":
+        rotated = use["rotate"](base)
+        rotated = rotated, use["watch"](rotated, seen_by_all)
+        imatrix = llamacpp.native() and llamacpp.imatrix(base, seen_by_all, CONTEXT)
+
+    def rounded(scheme, method):
+        model, seen = rotated if method.startswith("rotation") else plain
+        return compared(after_training(model, scheme, method.removeprefix("rotation, "), seen, use))
 
     def trained(scheme, arm, rate, seed, steps):
         model = copy.deepcopy(base)
@@ -195,44 +237,47 @@ def experiment(base, ids, tokens, schemes=SCHEMES, steps: int = 700, seeds=(0, 1
         return model, {"seconds": time.perf_counter() - began} | (
             {"peak_gib": torch.cuda.max_memory_allocated() / measure.GIB} if gpu else {})  # fmt: skip
 
-    def row(scheme, arm, model, rival=None, seed=-1, rate=0.0, steps=0, **more):
-        return dict(kind="result", scheme=scheme, arm=arm, seed=seed, rate=rate, steps=steps,
-                    tokens_per_step=batch_size * context, bits_per_weight=bits_of(scheme), rival="GPTQ",
-                    **evaluated(kept, model, tokens, rival), **more)  # fmt: skip
-
     for scheme in schemes:
-        weight = SCHEMES[scheme]["weight"]
-        methods = METHODS if weight.startswith("int") or weight == "MXFP4" else METHODS[:1]
-        models = {method: after_training(base, scheme, method, H_of_base) for method in methods}
-        with torch.no_grad():
-            rival = window_klds(kept, models["GPTQ"], tokens)[1] if "GPTQ" in models else None
-        for method, model in models.items():
-            yield row(scheme, method, model, rival)
-        if scheme not in TRAINED:
+        gptq, stored = rounded(scheme, "GPTQ"), copy.deepcopy(base).to("cpu", torch.bfloat16)  # 16-bit scales
+        stored = ptq.linears(packed.convert(fake_quant.prepare(stored, **AFTER[scheme]))).values()
+        size = operator.truediv(*measure.stored_bytes(torch.nn.ModuleList(stored)))
+
+        def row(arm, found, seed=-1, rate=0.0, steps=0, scheme=scheme, rival=gptq[1], bits=8 * size, **more):
+            return dict(kind="result", scheme=scheme, arm=arm, seed=seed, rate=rate, steps=steps,
+                        tokens_per_step=batch_size * context, bits_per_weight=bits, rival="GPTQ",
+                        **columns(*found, rival), **more)  # fmt: skip
+
+        for method in METHODS if arms != "training" else ["GPTQ"]:
+            if not ("AWQ" in method and "activation" in AFTER[scheme]):  # AWQ is for weights alone
+                yield row(method, gptq if method == "GPTQ" else rounded(scheme, method))
+        if arms != "training" and scheme in K_QUANTS:
+            for arm, matrix in (("K-quant", None), ("K-quant, imatrix", imatrix)):
+                model, bits = k_quant(base, K_QUANTS[scheme], matrix)
+                yield row(arm, compared(model), bits=bits, type=K_QUANTS[scheme])
+        if arms == "ptq" or scheme not in TRAINED:
             continue
 
-        def result(arm, model, rival=rival, scheme=scheme, **where):
+        def result(arm, model, scheme=scheme, row=row, **where):
             if arm != "control":
-                return [row(scheme, arm, model, rival, **where)]
-            return [row(scheme, arm, after_training(model, scheme, "RTN", None), rival, **where),
-                    row(scheme, "control, GPTQ", after_training(model, scheme, "GPTQ", hessians(model, ids)), rival,
-                        **where)]  # fmt: skip
+                return [row(arm, compared(model), **where)]
+            by_gptq = after_training(model, scheme, "GPTQ", use["watch"](model, seen_by_all), use)
+            return [row(arm, compared(after_training(model, scheme, "RTN")), **where),
+                    row("control, GPTQ", compared(by_gptq), **where)]  # fmt: skip
 
         best = {}
-        for arm in [arm for arm in ARMS if not ("LSQ" in arm and weight == "MXFP4")]:
+        for arm in [arm for arm in ARMS if not ("LSQ" in arm and scheme == "MXFP4")]:
             found = {}
-            for rate in [RATES[scheme] * factor for factor in (1 / 3, 1, 3)]:
-                model, cost = trained(scheme, arm, rate, seeds[0], steps)
-                judged = after_training(model, scheme, "RTN", None) if arm == "control" else model
-                with torch.no_grad():
-                    held = window_klds(kept_for_rates, judged, chosen_on)[0].kld_mean
-                found[rate] = held, model, cost
-                yield dict(kind="rate", scheme=scheme, arm=arm, seed=seeds[0], rate=rate, steps=steps,
-                           tokens_per_step=batch_size * context, kld_calibration=held)  # fmt: skip
+            while rate := next_rate(RATES[scheme], found):
+                found[rate] = (math.inf,)
+                with contextlib.suppress(qtutor.QtutorError):  # it may explode
+                    model, cost = trained(scheme, arm, rate, seeds[0], steps)
+                    judged = after_training(model, scheme, "RTN") if arm == "control" else model
+                    found[rate] = window_klds(kept_for_rates, judged, chosen_on)[0].kld_mean, model, cost
+                    yield dict(kind="rate", scheme=scheme, arm=arm, seed=seeds[0], rate=rate, steps=steps,
+                               tokens_per_step=batch_size * context, kld_calibration=found[rate][0])  # fmt: skip
             best[arm] = rate = min(found, key=lambda rate: found[rate][0])
-            yield from result(arm, found[rate][1], seed=seeds[0], rate=rate, steps=steps, **found[rate][2])
-            for seed in seeds[1:]:
-                model, cost = trained(scheme, arm, rate, seed, steps)
+            for seed in seeds:
+                model, cost = found[rate][1:] if seed == seeds[0] else trained(scheme, arm, rate, seed, steps)
                 yield from result(arm, model, seed=seed, rate=rate, steps=steps, **cost)
         for arm in ("QAT, distilled", "QAT", "control") if scheme in ("W3", "W2") else ():
             for n in curve:
@@ -240,39 +285,80 @@ def experiment(base, ids, tokens, schemes=SCHEMES, steps: int = 700, seeds=(0, 1
                 yield from result(arm, model, seed=seeds[0], rate=best[arm], steps=n, **cost)
 
 
-def record_recovery(full: bool) -> Path:
-    """Run :func:`experiment` on all GPUs, one scheme a GPU at a time, and save ``qat_recovery`` as rows come."""
+def earlier(name: str, full: bool, directory=None, **about) -> list[dict]:
+    """The rows of results ``name`` of this machine, to which others may be added; raises QtutorError where they have
+    another device, another profile, or other columns than ``about`` (text, windows)."""
+    folder = results.machine_folder()
+    if not results.exists(name, folder, directory):
+        return []
+    found, device = results.load(name, folder, directory), results.machine()["device"]
+    pairs = [("device", found.device, device), ("profile", found.profile, "full" if full else "quick"),
+             *((key, row.get(key, value), value) for row in found.rows for key, value in about.items())]  # fmt: skip
+    if other := [f"{key} {there}, here it is {here}" for key, there, here in pairs if there != here]:
+        raise qtutor.QtutorError(f"{folder}/{name}.json holds rows of {other[0]}: move the file away first.")
+    return found.rows
+
+
+def add(name: str, rows: list[dict], full: bool, directory=None) -> Path:
+    """Save ``rows`` beside the rows of the same file that they do not replace, also while another process adds to it.
+    What a difference is taken from is the GPTQ that the file then has: the same windows, so the means subtract."""
+    import fcntl
+
+    def key(row):
+        return (list(AFTER).index(row["scheme"]), ORDER.index(row["arm"]), -row["steps"], row["seed"],
+                float(f"{row['rate']:.2g}") if name == "qat_rates" else 0)  # fmt: skip
+
+    with open(__file__) as lock:  # the same for all processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        about = {what: rows[0][what] for what in ("text", "windows") if what in rows[0]}
+        rows = [{column: value for column, value in row.items() if column != "kind"} for row in rows]
+        found = {key(row): row for row in [*earlier(name, full, directory, **about), *rows]}
+        gptq = {row["scheme"]: row["kld_mean"] for row in found.values() if row["arm"] == "GPTQ"}
+        for row in found.values():
+            less = row.get("kld_mean", 0) - gptq.get(row["scheme"], 0)
+            if abs(row.get("kld_less_rival", less) - less) > 2e-6 + 1e-5 * row.get("kld_mean", 0):  # no rounding
+                row["kld_less_rival"] = less
+        ordered = [found[place] for place in sorted(found)]
+        return keep(results.save(name, ordered, profile="full" if full else "quick", directory=directory))
+
+
+def record_recovery(full: bool, arms: str = "all", directory=None) -> Path:
+    """Run :func:`experiment` on all GPUs, one scheme a GPU at a time, and add rows to ``qat_recovery`` as they come."""
     if not torch.cuda.is_available():
         raise qtutor.QtutorError("Training so many arms takes a CUDA GPU, and there is none.")
+    earlier("qat_recovery", full, directory, text=corpus.fingerprint(corpus.eval_text()))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    others = [scheme for scheme in AFTER if scheme not in TRAINED and arms != "training"]
     with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder, "train.npy")
+        text, jobs, path, saved = Path(folder, "train.npy"), [], None, 0
         np.save(text, corpus.tokens("train", course_model.load_tokenizer()))
-        gpus, jobs, path = torch.cuda.device_count(), [], None
-        others = [scheme for scheme in SCHEMES if scheme not in TRAINED]
-        for gpu in range(min(gpus, len(TRAINED))):
-            mine = [*others[gpu::gpus], *TRAINED[gpu::gpus]] if full else ["W3"]
-            out = Path(folder, f"{gpu}.jsonl")
-            command = [sys.executable, "-W", "ignore", "-m", "tools.record_qat", str(out), str(text), str(int(full))]
-            jobs.append((out, subprocess.Popen([*command, *mine],
-                                               env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)})))  # fmt: skip
+        for number, gpu in enumerate(gpus[: len(others) + len(TRAINED) if full else 1]):
+            mine = [*others[number :: len(gpus)], *TRAINED[number :: len(gpus)]] if full else ["W3"]
+            out, command = Path(folder, f"{gpu}.jsonl"), [sys.executable, "-W", "ignore", "-m", "tools.record_qat"]
+            jobs.append((out, subprocess.Popen([*command, out, text, str(int(full)), arms, *mine],
+                                               env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})))  # fmt: skip
         while True:
             running = any(job.poll() is None for _, job in jobs)
             rows = [json.loads(line) for out, _ in jobs if out.exists() for line in out.read_text().splitlines()]
-            if rows:
-                for name, kind in (("qat_rates", "rate"), ("qat_recovery", "result")):
-                    some = [{k: v for k, v in row.items() if k != "kind"} for row in rows if row["kind"] == kind]
-                    if some:
-                        path = keep(results.save(name, some, profile="full" if full else "quick"))
+            for kind, name in (("rate", "qat_rates"), ("result", "qat_recovery")) if len(rows) > saved else ():
+                if some := [row for row in rows if row["kind"] == kind]:
+                    path = add(name, some, full, directory)
+            saved = len(rows)
             if not running:
-                return path
+                break
             time.sleep(5)
+    if failed := sum(job.returncode != 0 for _, job in jobs):
+        raise qtutor.QtutorError(f"{failed} of {len(jobs)} processes stopped early (why is above).")
+    return path
 
 
-def worker(out: str, text: str, full: str, *schemes: str) -> None:
-    """What one GPU runs: rows of its schemes into ``out``, one a line."""
-    base, tokenizer = course_model.load(dtype=torch.float32, device="cuda"), course_model.load_tokenizer()
-    size = dict(curve=(70, 210, 2100)) if int(full) else dict(steps=20, seeds=(0,))
-    for row in experiment(base, np.load(text), corpus.tokens("eval", tokenizer), schemes, **size):
+def worker(out: str, text: str, full: str, arms: str, *schemes: str) -> None:
+    """What one GPU (or, for a try, a CPU) runs: rows of its schemes into ``out``, one a line."""
+    base = course_model.load(dtype=torch.float32, device="cuda" if torch.cuda.is_available() else "cpu")
+    tokens, size = corpus.tokens("eval", course_model.load_tokenizer()), dict(curve=(70, 210, 2100))
+    if not int(full):
+        tokens, size = tokens[: 4 * CONTEXT], dict(steps=20, seeds=(0,), batch_size=4, held_out=4, calibration=4)
+    for row in experiment(base, np.load(text), tokens, schemes, arms=arms, **size):
         with open(out, "a") as file:
             print(json.dumps(row, default=float), file=file)
 
@@ -291,7 +377,7 @@ def gguf_rows(base, tokens, trained, types=("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", 
                 with llamacpp.Model(file) as quantized:
                     yield {"model": name, "type": kind, "seed": seed,
                            "file_mb": file.stat().st_size / 1e6, "bits_per_weight": llamacpp.bits_per_weight(file),
-                           **evaluated(kept, quantized, tokens)}  # fmt: skip
+                           **columns(*window_klds(kept, quantized, tokens))}  # fmt: skip
 
 
 def record_gguf(full: bool) -> Path:
@@ -320,7 +406,7 @@ def train_q4_0(path=Q4_0_FILE, steps: int = 2500, seed: int = 0) -> None:
 def record_speed(full: bool = True) -> Path:
     """``fake_quant_speed``: bench/bench_fake_quant.py on a GPU, saved."""
     rows = [] if full else ["--rows", "256", "--columns", "256", "--rounds", "2"]
-    subprocess.run([sys.executable, files.ROOT / "bench" / "bench_fake_quant.py", "--save", *rows], check=True)
+    subprocess.run([sys.executable, ROOT / "bench" / "bench_fake_quant.py", "--save", *rows], check=True)
     return results.RESULTS / results.machine_folder() / "fake_quant_speed.json"
 
 
@@ -328,4 +414,10 @@ RECORDS = {"qat_recovery": record_recovery, "qat_rates": record_recovery, "qat_g
            "fake_quant_speed": record_speed}  # fmt: skip
 
 if __name__ == "__main__":
-    worker(*sys.argv[1:]) if sys.argv[1:] else train_q4_0()
+    match sys.argv[1:]:
+        case []:
+            train_q4_0()
+        case ["--arms", ("all" | "ptq" | "training") as arms]:
+            print(record_recovery(qtutor.profile() == "full", arms))
+        case job:
+            worker(*job)

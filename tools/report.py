@@ -80,8 +80,8 @@ RESULTS = {
                                  "torchao under torch.compile, FP8 or BF16 all-gather, beside Transformer Engine."),
     "fp8_scaling_loss": About("fp8_on_several_gpus", "gpus", "record_fsdp", "The training loss of the same global "
                               "batches on 1, 2 and 4 GPUs, in BF16 and with FP8 weights."),
-    "qat_recovery": About("qat", "gpu", "record_qat", "Quantization-aware training of the course model (straight "
-                          "through, LSQ, distilled) against GPTQ and a control that trained as long; three seeds."),
+    "qat_recovery": About("qat", "gpu", "record_qat", "The course model in few bits, by methods after training and by "
+                          "training (straight through, LSQ, distilled; a control; three seeds), all against GPTQ."),
     "qat_rates": About("qat", "gpu", "record_qat", "The learning rates that each arm of qat_recovery tried, by the "
                        "KLD on held-back training text."),
     "qat_gguf": About("qat", "llama.cpp", "record_qat", "The course model as GGUF files: rounded by llama.cpp, and "

@@ -2,7 +2,11 @@
 
 import ast
 import copy
+import functools
+import json
 import math
+import subprocess
+import sys
 
 import nbformat
 import numpy as np
@@ -12,8 +16,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import qtutor
-from qtutor import corpus, evaluate, fake_quant, llamacpp, qat, results
-from tools import notebooks, record_qat
+from qtutor import corpus, course_model, evaluate, fake_quant, files, gguf_export, llamacpp, ptq, qat, results
+from qtutor.formats import E4M3, nvfp4_scales
+from qtutor.ste import Target
+from tools import notebooks, record_llmcompressor, record_qat
 
 
 def cells_of_the_lesson(**names):
@@ -59,53 +65,218 @@ def test_loss_of_is_cross_entropy_or_the_divergence_from_the_teacher(base, text)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not llamacpp.available()[0], reason="llama.cpp is not here")
 def test_experiment_has_every_arm_and_training_helps(base, text, monkeypatch):
     ids, tokens = text
     monkeypatch.setattr(record_qat, "ARMS", ("control", "QAT", "QAT, distilled, LSQ"))
-    how = dict(schemes=["FP8", "W2"], steps=12, seeds=(0,), batch_size=4, context=64, held_out=2)
-    rows = list(record_qat.experiment(base, ids, tokens[:2048], **how))
+    monkeypatch.setattr(record_qat, "METHODS", ("RTN", "GPTQ", "AWQ"))
+    how = dict(schemes=["FP8", "W2"], steps=12, seeds=(0,), batch_size=4, context=64, held_out=2, calibration=8)
+    rows = list(record_qat.experiment(base, ids, tokens[:1024], **how))
     assert all(set(results.vocabulary_of(row)) == set(row) for row in rows)
     tried = [row for row in rows if row["kind"] == "rate"]
     rows = {(row["scheme"], row["arm"]): row for row in rows if row["kind"] == "result"}
-    trained = ["control", "control, GPTQ", "QAT", "QAT, distilled, LSQ"]
-    assert list(rows) == [("FP8", "RTN"), *(("W2", arm) for arm in (*record_qat.METHODS, *trained))]
-    for arm in ("control", "QAT", "QAT, distilled, LSQ"):  # the rate is the best of three, on other text
-        mine = [row for row in tried if row["arm"] == arm]
-        assert len(mine) == 3 and rows["W2", arm]["rate"] == min(mine, key=lambda row: row["kld_calibration"])["rate"]
+    arms = ["AWQ", "K-quant", "K-quant, imatrix", "control", "control, GPTQ", "QAT", "QAT, distilled, LSQ"]
+    assert list(rows) == [("FP8", "RTN"), ("FP8", "GPTQ"),  # AWQ is for weights alone
+                          *(("W2", arm) for arm in ("RTN", "GPTQ", *arms))]  # fmt: skip
+    for arm in ("control", "QAT", "QAT, distilled, LSQ"):  # the rate is the best of those tried, on other text
+        mine = {row["rate"]: row["kld_calibration"] for row in tried if row["arm"] == arm}
+        best = rows["W2", arm]["rate"]
+        assert best == min(mine, key=mine.get) and (len(mine) == 5 or min(mine) < best < max(mine))
     kld = {arm: row["kld_mean"] for (scheme, arm), row in rows.items() if scheme == "W2"}
     assert kld["GPTQ"] < kld["RTN"] and kld["QAT"] < kld["control"] and kld["control, GPTQ"] < kld["control"]
     gap = rows["W2", "QAT"]["kld_less_rival"]
     assert gap == pytest.approx(kld["QAT"] - kld["GPTQ"], abs=1e-5) and rows["W2", "GPTQ"]["kld_less_rival"] == 0
     model = fake_quant.prepare(copy.deepcopy(base), **qat.SCHEMES["W2"])
-    reference = evaluate.compare_models(base, model, tokens[:2048], 512)
+    reference = evaluate.compare_models(base, model, tokens[:1024], 512)
     assert kld["RTN"] == pytest.approx(reference.kld_mean, abs=1e-5)
     row = rows["W2", "QAT"]
     record_qat.train(model, ids[: -2 * record_qat.CONTEXT], 12, row["rate"], batch_size=4, context=64)
-    again = record_qat.evaluated(evaluate.logits_of(base, tokens[:2048], 512), model, tokens[:2048])
+    kept = evaluate.logits_of(base, tokens[:1024], 512)
+    again = record_qat.columns(*record_qat.window_klds(kept, model, tokens[:1024]))
     assert again == {key: row[key] for key in again}  # the same seed, the same result
 
 
-@pytest.mark.parametrize("scheme", ["W3", "MXFP4", "W8A8"])
-def test_after_training_rounds_onto_the_grid(base, text, scheme):
-    H = record_qat.hessians(base, text[0], windows=2)
-    name, layer = next((n, m) for n, m in record_qat.ptq.linears(base).items() if n.endswith("down_proj"))
-    x = []
-    hook = layer.register_forward_pre_hook(lambda layer, args: x.append(args[0].flatten(0, 1).double()))
-    base(torch.from_numpy(evaluate.windows(text[0][:1024], 512)))
-    hook.remove()
-    torch.testing.assert_close(H[name], x[0].T @ x[0], rtol=1e-4, atol=1e-3)
-    target = fake_quant.FakeQuantizer(qat.SCHEMES[scheme]["weight"], group_size=qat.SCHEMES[scheme].get("group_size"))
-    errors = {}
-    for method in record_qat.METHODS:
-        model = record_qat.after_training(base, scheme, method, H)
-        (rounded,) = [m for n, m in model.named_modules() if n == name]
-        w = target(rounded.weight) if method == "RTN" else rounded.weight
-        by = H[name].diag().argsort(descending=True) if method.endswith("order") else slice(None)  # its groups
-        codes = {len(row.unique()) for row in target.blocks(w.detach()[:, by])}
-        assert max(codes) <= 2 ** {"W3": 3, "MXFP4": 4, "W8A8": 8}[scheme]
-        d = (w - layer.weight).double()
-        errors[method] = ((d @ H[name]) * d).sum().item()
-    assert errors["GPTQ"] < 0.9 * errors["RTN"]
+def test_the_search_for_a_rate_goes_on_while_the_best_is_at_an_end():
+    def tried(loss):
+        found = {}
+        while rate := record_qat.next_rate(1.0, found):
+            found[rate] = (loss(rate), "model")
+        return sorted(round(rate, 3) for rate in found)
+
+    assert tried(lambda rate: abs(rate - 1)) == [0.333, 1, 3]
+    assert tried(lambda rate: abs(rate - 0.3)) == [0.111, 0.333, 1, 3]
+    assert tried(lambda rate: rate) == [0.037, 0.111, 0.333, 1, 3]
+    assert tried(lambda rate: math.inf if rate > 3 else -rate) == [0.333, 1, 3, 9]  # 9 exploded
+
+
+@pytest.fixture(scope="module")
+def lesson(base, text):
+    """The functions of the lesson, what its ``watch`` sees of the model, the rotated model and what is seen of that."""
+    use, windows = record_llmcompressor.lesson(base), evaluate.windows(text[0][:2048], 512)
+    rotated = use["rotate"](base)
+    return use, use["watch"](base, windows), rotated, use["watch"](rotated, windows)
+
+
+@pytest.mark.parametrize("scheme", ["W3", "MXFP4", "W8A8", "NVFP4 weights", "ternary", "Q4_0", "W4A16 g128"])
+def test_after_training_rounds_onto_the_grid(base, lesson, scheme):
+    use, seen, _, _ = lesson
+    name, layer = next((n, m) for n, m in ptq.linears(base).items() if n.endswith("down_proj"))
+    how, s, errors = record_qat.AFTER[scheme], seen[name], {}
+    target, group = Target.of(how["weight"]), how.get("group_size")
+    only = {name: s}  # of one layer
+    for method in ("RTN", "searched scale", "GPTQ", "GPTQ, activation order", "GPTQ, no clipping"):
+        w = dict(record_qat.after_training(base, scheme, method, only, use).named_modules())[name]
+        w = w.weight_fake_quant(w.weight).detach()
+        by = s.H.diag().argsort(descending=True) if method.endswith("order") else slice(None)  # its groups
+        blocks = w[:, by].reshape(-1, target.block or group or w.shape[1])
+        assert max(len(row.unique()) for row in blocks[:2000]) <= (3 if scheme == "ternary" else 2**target.bits)
+        if scheme == "NVFP4 weights":  # what is stored are E4M3 scales, and one of the tensor
+            _, whole = nvfp4_scales(layer.weight.detach().reshape(-1, 16).abs().amax(1))
+            points = blocks.abs().amax(1) / whole / torch.tensor([[6, 4, 3, 2, 1.5, 1, 0.5]]).T  # a scale, if one is
+            assert ((points - E4M3.round(points)).abs() / points).amin(0).max() < 1e-5
+        d = w - layer.weight.detach()
+        errors[method] = ((d @ s.H) * d).sum().item()
+    assert errors["GPTQ"] < 0.9 * errors["RTN"] and errors["searched scale"] < 1.001 * errors["RTN"]
+    assert errors["GPTQ"] < errors["searched scale"]
+
+
+def test_the_arms_are_those_of_the_lesson_and_of_the_package(base, lesson):
+    """On integers each arm is what the lesson's own functions (of which the recorder replaces the grid) give, and GPTQ
+    what ptq.gptq does, to which a test holds the lesson's."""
+    use, seen, rotated, seen_rotated = lesson
+    fresh = record_llmcompressor.lesson(base)
+    fresh |= {"GROUP": 32, "RATIOS": list(ptq.RATIOS)}
+    by = {"searched scale": lambda w, s, name: fresh["clipped"](w, 3, 32, s.H.diag()),
+          "AWQ": lambda w, s, name: fresh["awq_of"](w, s, 3, name),
+          "AWQ, searched scale": lambda w, s, name: fresh["awq_of"](w, s, 3, name, clip=True),
+          "GPTQ": lambda w, s, name: ptq.gptq(w, s.H, 3, 32, clip=True),
+          "GPTQ, activation order": lambda w, s, name: ptq.gptq(w, s.H, 3, 32, clip=True, order=True),
+          "GPTQ, no clipping": lambda w, s, name: ptq.gptq(w, s.H, 3, 32)}  # fmt: skip
+    for model, inputs in ((base, seen), (rotated, seen_rotated)):
+        few = {name: s for name, s in inputs.items() if ".3." in name}  # one block: o_proj, down_proj, shared inputs
+        for method, function in by.items():
+            found = ptq.linears(record_qat.after_training(model, "W3", method, few, use))
+            for source, s in few.items():
+                names = fresh["readers"](found, source)
+                floats = [ptq.linears(model)[name].weight.detach() for name in names]
+                wanted = function(torch.cat(floats), s, source)
+                q = torch.cat([found[name].weight.detach() for name in names])
+                assert (q - wanted).abs().gt(1e-5).float().mean() < 0.002, (method, source)  # halves may round apart
+    turned = record_qat.after_training(rotated, "W8A16", "RTN")  # the online rotation is still there
+    ids = torch.arange(64)[None]
+    assert (turned(ids).logits - base(ids).logits).abs().mean() < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not llamacpp.available()[0], reason="llama.cpp is not here")
+def test_k_quants_are_llama_cpps_own(base, text, tmp_path):
+    ids, _ = text
+    matrix = llamacpp.imatrix(base, ids[:2048])
+    size = {"Q4_K": 4.5, "Q3_K": 3.4375, "Q2_K": 2.625}
+    for kind in record_qat.K_QUANTS.values():
+        model, bits = record_qat.k_quant(base, kind, matrix)
+        assert bits == size[kind]
+    found = record_qat.k_quant(base, "Q4_K")[0]
+    error = {name: (layer.weight - ptq.linears(base)[name].weight).norm() / layer.weight.norm()
+             for name, layer in ptq.linears(found).items()}  # fmt: skip
+    assert 0.01 < min(error.values()) and max(error.values()) < 0.1  # no row in another's place
+    assert torch.equal(found.lm_head.weight, base.lm_head.weight)
+    f32 = gguf_export.export(base, tmp_path / "f32.gguf", tokenizer=course_model.load_tokenizer())
+    file = llamacpp.quantize(f32, tmp_path / "q.gguf", "Q4_K", None, {"blk.*weight": "Q4_K", "token_embd": "F32"})
+    with llamacpp.Model(file) as quantized, torch.no_grad():
+        apart = evaluate.compare_models(found, quantized, ids[:512], 512).kld_mean
+        lost = evaluate.compare_models(base, found, ids[:512], 512).kld_mean
+    assert apart < 0.1 * lost  # llama.cpp rounds the activations, too, to 8 bits
+
+
+def a_row(arm, kld, scheme="W3", seed=-1, steps=0, **more):
+    return dict(scheme=scheme, arm=arm, seed=seed, rate=0.0, steps=steps, kld_mean=kld, text="t", windows=4) | more
+
+
+def test_runs_add_to_one_file_and_lose_no_row(tmp_path):
+    add = functools.partial(record_qat.add, "qat_recovery", full=True, directory=tmp_path)
+    add([a_row("GPTQ", 0.2, kind="result", kld_less_rival=0.0), a_row("QAT", 0.1, seed=0, steps=700)])
+    path = add([a_row("QAT", 0.15, seed=0, steps=700, kld_less_rival=-0.05), a_row("AWQ", 0.3, kld_less_rival=0.1),
+                a_row("RTN", 0.5, scheme="FP8", kld_less_rival=0.1)])  # fmt: skip
+    rows = results.validate(files.read_json(path)).rows
+    assert [(row["scheme"], row["arm"], row["kld_mean"]) for row in rows] == [
+        ("W3", "GPTQ", 0.2), ("W3", "AWQ", 0.3), ("W3", "QAT", 0.15), ("FP8", "RTN", 0.5)]  # fmt: skip
+    rows = results.validate(files.read_json(add([a_row("GPTQ", 0.21, kld_less_rival=0.0)]))).rows
+    assert [row["kld_less_rival"] for row in rows[:3]] == pytest.approx([0, 0.09, -0.06])  # from the GPTQ that is there
+    for other in (dict(text="another"), dict(windows=5)):
+        with pytest.raises(qtutor.QtutorError, match="move the file away"):
+            add([a_row("GPTQ", 0.2, **other)])
+    with pytest.raises(qtutor.QtutorError, match="profile full, here it is quick"):
+        record_qat.add("qat_recovery", [a_row("GPTQ", 0.2)], False, tmp_path)
+    text = path.read_text()
+    path.write_text(text.replace(results.machine()["device"], "Another device"))
+    with pytest.raises(qtutor.QtutorError, match="Another device"):
+        record_qat.earlier("qat_recovery", True, tmp_path)
+
+
+@pytest.mark.slow
+def test_processes_add_at_the_same_time(tmp_path):
+    code = ("import sys; from tools import record_qat; from tests.tools.test_record_qat import a_row\n"
+            "for seed in range(3): record_qat.add('qat_recovery', [a_row(sys.argv[1], 0.1, seed=seed)], True, "
+            "sys.argv[2])")  # fmt: skip
+    jobs = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, arm, tmp_path], cwd=files.ROOT)
+            for arm in ("QAT", "control")]  # fmt: skip
+    assert [job.wait() for job in jobs] == [0, 0]
+    (path,) = tmp_path.rglob("qat_recovery.json")
+    assert len(results.validate(files.read_json(path)).rows) == 6
+
+
+def test_one_process_a_gpu_and_nothing_is_saved_without_new_rows(tmp_path, monkeypatch):
+    started, saves = [], []
+
+    class Job:
+        """Writes a row at the first and at the third question, and ends at the fourth."""
+
+        def __init__(self, command, env):
+            self.out, self.first, self.asked, self.returncode = command[5], command[9], 0, 0
+            started.append((env["CUDA_VISIBLE_DEVICES"], command[8], command[9:]))
+
+        def poll(self):
+            self.asked += 1
+            if self.asked in (1, 3):
+                rows = [a_row("GPTQ", 0.2, self.first, kind="result", text=fingerprint),
+                        a_row("QAT", 0.1, kind="rate", rate=1e-4 * self.asked, steps=7)]  # fmt: skip
+                with open(self.out, "a") as file:
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+            return None if self.asked < 4 else 0
+
+    machine, fingerprint = results.machine(), corpus.fingerprint(corpus.eval_text())
+    monkeypatch.setenv("QTUTOR_COMMIT", "asks no process")
+    monkeypatch.setattr(results, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(record_qat.subprocess, "Popen", Job)
+    monkeypatch.setattr(record_qat.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(corpus, "tokens", lambda *args: np.arange(9))
+    monkeypatch.setattr(record_qat, "keep", lambda path: saves.append(path.stem) or path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    record_qat.record_recovery(True, "ptq", tmp_path)
+    assert [gpu for gpu, _, _ in started] == ["2", "5"] and {arms for _, arms, _ in started} == {"ptq"}
+    assert sorted(sum((mine for _, _, mine in started), [])) == sorted(record_qat.AFTER)
+    assert saves == ["qat_rates", "qat_recovery"] * 4
+    (path,) = tmp_path.rglob("qat_rates.json")
+    assert len(results.validate(files.read_json(path)).rows) == 2
+    monkeypatch.setattr(Job, "poll", lambda job: setattr(job, "returncode", 1) or 1)
+    with pytest.raises(qtutor.QtutorError, match="2 of 2 processes"):
+        record_qat.record_recovery(True, "training", tmp_path)
+    assert started[-1][2] == list(record_qat.TRAINED[1::2])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not llamacpp.available()[0], reason="llama.cpp is not here")
+def test_a_worker_writes_its_rows_one_a_line(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(record_qat, "METHODS", ("RTN", "GPTQ", "rotation, RTN"))
+    np.save(tmp_path / "text.npy", text[0])
+    record_qat.worker(str(tmp_path / "out"), str(tmp_path / "text.npy"), "0", "ptq", "W8A16")
+    rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [(row["scheme"], row["arm"], row["windows"]) for row in rows] == [
+        ("W8A16", arm, 4) for arm in record_qat.METHODS]  # fmt: skip
+    assert all(row["bits_per_weight"] == pytest.approx(8.05, abs=0.01) and row["kld_mean"] < 0.01 for row in rows)
+    assert record_qat.add("qat_recovery", rows, False, tmp_path).is_file()
 
 
 def test_a_loss_that_explodes_is_one_sentence(base, text):
