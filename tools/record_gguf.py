@@ -200,8 +200,8 @@ FORMS = {  # form -> instruction, and what to put into it
     "JSON": ('Write a JSON object with the keys "name" and "age" for {}. Write only the JSON.',
              ("Anna, who is 30", "Tom, who is 7", "Maria, who is 52", "Ben, who is 19")),
     "one sentence": ("Explain in one sentence what {} is.", ("a dictionary", "rain", "a loop", "a river")),
-    "repeat": ("Repeat this sentence exactly: {}", ("The cat sat on the mat.", "Rain fell all night.", "I like green tea.",
-                                                    "We met on Monday.")),
+    "repeat": ("Repeat this sentence exactly: {}",
+               ("The cat sat on the mat.", "Rain fell all night.", "I like green tea.", "We met on Monday.")),
     "story": ("Write a short story about {}.", ("a fox", "a lost key")),
 }  # fmt: skip
 FACTS = {"number": "4817", "color": "orange", "city": "Lisbon", "animal": "otter"}  # hidden in a text
@@ -222,9 +222,9 @@ def chat_prompts(lengths) -> list[tuple[str, str, str]]:
 
 def record_chat(full: bool = True, *, arms=CHAT_ARMS, directory=None) -> Path:
     """Ask SmolLM2 in several types, greedily, save all answers and the gate's verdict as ``smollm2_chat``."""
-    source, tokenizer, importance, _ = smollm2(24 if full else 2)
-    import llama_cpp
+    import llama_cpp  # slow: only here
 
+    source, tokenizer, importance, _ = smollm2(24 if full else 2)
     prompts, rows = chat_prompts((1500, 6000) if full else (300,)), []
     asked = [tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                            add_generation_prompt=True) for _, text, _ in prompts[1:12:5]]  # fmt: skip
@@ -232,25 +232,23 @@ def record_chat(full: bool = True, *, arms=CHAT_ARMS, directory=None) -> Path:
         f16, made = gguf_export.export(source, Path(folder) / "f16.gguf", "f16"), Path(folder) / "made.gguf"
         with llamacpp.Model(f16, ctx=256, exact=False) as base:
             judge = gate.Gate.build(base, asked, tokenizer, corpus.tokens("eval", tokenizer)[:1024], name="F16")
-        for arm in tqdm(arms, desc="files", leave=False):
-            name, imatrix = arm.rstrip("+"), arm.endswith("+")
+        for name, imatrix in tqdm([(arm.rstrip("+"), arm.endswith("+")) for arm in arms], desc="files", leave=False):
             path = f16 if name == "F16" else llamacpp.quantize(f16, made, name, imatrix=importance if imatrix else None)
             with llamacpp.Model(path, ctx=256, exact=False) as model:
                 table = judge.check(model, name).table
             about = {"type": name, "imatrix": imatrix, "bits_per_weight": llamacpp.bits_per_weight(path),
                      "gate_checks": len(table), "gate_failed": int((~table["passed"]).sum()),
                      "gate_says": "; ".join(dict.fromkeys(table["check"][~table["passed"]]))}  # fmt: skip
-            model = llama_cpp.Llama(str(path), n_ctx=4096 if full else 512, verbose=False)
+            model = llama_cpp.Llama(str(path), n_ctx=4096 if full else 1024, verbose=False)
             for form, prompt, wanted in prompts:
                 reply = model.create_chat_completion([{"role": "user", "content": prompt}], temperature=0,
                                                      max_tokens=160 if form == "story" else 64)  # fmt: skip
                 said, used = reply["choices"][0], reply["usage"]
-                answer = said["message"]["content"]
                 rows.append(about | {
-                    "form": form, "prompt": prompt[-160:], "wanted": wanted, "answer": answer,
+                    "form": form, "prompt": prompt[-160:], "wanted": wanted, "answer": said["message"]["content"],
                     "stopped": said["finish_reason"] == "stop", "prompt_tokens": used["prompt_tokens"],
                     "answer_tokens": used["completion_tokens"], "repetition": gate.repetition(
-                        tokenizer(answer, add_special_tokens=False)["input_ids"])})  # fmt: skip
+                        tokenizer(said["message"]["content"], add_special_tokens=False)["input_ids"])})  # fmt: skip
             model.close()
             done = results.save("smollm2_chat", rows, profile="full" if full else "quick", directory=directory)
     return done
