@@ -74,7 +74,7 @@ LAYOUT: dict[str, tuple[tuple[str, int, str, str], ...]] = {
     "Q1_0": (("d", 2, "d", "scale, float16"), ("qs", 16, "codes", "128 codes of 1 bit")),
 }  # fmt: skip
 ROLES = {"codes": "codes", "high": "upper bits of the codes", "signs": "signs", "scales": "scales of small blocks",
-         "d": "scale of the whole block"}  # fmt: skip
+         "d": "scale (and minimum) of the whole block"}  # fmt: skip
 
 
 def bits_of(kind: str) -> float:

@@ -84,6 +84,10 @@ VOCABULARY = {
         accuracy_diff (to the unquantized model, paired), accuracy_n (questions),
         imatrix_gain (kld_mean without an importance matrix minus with), imatrix_gain_se_windows (standard error over
         windows), imatrix_ignored (the matrix changed nothing)""",
+    "chat": """
+        form (what the prompt asks for), prompt, answer (greedy), wanted (what a right answer holds), stopped (the model
+        ended its answer by itself), repetition (share of the answer's 4-grams that occurred before), prompt_tokens,
+        answer_tokens, gate_checks, gate_failed (of decide.gate, numbers), gate_says (which failed)""",
     "memory": """
         bits_per_weight (stored, scales included), stored_bytes (of a tensor), weights_mb, weights_gib (as stored; 1 MB
         is 10**6 bytes, 1 GiB is 2**30), file_mb, file_bytes, peak_gib (of the device), read_bytes_per_token (weights

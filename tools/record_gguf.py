@@ -1,7 +1,8 @@
-"""Record what llama.cpp's types cost: ``gguf_quality`` on the course model, ``smollm2_quality`` on a real chat model.
+"""Record what llama.cpp's types cost: ``gguf_quality`` (course model), ``smollm2_quality``, ``smollm2_chat`` (SmolLM2).
 
     make results ONLY=gguf_quality         # the whole evaluation text: a quarter of an hour on two cores
     make results ONLY=smollm2_quality      # after python -m qtutor model fetch smollm2: a quarter of an hour
+    make results ONLY=smollm2_chat         # as long
 
 ``smollm2_quality`` has no original to compare with.  Its yardstick, ``F16``, is the downloaded Q4_1 file dequantized: a
 row says what a second quantization costs, on top of what the first one did, which nobody can measure from this file.
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 
 from qtutor import QtutorError, corpus, course_model, evaluate, gguf_export, llamacpp, paired, results
 from qtutor.checkpoints import fetch
+from qtutor.decide import gate
 
 CALIBRATION = ("logging", "unittest", "email", "asyncio", "concurrent", "http", "json", "xml")  # in every Python
 
@@ -138,6 +140,18 @@ def interval(values, name: str, block: int) -> dict:
     return {name: found.difference, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
+def smollm2(calibration: int, ctx: int = 512):
+    """SmolLM2's folder, its tokenizer, an importance matrix of so many windows of docstrings, and their tokens."""
+    if (source := fetch.folder()) is None:
+        raise QtutorError("SmolLM2 is not here: bring it with 'python -m qtutor model fetch smollm2'.")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    text = corpus.tokens("train", tokenizer, packages=CALIBRATION, progress=False)[: calibration * ctx]
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="float32").eval()
+    return source, tokenizer, llamacpp.imatrix(model, text, ctx=ctx), text
+
+
 def record_smollm2(full: bool = True, *, windows: int = 8, ctx: int = 512, calibration: int | None = None,
                    names=SMOLLM2_TYPES, directory=None) -> Path:  # fmt: skip
     """Measure SmolLM2-135M-Instruct in several types and save ``smollm2_quality``; return its path.
@@ -146,18 +160,11 @@ def record_smollm2(full: bool = True, *, windows: int = 8, ctx: int = 512, calib
     or "requantized" (from the Q4_1 file itself, as llama-quantize --allow-requantize does).  ``windows`` of the
     evaluation text; ``calibration``: windows of docstrings, by default 24, 8 where not ``full``.
     """
-    if (source := fetch.folder()) is None:
-        raise QtutorError("SmolLM2 is not here: bring it with 'python -m qtutor model fetch smollm2'.")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    parent, tokenizer = source / fetch.FILE, AutoTokenizer.from_pretrained(source)
-    cut = evaluate.windows(corpus.tokens("eval", tokenizer), ctx)
+    source, tokenizer, importance, text = smollm2(calibration or (24 if full else 8), ctx)
+    parent, cut = source / fetch.FILE, evaluate.windows(corpus.tokens("eval", tokenizer), ctx)
     tokens = cut[:: len(cut) // windows][:windows].ravel()
-    text = corpus.tokens("train", tokenizer, packages=CALIBRATION, progress=False)
-    text = text[: (calibration or (24 if full else 8)) * ctx]
     about = {"model": source.name, "windows": windows, "calibration_tokens": len(text),
              "text": corpus.fingerprint(corpus.eval_text())}  # fmt: skip
-    importance = llamacpp.imatrix(AutoModelForCausalLM.from_pretrained(source, dtype="float32").eval(), text, ctx=ctx)
     rows = []
     with tempfile.TemporaryDirectory(prefix="qtutor-smollm2-") as folder:
         f16, made = gguf_export.export(source, Path(folder) / "f16.gguf", "f16"), Path(folder) / "made.gguf"
@@ -183,4 +190,64 @@ def record_smollm2(full: bool = True, *, windows: int = 8, ctx: int = 512, calib
     return results.save("smollm2_quality", rows, profile="full" if full else "quick", directory=directory)
 
 
-RECORDS = {"gguf_quality": record, "smollm2_quality": record_smollm2}
+FORMS = {  # form -> instruction, and what to put into it
+    "yes or no": ("{} Answer yes or no.", ("Is ice cold?", "Is the sun a planet?", "Can fish fly?", "Is snow white?")),
+    "three lines": ("List three {}, one on each line. Write nothing else.", ("fruits", "animals", "colors", "tools")),
+    "JSON": ('Write a JSON object with the keys "name" and "age" for {}. Write only the JSON.',
+             ("Anna, who is 30", "Tom, who is 7", "Maria, who is 52", "Ben, who is 19")),
+    "one sentence": ("Explain in one sentence what {} is.", ("a dictionary", "rain", "a loop", "a river")),
+    "repeat": ("Repeat this sentence exactly: {}",
+               ("The cat sat on the mat.", "Rain fell all night.", "I like green tea.", "We met on Monday.")),
+    "story": ("Write a short story about {}.", ("a fox", "a lost key")),
+}  # fmt: skip
+FACTS = {"number": "4817", "color": "orange", "city": "Lisbon", "animal": "otter"}  # hidden in a text
+CHAT_ARMS = "F16 Q2_K Q4_K_M Q2_K+ Q4_K_M+ Q3_K_M Q3_K_M+ Q8_0 Q6_K".split()  # +: with an importance matrix
+
+
+def chat_prompts(lengths) -> list[tuple[str, str, str]]:
+    """(form, prompt, what a right answer holds): FORMS, and the FACTS in texts of so many characters."""
+    found = [(form, say.format(what), what) for form, (say, about) in FORMS.items() for what in about]
+    for length in lengths:
+        lines = corpus.eval_text()[20_000 : 20_000 + length].splitlines()
+        for i, (what, value) in enumerate(FACTS.items()):  # from late to early, so that no place moves another
+            lines.insert(len(lines) * (len(FACTS) - i) // (len(FACTS) + 1), f"The secret {what} is {value}.")
+        found += [(f"fact in {length:,} characters", "\n".join(lines) + f"\n\nWhat is the secret {what} in the text "
+                   "above?", value) for what, value in FACTS.items()]  # fmt: skip
+    return found
+
+
+def record_chat(full: bool = True, *, arms=CHAT_ARMS, directory=None) -> Path:
+    """Ask SmolLM2 in several types, greedily, save all answers and the gate's verdict as ``smollm2_chat``."""
+    import llama_cpp  # slow: only here
+
+    source, tokenizer, importance, _ = smollm2(24 if full else 2)
+    prompts, rows = chat_prompts((1500, 6000) if full else (300,)), []
+    asked = [tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                           add_generation_prompt=True) for _, text, _ in prompts[1:12:5]]  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="qtutor-chat-") as folder:
+        f16, made = gguf_export.export(source, Path(folder) / "f16.gguf", "f16"), Path(folder) / "made.gguf"
+        with llamacpp.Model(f16, ctx=256, exact=False) as base:
+            judge = gate.Gate.build(base, asked, tokenizer, corpus.tokens("eval", tokenizer)[:1024], name="F16")
+        for name, imatrix in tqdm([(arm.rstrip("+"), arm.endswith("+")) for arm in arms], desc="files", leave=False):
+            path = f16 if name == "F16" else llamacpp.quantize(f16, made, name, imatrix=importance if imatrix else None)
+            with llamacpp.Model(path, ctx=256, exact=False) as model:
+                table = judge.check(model, name).table
+            about = {"type": name, "imatrix": imatrix, "bits_per_weight": llamacpp.bits_per_weight(path),
+                     "gate_checks": len(table), "gate_failed": int((~table["passed"]).sum()),
+                     "gate_says": "; ".join(dict.fromkeys(table["check"][~table["passed"]]))}  # fmt: skip
+            model = llama_cpp.Llama(str(path), n_ctx=4096 if full else 1024, verbose=False)
+            for form, prompt, wanted in prompts:
+                reply = model.create_chat_completion([{"role": "user", "content": prompt}], temperature=0,
+                                                     max_tokens=160 if form == "story" else 64)  # fmt: skip
+                said, used = reply["choices"][0], reply["usage"]
+                rows.append(about | {
+                    "form": form, "prompt": prompt[-160:], "wanted": wanted, "answer": said["message"]["content"],
+                    "stopped": said["finish_reason"] == "stop", "prompt_tokens": used["prompt_tokens"],
+                    "answer_tokens": used["completion_tokens"], "repetition": gate.repetition(
+                        tokenizer(said["message"]["content"], add_special_tokens=False)["input_ids"])})  # fmt: skip
+            model.close()
+            done = results.save("smollm2_chat", rows, profile="full" if full else "quick", directory=directory)
+    return done
+
+
+RECORDS = {"gguf_quality": record, "smollm2_quality": record_smollm2, "smollm2_chat": record_chat}

@@ -96,6 +96,8 @@ RESULTS = {
                           "in quality, with and without an importance matrix."),
     "smollm2_quality": About("bits_where_they_matter", "smollm2", "record_gguf", "What quantizing a quantized chat "
                              "model costs: types of SmolLM2-135M-Instruct against its dequantized Q4_1 file."),
+    "smollm2_chat": About("bits_where_they_matter", "smollm2", "record_gguf", "What the same files answer: the form of "
+                          "an instruction, stopping, repeating, a fact in a long text; the validation gate."),
     "tensor_sensitivity": About("bits_where_they_matter", "llama.cpp", "record_bits", "What each tensor of the course "
                                 "model costs in each type; mixtures chosen by that at the sizes of llama.cpp's own."),
     "kv_cache_quality": About("bits_where_they_matter", "llama.cpp", "record_bits", "What a quantized KV cache costs, "

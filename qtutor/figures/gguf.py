@@ -122,8 +122,8 @@ def quality_picture(data, title: str):
     for name, d in data.groupby("type"):  # one label a type, as high as its last (filled) mark
         y, color = d["kld_mean"].iloc[-1], plots.PALETTE[FAMILIES.index(family(name))]
         ax = axes[int(left < d["bits_per_weight"].iloc[-1] < right and low < y < high)]
-        before = name in ("Q4_K_S", "Q5_K_S", "Q1_0", "TQ1_0") or (name[:2] == "IQ" and name != "IQ4_NL")
+        before = name in ("Q4_K_S", "Q5_K_S", "Q5_K_M", "Q1_0", "TQ1_0") or (name[:2] == "IQ" and name != "IQ4_NL")
         ax.annotate(name, (getattr(d["bits_per_weight"], "min" if before else "max")(), y), fontsize=8, color=color,
-                    xytext=(-6 if before else 6, {"TQ1_0": 12, "TQ2_0": 12, "IQ1_S": 5, "Q5_K_M": -9}.get(name, 0)),
+                    xytext=(-6 if before else 6, {"TQ1_0": 12, "TQ2_0": 12, "IQ1_S": 5, "Q5_K_M": -10}.get(name, 0)),
                     textcoords="offset points", ha="right" if before else "left", va="center")  # fmt: skip
     return fig

@@ -123,3 +123,27 @@ def test_what_is_recorded_of_smollm2_has_its_yardstick_and_its_errors():
     for row in data.rows:
         assert row["windows"] >= 8 and row["ctx"] == 512 and row["kld_mean_se_windows"] >= 0
         assert row["perplexity_ratio_low"] <= row["perplexity_ratio"] <= row["perplexity_ratio_high"]
+
+
+@needs_llamacpp
+def test_recording_of_answers(tmp_path, monkeypatch):
+    """A tiny model in the place of the real one answers nonsense; every row has its answer and the gate's verdict."""
+    home = tiny_llama.save(tmp_path / "home")
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (home / "chat_template.jinja").write_text(template, "utf-8")
+    monkeypatch.setattr(fetch, "folder", lambda: home)
+    path = record_gguf.record_chat(False, arms=["F16", "Q4_0+"], directory=tmp_path)
+    data = results.validate(json.loads(path.read_text("utf-8")))
+    prompts = record_gguf.chat_prompts((300,))
+    assert len(data.rows) == 2 * len(prompts) and {row["gate_checks"] for row in data.rows} == {14}
+    assert all(row["gate_failed"] == 0 for row in data.rows if row["type"] == "F16")
+    assert all(fact in text for form, text, fact in prompts if form.startswith("fact"))
+
+
+def test_what_is_recorded_of_smollm2s_answers_is_complete():
+    """Every file answers the same prompts, and the unquantized one passes its own gate; the notebook judges them."""
+    rows = results.load("smollm2_chat", "cpu").rows
+    asked = [[(r["form"], r["prompt"]) for r in rows if (r["type"], r["imatrix"]) == arm]
+             for arm in dict.fromkeys((r["type"], r["imatrix"]) for r in rows)]  # fmt: skip
+    assert len(asked) >= 5 and all(prompts == asked[0] for prompts in asked)
+    assert all(r["gate_failed"] == 0 for r in rows if r["type"] == "F16") and rows[0]["type"] == "F16"
