@@ -89,28 +89,44 @@ def _pools(scheme: str, seed: int) -> dict:
     return {name: random_gguf.tiled(value) for name, value in raw.items()}
 
 
-def write(folder, config="Llama-2-7B", scheme: str = "FP8", seed: int = 0) -> Path:
-    """Write a checkpoint of the shape ``config`` (anything that ``capacity.config_of`` takes) and return its folder.
+def write_head(folder, config, scheme: str) -> Path:
+    """Write config.json and the tokenizer alone: a shape, for an engine that invents the weights, or for a GGUF file.
 
-    With it comes the course model's tokenizer, where the vocabulary has room for it; ids beyond it are filler words
-    that no text is cut into.  The same arguments give the same bytes.
+    The tokenizer is the course model's, with filler words up to the vocabulary's end that no text is cut into; where
+    the vocabulary has no room for it, there is none.
     """
-    folder, found, c = Path(folder), tensors(config, scheme), capacity.config_of(config)
-    need = nbytes(config, scheme)
-    folder.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(folder).free) < need:
-        raise QtutorError(f"'{folder}' has {free / 1e9:.1f} GB free and the checkpoint needs {need / 1e9:.1f} GB: "
-                          "choose another folder or free some space.")  # fmt: skip
-    about = c | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_act": "silu", "bos_token_id": 0,
-                 "eos_token_id": 0}  # fmt: skip
+    folder, config = Path(folder), capacity.config_of(config)
+    about = config | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_act": "silu",
+                      "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
     if scheme in _FORMATS:
         group = {"targets": ["Linear"], "weights": _WEIGHTS[scheme], "output_activations": None,
                  "input_activations": _ACTIVATIONS if scheme == "FP8" else None}  # fmt: skip
         about["quantization_config"] = {"quant_method": "compressed-tensors", "format": _FORMATS[scheme],
                                         "quantization_status": "compressed", "ignore": ["lm_head"],
                                         "config_groups": {"group_0": group}}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(about, indent=2), "utf-8")
-    write_tokenizer(folder, c["vocab_size"])
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    written = {"config.json": about, "tokenizer.json": files.read_json(course_model.model_dir() / "tokenizer.json"),
+               "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**6}
+               | special}  # fmt: skip
+    words = written["tokenizer.json"]["model"]["vocab"]
+    words |= {f"w{i}": i for i in range(len(words), config["vocab_size"])}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in written.items():
+        if name == "config.json" or len(words) <= config["vocab_size"]:
+            (folder / name).write_text(json.dumps(content, indent=1), "utf-8")
+    return folder
+
+
+def write(folder, config="Llama-2-7B", scheme: str = "FP8", seed: int = 0) -> Path:
+    """Write a checkpoint of the shape ``config`` (anything that ``capacity.config_of`` takes) and return its folder.
+
+    With it comes what :func:`write_head` writes.  The same arguments give the same bytes.
+    """
+    folder, found, need = Path(folder), tensors(config, scheme), nbytes(config, scheme)
+    write_head(folder, config, scheme)
+    if (free := shutil.disk_usage(folder).free) < need:
+        raise QtutorError(f"'{folder}' has {free / 1e9:.1f} GB free and the checkpoint needs {need / 1e9:.1f} GB: "
+                          "choose another folder or free some space.")  # fmt: skip
     shards, room = [{}], SHARD
     for name, (dtype, shape) in found.items():
         size = _BYTES[dtype] * prod(shape)
@@ -152,15 +168,3 @@ def _write_shard(path: Path, shard: dict, pools: dict) -> None:
             pool, first = pools[kind], number * 7919 * _BYTES[dtype]  # each tensor begins elsewhere in the pool
         jobs += [(path, pool, *piece) for piece in random_gguf.pieces(size, offset, pool.size, first)]
     random_gguf.write_pieces(jobs)
-
-
-def write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """The course model's tokenizer with filler words up to ``vocabulary``; nothing where that is too small for it."""
-    about = files.read_json(course_model.model_dir() / "tokenizer.json")
-    words = about["model"]["vocab"]
-    if len(words) <= vocabulary:
-        words |= {f"w{i}": i for i in range(len(words), vocabulary)}
-        (folder / "tokenizer.json").write_text(json.dumps(about), "utf-8")
-        special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**6} | special
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")

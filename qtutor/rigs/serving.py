@@ -27,10 +27,10 @@ import pandas as pd
 
 from .. import QtutorError
 
-# One worker, forked: by default ten are started anew for each rate, and each imports everything again.
+# Workers are forked: by default ten are started anew for each rate, and each imports everything again.
 _RUN = """
 from guidellm.settings import settings
-settings.mp_context_type, settings.max_worker_processes = {context}, 1
+settings.mp_context_type, settings.max_worker_processes = {context}, {workers}
 from guidellm.cli import cli
 cli()
 """
@@ -41,24 +41,32 @@ STATES = ("successful", "errored", "incomplete")
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of prompts and answers: normal distributions, cut off at both ends."""
+    """Tokens of prompts and answers: normal distributions, cut off at both ends; None where all have one length."""
 
     prompt_tokens: int = 192
-    prompt_tokens_stdev: int = 80
-    prompt_tokens_min: int = 32
-    prompt_tokens_max: int = 384
+    prompt_tokens_stdev: int | None = 80
+    prompt_tokens_min: int | None = 32
+    prompt_tokens_max: int | None = 384
     output_tokens: int = 48
-    output_tokens_stdev: int = 16
-    output_tokens_min: int = 8
-    output_tokens_max: int = 96
+    output_tokens_stdev: int | None = 16
+    output_tokens_min: int | None = 8
+    output_tokens_max: int | None = 96
+
+
+def fixed(prompt_tokens: int, output_tokens: int) -> Lengths:
+    """The same lengths for all requests."""
+    return Lengths(prompt_tokens, None, None, None, output_tokens, None, None, None)
 
 
 def load(url: str, tokenizer, lengths: Lengths = Lengths(), *, rates: Sequence[float] = (), streams: Sequence[int] = (),
-         requests: int = 30, seed: int = 0, key: str | None = None, timeout: float = 600) -> pd.DataFrame:  # fmt: skip
+         requests: int | Sequence[int] = 30, seed: int = 0, key: str | None = None, timeout: float = 600,
+         seconds: float | Sequence[float] | None = None, body: dict | None = None, workers: int = 1) -> pd.DataFrame:  # fmt: skip
     """Send requests to a server and return one row a request (see :func:`read`).
 
     ``rates``: open loop, requests a second with random gaps (Poisson); ``streams``: closed loop, so many users who each
     wait for an answer before they ask again.  ``requests`` for each.  ``tokenizer``: folder that counts the tokens.
+    ``seconds``: each load ends then, and what has no answer yet is incomplete; ``body``: more fields of each request;
+    ``workers``: processes that send (one is enough for some thousand tokens a second).
     """
     if bool(rates) == bool(streams):
         raise QtutorError("Give either rates (an open loop) or streams (a closed loop).")
@@ -66,19 +74,24 @@ def load(url: str, tokenizer, lengths: Lengths = Lengths(), *, rates: Sequence[f
         raise QtutorError("guidellm is not installed: run 'make install', or 'pip install guidellm'.")
     backend = {"kind": "openai_http", "target": url, "request_format": "/v1/completions", "model": "model",
                "http2": False} | ({"api_key": key} if key else {})  # fmt: skip
+    if body:
+        backend["extras"] = {"body": body}
     profile, field = ({"kind": "poisson"}, "rate") if rates else ({"kind": "concurrent"}, "streams")
     values = list(rates or streams)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         report = Path(folder) / "report.json"
+        data = {name: value for name, value in asdict(lengths).items() if value is not None}
         words = {"--backend": backend, "--profile": profile | {field: values[0]},
                  "--constraint": {"kind": "max_requests", "count": requests},
-                 "--data": {"kind": "synthetic_text"} | asdict(lengths), "--seed": {"kind": "static", "value": seed},
+                 "--data": {"kind": "synthetic_text"} | data, "--seed": {"kind": "static", "value": seed},
                  "--tokenizer": {"kind": "huggingface_auto", "model": str(tokenizer)},
                  "--output": {"kind": "json", "path": str(report)}}  # fmt: skip
         arguments = [part for word, value in words.items() for part in (word, json.dumps(value))]
+        if seconds:
+            arguments += ["--constraint", json.dumps({"kind": "max_duration", "seconds": seconds})]
         if len(values) > 1:
             arguments += ["--override", f"profile.{field}", ",".join(map(str, values))]
-        code = _RUN.format(context="None" if sys.platform == "linux" else "'spawn'")
+        code = _RUN.format(context="None" if sys.platform == "linux" else "'spawn'", workers=workers)
         env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_PROXY": "127.0.0.1"}
         try:
             done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, "run", "--disable-console", *arguments],
@@ -96,7 +109,8 @@ def read(report) -> pd.DataFrame:
     """The requests of guidellm's JSON report, in the order in which they were sent.
 
     ``loop`` (open or closed), ``load`` (requests a second, or streams), ``state`` (successful, errored, incomplete),
-    ``start``, ``first``, ``last`` (seconds from the run's first request to sending, first and last token),
+    ``start``, ``first``, ``last`` (seconds from the run's first request to sending, first and last token), ``began``
+    (time of the run's first request),
     ``prompt_tokens``, ``output_tokens``, ``ttft_ms``, ``itl_ms`` (mean of the request), ``lag_ms`` (sent later than
     planned, an open loop only).
     """
@@ -111,6 +125,7 @@ def read(report) -> pd.DataFrame:
         raise QtutorError(f"'{report}' holds no request: run the load again.")
     table = pd.DataFrame(rows).sort_values(["loop", "load", "start"], ignore_index=True)
     zero = table.groupby(["loop", "load"])["start"].transform("min")
+    table["began"] = zero
     table[["start", "first", "last"]] = table[["start", "first", "last"]].sub(zero, axis=0)
     return table
 
