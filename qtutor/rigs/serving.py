@@ -27,11 +27,24 @@ import pandas as pd
 
 from .. import QtutorError
 
-# Workers are forked: by default ten are started anew for each rate, and each imports everything again.
+# Workers are forked: by default ten are started anew for each rate, and each imports everything again.  And guidellm
+# 0.8.1 wakes its workers before it has set the time from which Poisson arrivals count: a worker that is quick sends all
+# requests of a rate at once (the lag is 10^12 ms then).  Here the time is set first, and workers draw gaps of their own.
 _RUN = """
+import random
 from guidellm.settings import settings
 settings.mp_context_type, settings.max_worker_processes = {context}, {workers}
 from guidellm.cli import cli
+from guidellm.scheduler import strategies
+def start(self, start_time):
+    with self._offset.get_lock():
+        self._offset.value = start_time
+    strategies.ThroughputStrategy.init_processes_start(self, start_time)
+async def next_time(self, worker_index, then=strategies.AsyncPoissonStrategy.next_request_time):
+    self._random = self._random or random.Random(1000 * self.random_seed + worker_index)
+    return await then(self, worker_index)
+strategies.AsyncPoissonStrategy.init_processes_start = start
+strategies.AsyncPoissonStrategy.next_request_time = next_time
 cli()
 """
 
