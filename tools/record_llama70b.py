@@ -209,7 +209,8 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
                 fit = most if vllm or not meter.boards else min(most, llama_users(model, meter, kv_type, ctx, cards))
                 # llama-server divides its cache among its slots when it starts; vLLM when it has to
                 small = -(-(sum(short) + 16) // 256) * 256
-                stages = [(most, ctx, users, True)] if vllm else [(max(users), small, users, False), (fit, ctx, (), True)]
+                stages = [(max(users), small, users, False), (fit, ctx, (), True)]
+                stages = [(most, ctx, users, True)] if vllm else stages
                 for slots, cells, many, last in stages:
                     here = about | {"slots": slots, "ctx": cells}
                     if left() < 40:

@@ -157,8 +157,8 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
                 for prompt, new, streams, requests in fixed:
                     if left() > 25:
                         (row,) = engines.loads(server, model.home, serving.fixed(prompt, new), meter, (np.inf, np.inf),
-                                               streams=(streams,), requests=requests, warmup=min(streams, requests // 3),
-                                               seconds=30, timeout=left())  # fmt: skip
+                                               min(streams, requests // 3), left(), streams=(streams,),
+                                               requests=requests, seconds=30)  # fmt: skip
                         tell("fixed", prefill_tokens=prompt, decode_tokens=new, **row)
                 if left() > 30:  # rates that are too high end early
                     open_loop(rates)

@@ -38,7 +38,7 @@ _FORMATS = {"FP8": "float-quantized", "W4A16": "pack-quantized"}
 
 
 def tensors(config, scheme: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype as safetensors calls it, shape) of all tensors; what is left in 16 bits: embedding, head, norms."""
+    """Name -> (dtype as safetensors calls it, shape) of all tensors; embedding, head and norms stay in 16 bits."""
     if scheme not in SCHEMES:
         raise QtutorError(f"There is no scheme {scheme!r}: choose one of {', '.join(SCHEMES)}.")
     c = capacity.config_of(config)

@@ -29,7 +29,7 @@ from .. import QtutorError
 
 # Workers are forked: by default ten are started anew for each rate, and each imports everything again.  And guidellm
 # 0.8.1 wakes its workers before it has set the time from which Poisson arrivals count: a worker that is quick sends all
-# requests of a rate at once (the lag is 10^12 ms then).  Here the time is set first, and workers draw gaps of their own.
+# requests of a rate at once (the lag is 10^12 ms then).  Here the time is set first, and each worker draws its own gaps.
 _RUN = """
 import random
 from guidellm.settings import settings
@@ -73,7 +73,8 @@ def fixed(prompt_tokens: int, output_tokens: int) -> Lengths:
 
 def load(url: str, tokenizer, lengths: Lengths = Lengths(), *, rates: Sequence[float] = (), streams: Sequence[int] = (),
          requests: int | Sequence[int] = 30, seed: int = 0, key: str | None = None, timeout: float = 600,
-         seconds: float | Sequence[float] | None = None, body: dict | None = None, workers: int = 1) -> pd.DataFrame:  # fmt: skip
+         seconds: float | Sequence[float] | None = None, body: dict | None = None,
+         workers: int = 1) -> pd.DataFrame:  # fmt: skip
     """Send requests to a server and return one row a request (see :func:`read`).
 
     ``rates``: open loop, requests a second with random gaps (Poisson); ``streams``: closed loop, so many users who each

@@ -1,4 +1,4 @@
-"""Random checkpoints: sizes to the byte, the weights that transformers reads, and a tokenizer that fills the vocabulary."""
+"""Random checkpoints: sizes to the byte, what transformers reads, a tokenizer that fills the vocabulary."""
 
 import importlib.util
 import json

@@ -129,14 +129,15 @@ def test_a_dry_run_of_serving(program, tmp_path):
 @pytest.mark.timeout(400)
 def test_a_dry_run_of_the_70b(program, tmp_path):
     tiny = record_llama70b.TINY | {"users": (1,)}
-    path = record_llama70b.record_served("vLLM", ["FP8"], program, tmp_path, tmp_path / "v", 300, kv_types=["FP8"], **tiny)
+    where = (program, tmp_path, tmp_path / "out", 300)
+    path = record_llama70b.record_served("vLLM", ["FP8"], *where, kv_types=["FP8"], **tiny)
     start, short, long, most = saved(path)
     assert start["users_fit"] == 3 and start["kv_type"] == "FP8" and start["model"] == "random codes"
     assert (short["prefill_tokens"], long["prefill_tokens"], most["streams"]) == (32, 256, 3) and not most["failed"]
-    path = record_llama70b.record_served("llama.cpp", ["Q8_0"], "", tmp_path, tmp_path / "l", 300, kv_types=["Q8_0"], **tiny)
+    path = record_llama70b.record_served("llama.cpp", ["Q8_0"], *where, kv_types=["Q8_0"], **tiny)
     rows = saved(path)
     assert [row.get("streams") for row in rows] == [None, 1, None, 1, 3] and rows[2]["users_fit"] == 3
-    wrong = record_llama70b.record_served("vLLM", ["BF16"], f"{sys.executable} -c 1", tmp_path, tmp_path / "w", 300,
+    wrong = record_llama70b.record_served("vLLM", ["BF16"], f"{sys.executable} -c 1", *where[1:],
                                           cards=2, kv_types=["BF16"], **tiny)  # fmt: skip
     (row,) = saved(wrong)
     assert "did not start" in row["not_run"] and row["split"] == "tensor" and list(tmp_path.glob("qtutor-*")) == []
