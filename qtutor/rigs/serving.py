@@ -29,7 +29,7 @@ from .. import QtutorError
 
 # Workers are forked: by default ten are started anew for each rate, and each imports everything again.  And guidellm
 # 0.8.1 wakes its workers before it has set the time from which Poisson arrivals count: a worker that is quick sends all
-# requests of a rate at once (the lag is 10^12 ms then).  Here the time is set first, and each worker draws its own gaps.
+# requests of a rate at once (the lag is 10^12 ms then).  Here the time is set first; and workers draw different gaps.
 _RUN = """
 import random
 from guidellm.settings import settings
