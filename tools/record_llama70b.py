@@ -11,8 +11,8 @@ checked with llama.cpp's own programs and deleted; the rows are saved after each
 ``--served``: the same shape in a server under load, rows of kind ``served``, by engine, type, type of the cache and
 number of cards.  A closed loop: so many users send prompts of 128 tokens and get 64, or of 4,096; the model is given a
 context of 4,352 tokens instead of its own 4,096, as such a prompt and its answer need.  ``users_fit``: so many users
-with 4,352 tokens each fit beside the weights, and that many send long prompts at last.  BF16 in vLLM has weights that
-vLLM invents (no file of 138 GB); all others are random codes with real scales.
+with 4,352 tokens each fit beside the weights, and that many (fewer where the time ends) send long prompts at last.
+BF16 in vLLM has weights that vLLM invents (no file of 138 GB); all others are random codes with real scales.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
             say(f"{type}: {model.file_bytes:,} bytes, written in {model.write_s:.0f} s")
             for split, kv_type in itertools.product(splits, kv_types or (("BF16", "FP8") if vllm else ("F16", "Q8_0"))):
                 about = model.about(kv_type=kv_type, split="tensor" if vllm and cards > 1 else split)
-                fit = most if vllm or not meter.boards else min(most, llama_users(model, meter, kv_type, ctx, cards))
+                fit = most if vllm or not meter.boards else min(most, llama_users(model, meter, kv_type, ctx, split))
                 # llama-server divides its cache among its slots when it starts; vLLM when it has to
                 small = -(-(sum(short) + 16) // 256) * 256
                 stages = [(max(users), small, users, False), (fit, ctx, (), True)]
@@ -226,22 +226,21 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
                             engines.warm(server)
                             for n in many:
                                 measured(server, model, meter, here, short, n, max(3, 2 * n))
-                            one = measured(server, model, meter, here, long, 1, 2) if last else None
-                            if one and fit > 1:
-                                need = 1.2 * fit * one["ttft_p50_ms"] / 1000 + 20
-                                if need < left():
-                                    measured(server, model, meter, here | {"users_fit": fit}, long, fit, fit)
-                                else:
-                                    tell(**here, streams=fit, users_fit=fit, prefill_tokens=long[0],
-                                         not_run=f"about {need:.0f} s, and {left():.0f} s were left")  # fmt: skip
+                            one = measured(server, model, meter, here, long, 1, 3) if last else None
+                            if one and fit > 1:  # all of them, or as many as the time allows
+                                n = min(fit, int((left() - 40) / (1.2e-3 * one["ttft_p50_ms"])))
+                                if n > 1:
+                                    measured(server, model, meter, here | {"users_fit": fit}, long, n, n)
                     except QtutorError as error:
                         tell(**here, not_run=str(error))
     return path
 
 
-def llama_users(model, meter, kv_type: str, ctx: int, cards: int) -> int:
-    """So many users with ``ctx`` tokens each fit into the GPUs beside the weights and two GiB a card."""
-    room = sum(board.memory()[1] for board in meter.boards) - 2 * cards * measure.GIB - model.file_bytes
+def llama_users(model, meter, kv_type: str, ctx: int, split: str | None) -> int:
+    """So many users with ``ctx`` tokens each fit into the GPUs beside the weights and two GiB a card; with rows split,
+    the whole cache lies on one card."""
+    rooms = [board.memory()[1] - 2 * measure.GIB - model.file_bytes / len(meter.boards) for board in meter.boards]
+    room = rooms[0] if split == "row" else sum(rooms)
     return max(1, int(room // capacity.kv_bytes(model.config, ctx, kv_type)))
 
 

@@ -92,10 +92,14 @@ def test_where_the_limits_are_lost():
 
 
 def test_users_of_llama_server():
-    cards = types.SimpleNamespace(boards=[types.SimpleNamespace(memory=lambda: (0, 80 * 2**30))])
+    card = types.SimpleNamespace(memory=lambda: (0, 80 * 2**30))
     model = types.SimpleNamespace(file_bytes=57 * 10**9, config="Llama-2-70B")
-    assert record_llama70b.llama_users(model, cards, "F16", 4352, 1) == 18
-    assert record_llama70b.llama_users(model, cards, "Q8_0", 4352, 1) == 35
+    one = types.SimpleNamespace(boards=[card])
+    assert record_llama70b.llama_users(model, one, "F16", 4352, None) == 18
+    assert record_llama70b.llama_users(model, one, "Q8_0", 4352, None) == 35
+    two, model.file_bytes = types.SimpleNamespace(boards=[card] * 2), 138 * 10**9
+    users = [record_llama70b.llama_users(model, two, "F16", 4352, split) for split in ("layer", "row")]
+    assert users == [20, 10]
 
 
 @pytest.fixture
