@@ -149,12 +149,12 @@ def said_by(server: serve.Server) -> dict:
 
 
 def warm(server: serve.Server) -> None:
-    """One request before anything is measured."""
+    """One request, which is answered when all before it are done."""
     import httpx
 
     body = {"model": "model", "prompt": "one more " * 50, "max_tokens": 8} | GREEDY
     try:
-        httpx.post(f"{server.url}/v1/completions", json=body, timeout=60, trust_env=False).raise_for_status()
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=120, trust_env=False).raise_for_status()
     except httpx.HTTPError as error:
         raise QtutorError(f"The server does not answer ({type(error).__name__}): read its log.") from None
 

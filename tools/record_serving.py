@@ -142,11 +142,17 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
         say(f"{which} {kind}", {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
 
     def open_loop(values) -> None:
-        requests = [max(least, round(rate_s * rate)) for rate in values]
-        caps = [1.25 * n / rate + 3 for n, rate in zip(requests, values, strict=True)]
-        for row in engines.loads(server, model.home, lengths, meter, limits, rates=values, requests=requests,
-                                 seconds=caps, timeout=left()):  # fmt: skip
+        """A rate after the other, until fewer than half of the requests keep the limits."""
+        for rate in values:
+            n = max(least, round(rate_s * rate))
+            if left() < n / rate + 25:
+                break
+            (row,) = engines.loads(server, model.home, lengths, meter, limits, timeout=left(), rates=(rate,),
+                                   requests=n, seconds=1.25 * n / rate + 3)  # fmt: skip
             tell("rate", **row)
+            engines.warm(server)  # answered when what was given up has left the engine's queue
+            if row["within"] < 0.5:
+                break
 
     with engines.Model(runtime, type, config or capacity.MODELS[SHAPE], folder) as model, engines.Meter() as meter:
         server = model.server(program, slots, ctx, kv_type=kv_type, timeout=max(1.0, left() - 30))
@@ -160,15 +166,14 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
                                                min(streams, requests // 3), left(), streams=(streams,),
                                                requests=requests, seconds=30)  # fmt: skip
                         tell("fixed", prefill_tokens=prompt, decode_tokens=new, **row)
-                if left() > 30:  # rates that are too high end early
-                    open_loop(rates)
-                    if left() > 3 * (rate_s + 5) + 10:
-                        open_loop(between([row for row in rows if row["kind"] == "rate"]))
-                    held = [row for row in rows if row["kind"] == "rate" and kept(row)]
-                    best = max(held, key=lambda row: row["goodput_per_s"], default={"goodput_per_s": 0.0})
-                    tell("best", **{name: best[name] for name in best if name in BEST})
+                open_loop(rates)
+                if tried := [row for row in rows if row["kind"] == "rate"]:
+                    open_loop(between(tried))
         except QtutorError as error:
             tell("server", not_run=str(error))
+    if tried := [row for row in rows if row["kind"] == "rate"]:
+        best = max(filter(kept, tried), key=lambda row: row["goodput_per_s"], default={"goodput_per_s": 0.0})
+        tell("best", **{name: best[name] for name in best if name in BEST})
     return path
 
 

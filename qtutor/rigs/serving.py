@@ -172,7 +172,8 @@ def summary(table: pd.DataFrame, ttft_ms: float = np.inf, itl_ms: float = np.inf
                  "goodput_per_s": within / seconds, "within": within / len(kept)}  # fmt: skip
         for name in ("ttft_ms", "itl_ms"):
             for share in (50, 95, 99):
-                enough = share < 99 or len(good) >= 1000
-                found[f"{name[:-3]}_p{share}_ms"] = np.percentile(good[name].dropna(), share) if enough else None
+                known = good[name].dropna().to_numpy(float)
+                enough = len(good) >= 1000 if share == 99 else len(known)
+                found[f"{name[:-3]}_p{share}_ms"] = np.percentile(known, share) if enough else None
         rows.append(found)
     return pd.DataFrame(rows)
