@@ -47,8 +47,9 @@ VOCABULARY = {
     "what was measured": """
         technique (name of decide.techniques), family (group of techniques: float, torchao, llama.cpp ...), format (of
         the weights, and of activations), type (llama.cpp's, such as Q4_K_M), backend (library that stores and
-        multiplies), runtime (engine that ran it), tool (program that measured it), method (way of choosing the codes:
-        RTN, GPTQ ...), scheme (target of QAT, such as int4 g32), arm (PTQ; QAT trained or distilled; float), trained
+        multiplies), runtime (engine that ran it), cards (GPUs that hold the model), split (over them: tensor, layer or
+        row), tool (program that measured it), method (way of choosing the codes: RTN, GPTQ ...), scheme (target of
+        QAT, such as int4 g32), arm (PTQ; QAT trained or distilled; float), trained
         (with fake quantization before), imatrix (with an importance matrix), recipe (of Transformer Engine, or BF16),
         rung (step of the ladder of fp8_layers), kind (group of kernels, or part of a recording), what (operation that
         was timed), stored_as (dtypes that hold the weights), bits (of a code), group (values that share a scale),
@@ -110,9 +111,11 @@ VOCABULARY = {
         tflop_per_s, peak_tflop_per_s (of the data sheet), share_of_peak""",
     "serving": """
         loop (open: requests come at a rate; closed: users wait for their answer), rate_per_s (offered, open loop),
-        streams (users, closed loop), slots (requests computed at once), requests (of all repeats), failed (without an
-        answer), requests_per_s (answered), output_tokens_per_s, ttft_p50_ms, ttft_p95_ms, ttft_p99_ms (time to first
-        token, percentiles of requests), itl_p50_ms, itl_p95_ms, itl_p99_ms (inter-token latency, a request's mean),
+        streams (users, closed loop), slots (requests computed at once), users_fit (whose caches fit beside the
+        weights), kv_tokens (that the cache holds), start_s (until the server answers), requests (of all repeats),
+        failed (without an answer), requests_per_s (answered), output_tokens_per_s, ttft_p50_ms, ttft_p95_ms,
+        ttft_p99_ms (time to first token, percentiles of requests), itl_p50_ms, itl_p95_ms, itl_p99_ms (inter-token
+        latency, a request's mean),
         ttft_limit_ms, itl_limit_ms, goodput_per_s (requests that kept both limits), within (their share)""",
     "energy": """
         joules_per_step, joules_per_train_token (of all GPUs), joules_per_prefill_token, joules_per_decode_token (of the

@@ -2,14 +2,23 @@
 
     python -m tools.record_llama70b --folder /dev/shm --types Q6_K,Q4_K_M     # -> data/results/<machine>/llama70b.json
     python -m tools.record_llama70b --tiny --out /tmp/somewhere               # the same code in seconds on any CPU
+    python -m tools.record_llama70b --served vLLM --types FP8,W4A16 --vllm "env PYTHONPATH=/site python3 -m vllm..."
+    python -m tools.record_llama70b --served llama.cpp --types F16 --cards 2 --split layer,row --out /tmp/part
 
 Each type is written with random weights (:mod:`qtutor.rigs.random_gguf`), measured (:mod:`qtutor.rigs.llama_speed`),
 checked with llama.cpp's own programs and deleted; the rows are saved after each.
+
+``--served``: the same shape in a server under load, rows of kind ``served``, by engine, type, type of the cache and
+number of cards.  A closed loop: so many users send prompts of 128 tokens and get 64, or of 4,096; the model is given a
+context of 4,352 tokens instead of its own 4,096, as such a prompt and its answer need.  ``users_fit``: so many users
+with 4,352 tokens each fit beside the weights, and that many (fewer where the time ends) send long prompts at last.
+BF16 in vLLM has weights that vLLM invents (no file of 138 GB); all others are random codes with real scales.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -21,10 +30,16 @@ from pathlib import Path
 
 from qtutor import QtutorError, energy, files, llamacpp, measure, results
 from qtutor.decide import capacity
-from qtutor.rigs import llama_speed, random_gguf
+from qtutor.rigs import llama_speed, random_gguf, serving
+
+from . import engines
 
 MODEL = "Llama-2-70B"
 TYPES = ("Q6_K", "Q4_K_M", "Q8_0", "Q5_K_M")  # an interrupted recording has the notebook's type
+CTX = 4352  # tokens of a served user: 4,096 of a prompt, an answer, and llama.cpp's steps of 256
+SHORT, LONG, USERS = (128, 64), (4096, 64), (1, 8, 32)  # prompt and answer; users who send short ones
+TINY = {"config": random_gguf.TINY | {"vocab_size": 8192, "max_position_embeddings": 512}, "ctx": 512,
+        "short": (32, 8), "long": (256, 8), "users": (1, 3), "most": 3}  # fmt: skip
 MEMORY = "/dev/shm"  # memory-backed: a file of 57 GB is read in seconds
 
 
@@ -153,6 +168,82 @@ def _short(row: dict) -> str:
     return " ".join(f"{key}={f'{v:.4g}' if isinstance(v, float) else v}" for key, v in shown.items())
 
 
+def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMORY, directory=None,
+                  budget_s: float = 560.0, cards: int = 1, splits=(None,), kv_types=None, config=None, ctx: int = CTX,
+                  short=SHORT, long=LONG, users=USERS, most: int = 128, say=print) -> Path | None:  # fmt: skip
+    """Serve the shape in each type and cache type, and measure; rows are saved as they come; return the path.
+
+    ``budget_s``: nothing is begun that would end later.  ``splits``: of llama.cpp over ``cards``, layer and row.
+    """
+    end, rows, path, base = time.monotonic() + budget_s, [], None, config or capacity.MODELS[MODEL]
+    config = base | {"max_position_embeddings": max(ctx, base["max_position_embeddings"])}
+    vllm = runtime == "vLLM"
+
+    def left() -> float:
+        return end - time.monotonic()
+
+    def tell(**row) -> None:
+        nonlocal path
+        rows.append({"kind": "served", "runtime": runtime, "shape": MODEL, **row})
+        path = results.save("llama70b", rows, directory=directory)
+        say(runtime, {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
+
+    def measured(server, model, meter, about, tokens, streams, requests) -> dict | None:
+        if left() < 25:
+            say(f"{about['type']}: no time for {streams} users with {tokens[0]} tokens")
+            return None
+        (row,) = engines.loads(server, model.home, serving.fixed(*tokens), meter, (1e9, 1e9), streams=(streams,),
+                               requests=requests, warmup=streams if requests >= 2 * streams else 0,
+                               seconds=left() - 15, timeout=left())  # fmt: skip
+        row |= {"prefill_tokens": tokens[0], "decode_tokens": tokens[1], "time_to_first_token_ms": row["ttft_p50_ms"]}
+        tell(**about, **row)
+        return row
+
+    for type in types:
+        dummy = vllm and type == "BF16"
+        with engines.Model(runtime, type, config, folder, cards=cards, dummy=dummy) as model, \
+             engines.Meter(cards) as meter:  # fmt: skip
+            say(f"{type}: {model.file_bytes:,} bytes, written in {model.write_s:.0f} s")
+            for split, kv_type in itertools.product(splits, kv_types or (("BF16", "FP8") if vllm else ("F16", "Q8_0"))):
+                about = model.about(kv_type=kv_type, split="tensor" if vllm and cards > 1 else split)
+                fit = most if vllm or not meter.boards else min(most, llama_users(model, meter, kv_type, ctx, split))
+                # llama-server divides its cache among its slots when it starts; vLLM when it has to
+                small = -(-(sum(short) + 16) // 256) * 256
+                stages = [(max(users), small, users, False), (fit, ctx, (), True)]
+                stages = [(most, ctx, users, True)] if vllm else stages
+                for slots, cells, many, last in stages:
+                    here = about | {"slots": slots, "ctx": cells}
+                    if left() < 40:
+                        say(f"{type}, cache {kv_type}: no time for a server of {slots} slots")
+                        continue
+                    try:
+                        server = model.server(program, slots, cells, kv_type=kv_type, split=split, timeout=left() - 20)
+                        with engines.running(server, meter) as facts:
+                            facts.setdefault("kv_tokens", slots * cells)
+                            fit = min(most, facts["kv_tokens"] // ctx)
+                            tell(**here, **facts, **({"users_fit": fit} if last else {}), file_bytes=model.file_bytes,
+                                 write_s=model.write_s, model="dummy weights" if dummy else "random codes")  # fmt: skip
+                            engines.warm(server)
+                            for n in many:
+                                measured(server, model, meter, here, short, n, max(3, 2 * n))
+                            one = measured(server, model, meter, here, long, 1, 3) if last else None
+                            if one and fit > 1:  # all of them, or as many as the time allows
+                                n = min(fit, int((left() - 40) / (1.2e-3 * one["ttft_p50_ms"])))
+                                if n > 1:
+                                    measured(server, model, meter, here | {"users_fit": fit}, long, n, n)
+                    except QtutorError as error:
+                        tell(**here, not_run=str(error))
+    return path
+
+
+def llama_users(model, meter, kv_type: str, ctx: int, split: str | None) -> int:
+    """So many users with ``ctx`` tokens each fit into the GPUs beside the weights and two GiB a card; with rows split,
+    the whole cache lies on one card."""
+    rooms = [board.memory()[1] - 2 * measure.GIB - model.file_bytes / len(meter.boards) for board in meter.boards]
+    room = rooms[0] if split == "row" else sum(rooms)
+    return max(1, int(room // capacity.kv_bytes(model.config, ctx, kv_type)))
+
+
 def record_llama70b(full: bool) -> Path:
     """What ``make results`` calls: the real shape, or (``full=False``) a model of two layers."""
     if full:
@@ -173,14 +264,30 @@ def main(argv=None) -> int:
     parser.add_argument("--tools", choices=("first", "all", "none"), default="first", help="llama.cpp's programs")
     parser.add_argument("--tiny", action="store_true", help="two layers and short runs, to try the code anywhere")
     parser.add_argument("--out", help="folder for the results instead of data/results; needed by --tiny")
+    served = parser.add_argument_group("served")
+    served.add_argument("--served", choices=("vLLM", "llama.cpp"), help="measure a server of this engine under load")
+    served.add_argument("--vllm", default=engines.VLLM, help="the command that starts vLLM")
+    served.add_argument("--cards", type=int, default=1, help="GPUs that hold the model")
+    served.add_argument("--split", default="", help="llama.cpp over several cards: layer,row")
+    served.add_argument("--kv", default="", help="types of the cache: BF16,FP8 (vLLM), F16,Q8_0 (llama.cpp)")
+    served.add_argument("--join", nargs="+", metavar="PART", help="join parts: the JSON files that --out wrote")
     args = parser.parse_args(argv)
     if args.tiny and not args.out:
         parser.error("--tiny needs --out: data/results is for the real shape")
     small = dict(config=random_gguf.TINY, profile="quick", **llama_speed.QUICK) if args.tiny else {}
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            record(temporary if args.tiny else args.folder, args.types.split(","), budget_s=args.budget,
-                   tools=args.tools, directory=args.out, say=lambda text: print(text, flush=True), **small)  # fmt: skip
+            if args.join:
+                key = ("kind", "runtime", "type", "kv_type", "cards", "split")
+                print(engines.join("llama70b", args.join, key, args.out))
+            elif args.served:
+                record_served(args.served, args.types.split(","), args.vllm, temporary if args.tiny else args.folder,
+                              args.out, args.budget, args.cards, args.split.split(",") if args.split else (None,),
+                              args.kv.split(",") if args.kv else None, **(TINY if args.tiny else {}))  # fmt: skip
+            else:
+                record(temporary if args.tiny else args.folder, args.types.split(","), budget_s=args.budget,
+                       tools=args.tools, directory=args.out, say=lambda text: print(text, flush=True),
+                       **small)  # fmt: skip
         except QtutorError as err:
             print(err, file=sys.stderr)
             return 1

@@ -1,16 +1,24 @@
-"""Record ``serving``: latency, throughput and goodput of llama-server against the rate of requests.
+"""Record ``serving``: latency, throughput and goodput against the rate of requests.
 
     python -m tools.record_serving                       # the course model in three types, on this machine
     python -m tools.record_serving --repeats 1 --requests 12 --rates 4     # a quick look
+    python -m tools.record_serving --gpu vLLM:FP8 --vllm "env PYTHONPATH=/site python3 -m vllm.entrypoints.cli.main"
+    python -m tools.record_serving --gpu llama.cpp:Q8_0 --out /tmp/part     # a part; then --join /tmp/part/*/*.json
 
-Runs of the types alternate, so that they share what the machine does meanwhile.  Each rate is repeated with other
-prompts and arrivals: intervals are Student's t over the repeats; p95 is over all requests of a rate.
+Runs of the course model's types alternate, so that they share what the machine does meanwhile.  Each rate is repeated
+with other prompts and arrivals: intervals are Student's t over the repeats; p95 is over all requests of a rate.
+
+On a GPU, models have Llama-2-7B's shape and random weights, and there is a row of kind ``server`` for each engine and
+type, one of kind ``fixed`` for each of FIXED (all requests of one length, a closed loop), one of kind ``rate`` for each
+rate (an open loop), and ``best``: the rate with the highest goodput of those whose p95 kept both limits.  Three more
+rates are tried between the last that kept them and the first that did not.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +27,27 @@ from scipy import stats
 
 from qtutor import QtutorError, course_model, energy, llamacpp, results, serve
 from qtutor.checkpoints import convert
-from qtutor.rigs import serving
+from qtutor.decide import capacity
+from qtutor.rigs import random_gguf, serving
 
-from . import command, keep
+from . import command, engines, keep
+from .engines import FRESH
 
 TYPES = ("F16", "Q8_0", "Q4_K_M")
 RATES, STREAMS, SLOTS, REPEATS, REQUESTS = (2.0, 4.0, 8.0, 16.0), (4,), 4, 3, 40
 TTFT_MS, ITL_MS = 500.0, 50.0  # the limits of goodput
-FRESH = ("--no-cache-prompt", "--cache-ram", 0)  # repeated prompts would measure the cache
+
+# On a GPU.  Prompts and answers as in a chat; llama-server divides its cache among its slots, vLLM does not.
+SHAPE, GPU_CTX, GPU_SLOTS = "Llama-2-7B", 1280, {"vLLM": 256, "llama.cpp": 64}
+GPU_LENGTHS = serving.Lengths(512, 200, 64, 1024, 128, 48, 16, 256)
+GPU_RATES, RATE_S, LEAST = (6.0, 12.0, 24.0, 48.0, 96.0), 12.0, 100  # seconds and requests of each, at least
+GPU_LIMITS = (200.0, 50.0)  # milliseconds to the first token, and for each further one; at p95
+BEST = {"rate_per_s", "requests_per_s", "output_tokens_per_s", "goodput_per_s", "ttft_p95_ms", "itl_p95_ms",
+        "joules_per_decode_token"}  # fmt: skip
+FIXED = ((32, 128, 1, 8), (32, 128, 32, 96), (1024, 2, 1, 12))  # prompt, answer, streams, requests
+TINY = {"rates": (3.0, 30.0), "rate_s": 1.0, "least": 4, "fixed": ((32, 8, 1, 2), (64, 2, 2, 4)),
+        "lengths": serving.Lengths(32, 8, 16, 64, 8, 4, 4, 16), "slots": 4, "ctx": 128,
+        "config": random_gguf.TINY | {"vocab_size": 8192}}  # fmt: skip
 
 
 def with_intervals(repeats: list[pd.DataFrame], pooled: pd.DataFrame) -> list[dict]:
@@ -81,7 +102,82 @@ def record(rates=RATES, streams=STREAMS, repeats: int = REPEATS, requests: int =
     return keep(results.save("serving", rows, directory=directory))
 
 
-RECORDS = {"serving": record}
+def kept(row: dict) -> bool:
+    """Whether 95 of 100 requests of this row had an answer, and p95 is within both limits."""
+    if row["failed"] > 0.05 * row["requests"] or row["ttft_p95_ms"] is None:
+        return False
+    return row["ttft_p95_ms"] <= row["ttft_limit_ms"] and (row["itl_p95_ms"] or 0) <= row["itl_limit_ms"]
+
+
+def between(rows: list[dict]) -> list[float]:
+    """Three more rates: between the last that kept the limits and the first that did not, or beyond."""
+    held = [row["rate_per_s"] for row in rows if kept(row)]
+    lost = [row["rate_per_s"] for row in rows if not kept(row)]
+    low = max(held, default=0.0)
+    high = min((rate for rate in lost if rate > low), default=3 * low)
+    return [low + (high - low) * part for part in (0.25, 0.5, 0.75)]
+
+
+def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", directory=None, budget_s: float = 400.0,
+               rates=GPU_RATES, rate_s: float = RATE_S, least: int = LEAST, fixed=FIXED, lengths=GPU_LENGTHS,
+               slots: int | None = None, ctx: int = GPU_CTX, config=None, say=print) -> Path:  # fmt: skip
+    """Measure one engine and type, such as ``vLLM:FP8``, on one GPU; rows are saved as they come; return the path.
+
+    ``budget_s``: nothing is begun that would end later; what was left out then has no row.
+    """
+    end, rows, path = time.monotonic() + budget_s, [], None
+    (runtime, _, type), limits = which.partition(":"), GPU_LIMITS
+    slots = slots or GPU_SLOTS[runtime]
+    kv_type = "BF16" if runtime == "vLLM" else "F16"
+
+    def left() -> float:
+        return end - time.monotonic()
+
+    def tell(kind: str, **row) -> None:
+        nonlocal path
+        rows.append({"kind": kind, "runtime": runtime, "type": type, "shape": SHAPE if config is None else "tiny",
+                     "cards": 1, "kv_type": kv_type, "slots": slots, "ctx": ctx, "ttft_limit_ms": limits[0],
+                     "itl_limit_ms": limits[1], **row})  # fmt: skip
+        path = results.save("serving", rows, directory=directory)
+        say(f"{which} {kind}", {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
+
+    def open_loop(values) -> None:
+        """A rate after the other, until fewer than half of the requests keep the limits."""
+        for rate in values:
+            n = max(least, round(rate_s * rate))
+            if left() < n / rate + 25:
+                break
+            (row,) = engines.loads(server, model.home, lengths, meter, limits, timeout=left(), rates=(rate,),
+                                   requests=n, seconds=1.25 * n / rate + 3)  # fmt: skip
+            tell("rate", **row)
+            engines.warm(server)  # answered when what was given up has left the engine's queue
+            if row["within"] < 0.5:
+                break
+
+    with engines.Model(runtime, type, config or capacity.MODELS[SHAPE], folder) as model, engines.Meter() as meter:
+        server = model.server(program, slots, ctx, kv_type=kv_type, timeout=max(1.0, left() - 30))
+        try:
+            with engines.running(server, meter) as facts:
+                tell("server", file_bytes=model.file_bytes, write_s=model.write_s, **facts)
+                engines.warm(server)
+                for prompt, new, streams, requests in fixed:
+                    if left() > 25:
+                        (row,) = engines.loads(server, model.home, serving.fixed(prompt, new), meter, (np.inf, np.inf),
+                                               min(streams, requests // 3), left(), streams=(streams,),
+                                               requests=requests, seconds=30)  # fmt: skip
+                        tell("fixed", prefill_tokens=prompt, decode_tokens=new, **row)
+                open_loop(rates)
+                if tried := [row for row in rows if row["kind"] == "rate"]:
+                    open_loop(between(tried))
+        except QtutorError as error:
+            tell("server", not_run=str(error))
+    if tried := [row for row in rows if row["kind"] == "rate"]:
+        best = max(filter(kept, tried), key=lambda row: row["goodput_per_s"], default={"goodput_per_s": 0.0})
+        tell("best", **{name: best[name] for name in best if name in BEST})
+    return path
+
+
+RECORDS = {"serving": lambda full: record()}
 
 
 def main(arguments: list[str]) -> int:
@@ -90,9 +186,24 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--streams", type=int, nargs="*", default=STREAMS)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--requests", type=int, default=REQUESTS)
-    if (found := parser.parse_args(arguments)).repeats < 1 or found.requests < 1:
+    parser.add_argument("--out", dest="directory", help="folder for the results instead of data/results")
+    gpu = parser.add_argument_group("on a GPU")
+    gpu.add_argument("--gpu", metavar="ENGINE:TYPE", help="vLLM:BF16, FP8 or W4A16; llama.cpp: and one of its types")
+    gpu.add_argument("--vllm", default=engines.VLLM, help="the command that starts vLLM")
+    gpu.add_argument("--folder", default="/dev/shm", help="where the model goes: memory-backed")
+    gpu.add_argument("--budget", type=float, default=400.0, help="seconds after which nothing more is begun")
+    gpu.add_argument("--tiny", action="store_true", help="a tiny shape and a few requests, to try the code anywhere")
+    gpu.add_argument("--join", nargs="+", metavar="PART", help="join parts: the JSON files that --out wrote")
+    found = parser.parse_args(arguments)
+    if found.repeats < 1 or found.requests < 1:
         raise QtutorError("At least one repeat and one request are needed.")
-    print(record(**vars(found)))
+    if found.join:
+        print(engines.join("serving", found.join, ("runtime", "type", "kv_type"), found.directory))
+    elif found.gpu:
+        print(keep(record_gpu(found.gpu, found.vllm, found.folder, found.directory, found.budget,
+                              **(TINY if found.tiny else {}))))  # fmt: skip
+    else:
+        print(record(found.rates, found.streams, found.repeats, found.requests, found.directory))
     return 0
 
 

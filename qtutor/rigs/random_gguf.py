@@ -101,31 +101,40 @@ def _fill(stub: llamacpp.Gguf, seed: int) -> None:
             if t.type not in pools:  # about as many weights whatever the block, and never a round number of rows
                 n = POOL_BLOCKS * 256 // per_block + (per_block != 256)
                 n = min(n, -(-max(x.nbytes for x in stub.tensors) // width))
-                unit = blocks(t.type, n, seed).reshape(-1)  # repeated to about 64 MB, for large writes
-                pools[t.type] = np.tile(unit, max(1, min(2**26, t.nbytes) // unit.size))
+                pools[t.type] = tiled(blocks(t.type, n, seed).reshape(-1), t.nbytes)
             pool, first = pools[t.type], number * 7919 * width  # each tensor begins elsewhere in the pool
-        jobs += [(pool, *piece) for piece in _pieces(t, pool.size, first)]
+        jobs += [(stub.path, pool, *piece) for piece in pieces(t.nbytes, t.offset, pool.size, first)]
+    write_pieces(jobs)
+
+
+def tiled(unit: np.ndarray, need: int = 2**26) -> np.ndarray:
+    """Bytes repeated to about 64 MB or what a tensor needs, for large writes."""
+    return np.tile(unit, max(1, min(2**26, need) // unit.size))
+
+
+def write_pieces(jobs) -> None:
+    """Write (path, pool, offset in the file, offset in the pool, bytes) into files that are there, by some threads."""
 
     def work(job):
-        pool, offset, start, n = job
-        with open(stub.path, "r+b") as file:  # a handle for each: threads would share its position
+        path, pool, offset, start, n = job
+        with open(path, "r+b") as file:  # a handle for each: threads would share its position
             file.seek(offset)
             file.write(memoryview(pool)[start : start + n])
         return n
 
-    total = sum(n for *_, n in jobs)
+    total = sum(job[-1] for job in jobs)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False, disable=total < 2**30)
     with bar, ThreadPoolExecutor(min(8, llamacpp.n_threads())) as workers:
         for n in workers.map(work, jobs):
             bar.update(n)
 
 
-def _pieces(tensor: llamacpp.Tensor, pool: int, first: int, most: int = 2**28):
-    """(offset in the file, offset in a pool of ``pool`` bytes, bytes) of the writes that fill one tensor, none longer
-    than ``most``: as if the pool were endless, from ``first`` on."""
+def pieces(nbytes: int, offset: int, pool: int, first: int, most: int = 2**28):
+    """(offset in the file, offset in a pool of ``pool`` bytes, bytes) of the writes that fill ``nbytes`` from
+    ``offset`` on, none longer than ``most``: as if the pool were endless, from ``first`` on."""
     done = 0
-    while done < tensor.nbytes:
+    while done < nbytes:
         at = (first + done) % pool
-        n = min(tensor.nbytes - done, pool - at, most)
-        yield tensor.offset + done, at, n
+        n = min(nbytes - done, pool - at, most)
+        yield offset + done, at, n
         done += n

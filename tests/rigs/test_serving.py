@@ -37,6 +37,16 @@ def test_report_and_summary(tmp_path):
     assert row["goodput_per_s"] == pytest.approx(row["requests_per_s"] / 2)
 
 
+def test_nobody_was_answered(tmp_path):
+    lost = request(1.0, 0, 0) | {"time_to_first_token_ms": None, "inter_token_latency_ms": None}
+    lost["info"]["timings"] |= {"first_token_iteration": None, "last_token_iteration": None}
+    asked = {"successful": [], "errored": [lost], "incomplete": [lost]}
+    run = {"config": {"strategy": {"rate": 2.0}}, "requests": asked}
+    (tmp_path / "r.json").write_text(json.dumps({"benchmarks": [run]}))
+    (row,) = serving.summary(serving.read(tmp_path / "r.json"), 500, 50).to_dict("records")
+    assert row["failed"] == 2 and row["within"] == 0 and row["ttft_p95_ms"] is None
+
+
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
     for text in ("{", "{}", '{"benchmarks": [{}]}'):
         (tmp_path / "bad.json").write_text(text)
