@@ -51,16 +51,21 @@ TINY = {"rates": (3.0, 30.0), "rate_s": 1.0, "least": 4, "fixed": ((32, 8, 1, 2)
 
 
 def with_intervals(repeats: list[pd.DataFrame], pooled: pd.DataFrame) -> list[dict]:
-    """One row for each load: means of the repeats' summaries with 95 % intervals; p95 of all requests together."""
+    """One row for each load: means of the repeats' summaries with 95 % intervals; p95 of all requests together.
+
+    Of latencies the geometric mean, and the interval of their logarithms: a queue makes them differ by factors.
+    """
     rows, together = [], pd.concat(repeats)
     for one in pooled.to_dict("records"):
         same = together[(together["loop"] == one["loop"]) & (together["load"] == one["load"])]
         for column in ("requests_per_s", "output_tokens_per_s", "goodput_per_s", "within", "ttft_p50_ms", "itl_p50_ms"):
-            values = same[column].to_numpy(float)
-            one[column] = float(values.mean())
+            to, back = (np.log, np.exp) if column.endswith("ms") else (np.asarray, float)
+            values = to(same[column].to_numpy(float))
+            one[column] = float(back(values.mean()))
             if len(values) > 1:
                 half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-                one |= {f"{column}_low": float(values.mean() - half), f"{column}_high": float(values.mean() + half)}
+                ends = float(back(values.mean() - half)), float(back(values.mean() + half))
+                one |= dict(zip((f"{column}_low", f"{column}_high"), ends, strict=True))
         load = one.pop("load")
         rows.append(one | {"rate_per_s" if one["loop"] == "open" else "streams": load, "repeats": len(same)})
     return rows

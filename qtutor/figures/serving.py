@@ -17,8 +17,8 @@ def timeline(table, slots: int, most: int = 16):
     y = np.arange(len(shown))
     top.barh(y, shown["first"] - shown["start"], left=shown["start"], color="#c9c9c9", label="waiting and prefill")
     top.barh(y, shown["last"] - shown["first"], left=shown["first"], color="#0173b2", label="decoding")
-    top.set(title=f"{len(shown)} requests, {slots} slots", ylabel="request", ylim=(len(shown) - 0.4, -0.6))
-    top.legend(loc="lower left")
+    top.set(title=f"The first {len(shown)} requests, {slots} slots", ylabel="request", ylim=(len(shown) - 0.4, -0.6))
+    top.legend(loc="upper right")
     edges = np.sort(np.concatenate([shown["first"], shown["last"]]))
     at_once = [int(((shown["first"] <= t) & (t < shown["last"])).sum()) for t in edges]
     low.step(edges, at_once, where="post", color="#0173b2")
@@ -36,8 +36,8 @@ def curves(rows, ttft_ms: float, itl_ms: float):
         for ax, column in zip(axes, ("ttft_p50_ms", "itl_p50_ms", "goodput_per_s"), strict=True):
             ax.plot(part["rate_per_s"], part[column], color=color, marker=marker, ms=5, label=name)
             if f"{column}_low" in part:
-                low, high = part[f"{column}_low"].clip(lower=part[column].min() / 10), part[f"{column}_high"]
-                ax.fill_between(part["rate_per_s"], low, high, color=color, alpha=0.2)
+                ax.fill_between(*(part[c] for c in ("rate_per_s", f"{column}_low", f"{column}_high")), color=color,
+                                alpha=0.2)  # fmt: skip
             if column.endswith("ms"):
                 ax.plot(part["rate_per_s"], part[column.replace("p50", "p95")], color=color, ls=":", lw=1.2)
     for ax, limit, what in zip(axes, (ttft_ms, itl_ms), ("Time to first token", "Inter-token latency"), strict=False):
@@ -46,7 +46,8 @@ def curves(rows, ttft_ms: float, itl_ms: float):
         plots.plain_ticks(ax.yaxis, 500)
     top = rows["rate_per_s"].max()
     axes[2].plot([0, top], [0, top], color="0.35", lw=0.9, ls="--")
-    axes[2].set(title="Goodput", ylabel="requests per second\nwithin both limits", ylim=(0, None))
+    axes[2].set(title="Goodput", ylabel="requests per second\nwithin both limits",
+                ylim=(0, 1.25 * rows["goodput_per_s"].max()))  # fmt: skip
     for ax in axes:
         ax.set_xlabel("offered requests per second")
     axes[0].legend()

@@ -1,5 +1,6 @@
 """What the recorder of serving makes of repeats."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -16,5 +17,8 @@ def test_intervals_over_repeats():
     parts = [serving.summary(one, 500, 50) for one in tables]
     (row,) = record_serving.with_intervals(parts, serving.summary(pd.concat(tables), 500, 50))
     assert row["rate_per_s"] == 2 and row["repeats"] == 3 and row["requests"] == 12 and "load" not in row
-    assert row["ttft_p50_ms"] == pytest.approx(120)
-    assert row["ttft_p50_ms_low"] == pytest.approx(120 - 4.3027 * 20 / 3**0.5, abs=0.01)  # t of 2 degrees, sd 20
+    logs = np.log([100, 120, 140])
+    assert row["ttft_p50_ms"] == pytest.approx(np.exp(logs.mean()))
+    half = 4.3027 * logs.std(ddof=1) / 3**0.5  # t of 2 degrees
+    assert row["ttft_p50_ms_low"] == pytest.approx(np.exp(logs.mean() - half), rel=1e-4)
+    assert row["within"] == 1 and row["within_low"] == row["within_high"] == 1
