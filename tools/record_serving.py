@@ -186,6 +186,7 @@ RECORDS = {"serving": lambda full: record()}
 
 
 def main(arguments: list[str]) -> int:
+    """The command line; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rates", type=float, nargs="*", default=RATES)
     parser.add_argument("--streams", type=int, nargs="*", default=STREAMS)
