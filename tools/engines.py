@@ -136,8 +136,8 @@ def said_by(server: serve.Server) -> dict:
 
     found, text = {}, server.log()
     for path, key in (("/version", "version"), ("/props", "build_info")):  # vLLM's, llama-server's
-        with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
-            found["build"] = str(httpx.get(server.url + path, timeout=10, trust_env=False).json()[key])
+        with contextlib.suppress(httpx.HTTPError, ValueError, KeyError), server.client(10) as client:
+            found["build"] = str(client.get(path).json()[key])
             break
     if match := re.search(r"Model loading took ([\d.]+) GiB", text):
         found["weights_gib"] = float(match[1])
@@ -154,7 +154,8 @@ def warm(server: serve.Server) -> None:
 
     body = {"model": "model", "prompt": "one more " * 50, "max_tokens": 8} | GREEDY
     try:
-        httpx.post(f"{server.url}/v1/completions", json=body, timeout=120, trust_env=False).raise_for_status()
+        with server.client(120) as client:
+            client.post("/v1/completions", json=body).raise_for_status()
     except httpx.HTTPError as error:
         raise QtutorError(f"The server does not answer ({type(error).__name__}): read its log.") from None
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import plots
 
-STYLE = {"F16": ("#0173b2", "o"), "Q8_0": ("#de8f05", "s"), "Q4_K_M": ("#029e73", "^")}
+STYLE = dict(zip(("F16", "Q8_0", "Q4_K_M"), zip(plots.PALETTE, "os^", strict=False), strict=True))
 
 
 def timeline(table, slots: int, most: int = 16):
@@ -16,12 +16,12 @@ def timeline(table, slots: int, most: int = 16):
     fig, (top, low) = plots.figure(8.5, 4.6, nrows=2, sharex=True, height_ratios=(3, 1))
     y = np.arange(len(shown))
     top.barh(y, shown["first"] - shown["start"], left=shown["start"], color="#c9c9c9", label="waiting and prefill")
-    top.barh(y, shown["last"] - shown["first"], left=shown["first"], color="#0173b2", label="decoding")
+    top.barh(y, shown["last"] - shown["first"], left=shown["first"], color=plots.PALETTE[0], label="decoding")
     top.set(title=f"The first {len(shown)} requests, {slots} slots", ylabel="request", ylim=(len(shown) - 0.4, -0.6))
     top.legend(loc="upper right")
     edges = np.sort(np.concatenate([shown["first"], shown["last"]]))
     at_once = [int(((shown["first"] <= t) & (t < shown["last"])).sum()) for t in edges]
-    low.step(edges, at_once, where="post", color="#0173b2")
+    low.step(edges, at_once, where="post", color=plots.PALETTE[0])
     low.axhline(slots, color="0.4", lw=0.8, ls="--")
     low.set(xlabel="seconds since the first request", ylabel="decoded\nat once", ylim=(0, slots + 0.6))
     return fig
