@@ -1,0 +1,185 @@
+"""Editions of the course from one source: ``python -m tools.editions --student OUT | --instructor OUT | --slides OUT``.
+
+- student: solutions and stored outputs out, exercises in;
+- instructor: solutions in, and what a teacher wants to know: minutes of each part, what people answer wrongly and what
+  the check replies, questions to ask (docs/questions.json);
+- slides: the headings, prose and pictures of each notebook by nbconvert's reveal, which need no network.
+
+Minutes are the notebook's own, at its top: its exercises take what they say, and its parts share the rest by length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+from collections import namedtuple
+from pathlib import Path
+
+from qtutor import QtutorError, files, lesson
+
+from . import command, notebooks, topic
+
+DOCS = files.ROOT / "docs"
+_EXERCISE = re.compile(r"\((\d+) minutes?[,)]")
+_FENCE = re.compile(r"^```.*?^```", re.S | re.M)
+_SOLUTION = re.compile(r"<details>\s*<summary>.*?</details>\s*", re.S)
+
+#: A part of a notebook, from one heading of the second level to the next: cells from ``first`` to ``last``, included.
+Part = namedtuple("Part", "heading first last minutes")
+
+
+def _cells(name: str) -> list[dict]:
+    cells = files.read_json(notebooks.find(name), "notebook")["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in cells]
+
+
+def minutes(name: str) -> int:
+    """Minutes to read and do a notebook, from its opening; raises QtutorError where it has none."""
+    for cell in _cells(name)[:3]:
+        if match := re.search(r"\*\*Time\*\*:? \D*(\d+) minutes to read and do", cell["source"]):
+            return int(match[1])
+    raise QtutorError(f"The opening of {name} lacks '**Time** ... minutes to read and do': add it.")
+
+
+def parts(name: str) -> list[Part]:
+    """The parts of a notebook with their minutes, which add up to the notebook's; the opening is the first one."""
+    cells, found = _cells(name), []
+    for number, cell in enumerate(cells):
+        prose = _FENCE.sub("", cell["source"]) if cell["cell_type"] == "markdown" else ""
+        heading = re.search(r"^##? (.+)$", prose, re.M)
+        if "nav" in notebooks.tags(cell):
+            continue
+        if heading or not found:
+            found.append([heading[1] if heading else name, number, number, 0, 0])
+        part = found[-1]
+        part[2] = number
+        weight = len(_SOLUTION.sub("", cell["source"]).split())
+        part[3] += 2 * weight if cell["cell_type"] == "markdown" else weight
+        part[4] += sum(map(int, _EXERCISE.findall(prose)))
+    words, free = sum(part[3] for part in found), minutes(name) - sum(part[4] for part in found)
+    return [Part(*part[:3], part[4] + free * part[3] / words) for part in found]
+
+
+def _whole(minutes_: float) -> int:
+    return max(1, round(minutes_))
+
+
+def chosen(programme: dict) -> list[tuple[str, list[Part]]]:
+    """(notebook, its parts) of a programme: whole notebooks, or the parts whose headings begin with what it names."""
+    found = []
+    for about, wanted in programme["parts"]:
+        name = notebooks.find(about).stem
+        there = parts(name)
+        if wanted:
+            if missing := [w for w in wanted if not any(part.heading.startswith(w) for part in there)]:
+                raise QtutorError(f"{name} has no part that begins with {missing[0]!r}: correct docs/programmes.json.")
+            there = [part for part in there if any(part.heading.startswith(w) for w in wanted)]
+        found.append((name, there))
+    return found
+
+
+def programmes() -> str:
+    """The programmes of docs/programmes.json as Markdown: notebooks, parts, cells, minutes."""
+    said = []
+    for programme in files.read_json(DOCS / "programmes.json"):
+        rows, total = [], 0
+        for name, there in chosen(programme):
+            for part in there:
+                total += part.minutes
+                rows.append(f"| [{name[:2]}](../notebooks/{name}.ipynb) | {part.heading.split('·')[-1].strip()} | "
+                            f"{part.first}–{part.last} | {_whole(part.minutes)} |")  # fmt: skip
+        rows.append(f"| | **together** | | **{_whole(total)}** |")
+        said.append("\n".join([f"### {programme['title']}\n", programme["what"] + "\n",
+                               "| notebook | part | cells | minutes |", "|---|---|--:|--:|", *rows]))  # fmt: skip
+    return "\n\n".join(said)
+
+
+def student(nb, path):
+    """The notebook without solutions and without outputs."""
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _SOLUTION.sub("", cell.source).strip()
+        else:
+            cell.outputs, cell.execution_count = [], None
+    nb.cells = [cell for cell in nb.cells if cell.source]
+    return nb
+
+
+def replies(name: str) -> list[str]:
+    """What the check of an exercise replies to the wrong answers that its tests list, each once."""
+    lesson.verdict(name, ...)  # loads the exercises; says so where there is none of this name
+    said = [lesson.verdict(name, answer)[1] for answer in lesson.REGISTRY[name].wrong]
+    return list(dict.fromkeys(said))
+
+
+def instructor(nb, path):
+    """The notebook with a plan at its top, and after each exercise what people answer wrongly."""
+    from nbformat.v4 import new_markdown_cell
+
+    plan = [f"| {part.heading} | {part.first}–{part.last} | {_whole(part.minutes)} |" for part in parts(path.stem)]
+    ask = files.read_json(DOCS / "questions.json").get(topic(path), [])
+    after = {}
+    for one in notebooks.exercises(path):
+        lines = [f"- {reply}" for reply in replies(one.name)]
+        after[one.cell] = new_markdown_cell("> **For the teacher**: wrong answers that were foreseen get these "
+                                            "replies.\n\n" + "\n".join(lines))  # fmt: skip
+    head = ["## For the teacher", "| part | cells | minutes |\n|---|--:|--:|\n" + "\n".join(plan),
+            "**Questions to ask**", "\n".join(f"- {question}" for question in ask)]  # fmt: skip
+    cells = []
+    for number, cell in enumerate(nb.cells):
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace("<details>", "<details open>")
+        cells += [cell, *([after[number]] if number in after else [])]
+        if number == 1:
+            cells.append(new_markdown_cell("\n\n".join(head)))
+    nb.cells = cells
+    return nb
+
+
+def slides(nb, path):
+    """The notebook as slides: a part a slide, its cells below one another; code stays, what is long is left out."""
+    seen = False
+    for cell in nb.cells:
+        found, heading = notebooks.tags(cell), re.search(r"^##? ", _FENCE.sub("", cell.source), re.M)
+        kind = "slide" if heading else "subslide"
+        if {"nav", "setup", "exercise", "recipe"} & set(found) or "<details>" in cell.source:
+            kind = "skip"
+        elif cell.cell_type == "code":  # what it shows is the slide; the code is in the notebook
+            kind = "fragment" if any("image/png" in o.get("data", {}) for o in cell.outputs) else "skip"
+            cell.outputs = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+            cell.metadata["tags"] = [*found, "hide_input"]
+        seen = seen or kind == "slide"
+        cell.metadata["slideshow"] = {"slide_type": kind if seen or kind == "skip" else "slide"}
+    return nb
+
+
+def write(edition, out: Path) -> list[Path]:
+    """Write an edition (:func:`student`, :func:`instructor`) of all notebooks into a folder; return the files."""
+    import nbformat
+
+    out, written = Path(out), []
+    out.mkdir(parents=True, exist_ok=True)
+    for name in notebooks.names():
+        path = notebooks.find(name)
+        nb = edition(copy.deepcopy(nbformat.read(path, as_version=4)), path)
+        for number, cell in enumerate(nb.cells):
+            cell.id = f"cell-{number:02d}"
+        written.append(files.write_text(out / path.name, notebooks.dumps(nb)))
+    return written
+
+
+def main(argv: list[str]) -> int:
+    """``--student OUT``, ``--instructor OUT``, ``--slides OUT``: any of them, each into a folder of its own."""
+    parser = argparse.ArgumentParser(prog="python -m tools.editions", description=__doc__.splitlines()[0])
+    for edition in (student, instructor, slides):
+        parser.add_argument(f"--{edition.__name__}", type=Path, metavar="OUT")
+    options = vars(parser.parse_args(argv))
+    for edition in (student, instructor, slides):
+        if out := options[edition.__name__]:
+            print(f"{len(write(edition, out))} notebooks: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)
