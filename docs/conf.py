@@ -44,6 +44,7 @@ html_theme_options = {
     "home_page_in_toc": True,
     "use_download_button": True,
     "use_fullscreen_button": False,
+    "navbar_persistent": [],  # the sidebar has a search field already
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -76,6 +77,19 @@ def _types() -> str:
 
 def _pdf() -> str:
     return f'<a href="../{PDF}">As PDF, two pages</a>' if chromium() else "Print this page: it fits two pages of A4."
+
+
+def _buttons() -> str:
+    """Badges that open the published course elsewhere; $REPOSITORY (owner/name) says where it is published."""
+    where = os.environ.get("REPOSITORY", "")
+    if not where:
+        return "*This site was built without an address.*"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
+        raise QtutorError(f"REPOSITORY is {where!r}: give owner/name.")
+    rows = [[f"{name[:2]} · {notebooks.title(notebooks.find(name))}",
+             f"[Colab](https://colab.research.google.com/github/{where}/blob/main/notebooks/{name}.ipynb)"]
+            for name in notebooks.names()]  # fmt: skip
+    return f"[Open in Codespaces](https://codespaces.new/{where})\n\n" + _table(["notebook", "open in"], rows)
 
 
 def prepared(name: str, text: str) -> str:
@@ -192,7 +206,7 @@ def links(out: Path) -> tuple[Path, int]:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "headlines": _headlines, "documents": _documents, "rules": _rules, "formats": _formats, "types": _types, "pdf": _pdf,
+    "headlines": _headlines, "documents": _documents, "rules": _rules, "formats": _formats, "types": _types, "pdf": _pdf, "buttons": _buttons,
     "programmes": editions.programmes,
 }  # fmt: skip
 
