@@ -58,14 +58,17 @@ def glossary_terms() -> list[tuple[re.Pattern, str]]:
             for t in sorted(terms, key=len, reverse=True)]  # fmt: skip
 
 
-def link_first_uses(app, doctree) -> None:
-    """In a notebook's prose, the first occurrence of each glossary term leads to its entry."""
+def describe_and_link(app, doctree) -> None:
+    """Pictures of a notebook get their alternative text; in its prose the first occurrence of each glossary term leads to its entry."""
     docname = app.env.current_document.docname
     if not docname.startswith("notebooks/"):
         return
+    pictures = [node for node in doctree.findall(nodes.image) if shown_by_a_cell(node)]
+    for node, text in zip(pictures, site.alternative_texts(docname.removeprefix("notebooks/")), strict=True):
+        node["alt"] = text
     unlinked, apart = glossary_terms(), (nodes.reference, nodes.title, nodes.literal, nodes.math, addnodes.pending_xref)
     for paragraph in list(doctree.findall(nodes.paragraph)):
-        if any("cell_output" in node.get("classes", ()) for node in ancestors(paragraph)):
+        if shown_by_a_cell(paragraph):
             continue  # what a cell printed is not ours to link
         for pattern, term in list(unlinked):
             for text in list(paragraph.findall(nodes.Text)):
@@ -86,6 +89,11 @@ def ancestors(node):
         yield node
 
 
+def shown_by_a_cell(node) -> bool:
+    """Whether a node is an output of a cell."""
+    return any("cell_output" in around.get("classes", ()) for around in ancestors(node))
+
+
 def setup(app):
     app.connect("source-read", lambda app, name, content: content.__setitem__(0, site.prepared(name, content[0])))
-    app.connect("doctree-read", link_first_uses)
+    app.connect("doctree-read", describe_and_link)

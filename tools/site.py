@@ -101,6 +101,13 @@ def prepared(name: str, text: str) -> str:
     return re.sub(r"^<!-- (\w+) -->$", lambda m: BLOCKS[m[1]]() if m[1] in BLOCKS else m[0], text, flags=re.M)
 
 
+def alternative_texts(name: str) -> list[str]:
+    """The alternative texts of a notebook's pictures, in order; "" for a picture that has none yet."""
+    cells = files.read_json(notebooks.find(name), "notebook")["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    return [output["metadata"].get("image/png", {}).get("alt", "") for output in outputs]
+
+
 def build(out: Path = OUT) -> Path:
     """Build the site into a folder, from scratch, and the cheat sheet's PDF where there is Chromium; return the folder.
 

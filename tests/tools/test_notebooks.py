@@ -182,6 +182,8 @@ def test_restore_removes_what_differs_from_run_to_run(tmp_path):
         new_output("display_data", data={"text/plain": "  0%|          | 0/10 [00:00<?, ?it/s]"}),
         new_output("execute_result", data={"text/plain": "<Thing at 0x7f1234567890>"}, execution_count=5),
         new_output("display_data", data={"text/html": '<style>#T_3fa2b_row0 {}</style><table id="T_3fa2b">'}),
+        new_output("display_data", data={"text/html": '<table id="T_3fa2b">'},
+                   metadata={"needs_background": "light", "image/png": {"alt": "What it shows.", "width": 3}}),
     ]
     path = tmp_path / "01_demo.ipynb"
     nbformat.write(nb, path)
@@ -193,7 +195,8 @@ def test_restore_removes_what_differs_from_run_to_run(tmp_path):
     assert cell.metadata == {"tags": ["recipe"]}
     assert [output.get("text") or dict(output.data) for output in cell.outputs] == [
         "one two\n100%\n", {"text/plain": "<Thing>"},
-        {"text/html": '<style>#T_00000_row0 {}</style><table id="T_00000">'}]
+        {"text/html": '<style>#T_00000_row0 {}</style><table id="T_00000">'}, {"text/html": '<table id="T_00001">'}]
+    assert cell.outputs[2].metadata == {} and cell.outputs[3].metadata == {"image/png": {"alt": "What it shows."}}
     assert cell.outputs[1].execution_count == cell.execution_count
     assert len({cell.id for cell in nb.cells}) == len(nb.cells)
 
