@@ -12,7 +12,7 @@ from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 
-MOST = 6  # series of one diagram, and bars of one series, that are named
+MOST = 6  # series of one diagram, bars of one series, diagrams of one figure that are described one by one
 
 
 def _number(value: float) -> str:
@@ -27,53 +27,85 @@ def _span(values) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def _course(values) -> str:
+    """A line's way: its first and last finite value, and its range where that says more."""
+    values = np.ma.compressed(np.ma.masked_invalid(np.ma.asarray(values, float)))
+    if not len(values) or values.min() == values.max():
+        return _span(values)
+    first, last = _number(values[0]), _number(values[-1])
+    said = f"from {first} to {last}"
+    return said if _span(values) in (f"{first} to {last}", f"{last} to {first}") else f"{said}, within {_span(values)}"
+
+
+def _bars(box, ax) -> str:
+    upright = box.orientation != "horizontal"
+    sizes = [float(bar.get_height() if upright else bar.get_width()) for bar in box.patches]
+    names = [text.get_text() for text in (ax.get_xticklabels() if upright else ax.get_yticklabels())]
+    if len(names) != len(sizes):
+        return f"{len(sizes)} bars, {_span(sizes)}"
+    named = [f"{name} {_number(size)}" for name, size in zip(names, sizes, strict=True) if np.isfinite(size)]
+    if len(named) <= MOST:
+        return ", ".join(named)
+    low, high = int(np.nanargmin(sizes)), int(np.nanargmax(sizes))
+    return f"{len(sizes)} bars, from {names[low]} {_number(sizes[low])} to {names[high]} {_number(sizes[high])}"
+
+
 def _series(ax):
-    """(label, words) for each series of a diagram: lines, points, bars, maps."""
+    """(label, words, values) for each series of a diagram: bars, points with errors, lines, points, maps."""
     inside = {id(part) for c in ax.containers if isinstance(c, ErrorbarContainer) for part in (c[0], *c[1])}
     for box in ax.containers:
         if isinstance(box, BarContainer) and len(box.patches):
-            upright = box.orientation != "horizontal"
-            sizes = [bar.get_height() if upright else bar.get_width() for bar in box.patches]
-            ticks = [text.get_text() for text in (ax.get_xticklabels() if upright else ax.get_yticklabels())]
-            named = len(sizes) <= MOST and len(ticks) == len(sizes)
-            said = ", ".join(f"{t} {_number(s)}" for t, s in zip(ticks, sizes, strict=True)) if named else _span(sizes)
-            yield box.get_label(), f"{len(sizes)} bars, {said}"
+            yield box.get_label(), _bars(box, ax), ()
         elif isinstance(box, ErrorbarContainer) and box[0] is not None:
-            yield box.get_label(), f"{len(box[0].get_ydata())} points with error bars, {_span(box[0].get_ydata())}"
+            yield box.get_label(), f"with error bars, {_course(box[0].get_ydata())}", box[0].get_ydata()
     for line in ax.lines:
         x, y = (np.atleast_1d(np.ma.asarray(v, float)) for v in (line.get_xdata(), line.get_ydata()))
         if id(line) in inside or not len(y):
             continue
-        if line.get_transform() != ax.transData:  # axvline, axhline
-            upright = len(set(x.tolist())) == 1
-            yield line.get_label(), f"a line at {_number(float((x if upright else y)[0]))}"
-        else:
-            yield line.get_label(), f"from {_number(float(y[0]))} to {_number(float(y[-1]))}, within {_span(y)}"
+        if line.get_transform() == ax.transData:
+            yield line.get_label(), _course(y), y
+        else:  # axvline, axhline
+            yield line.get_label(), f"a line at {_number(float((x if len(set(x.tolist())) == 1 else y)[0]))}", ()
     for part in [*ax.collections, *ax.images]:
         if isinstance(part, PathCollection) and len(part.get_offsets()):
-            yield part.get_label(), f"{len(part.get_offsets())} points, {_span(part.get_offsets()[:, 1])}"
+            y = part.get_offsets()[:, 1]
+            yield part.get_label(), f"{len(y)} points, {_span(y)}", y
         elif isinstance(part, QuadMesh) or part in ax.images:
-            shape = " x ".join(map(str, np.shape(part.get_array())[:2]))
-            yield part.get_label(), f"a map of {shape} values, {_span(part.get_array())}"
+            shape = " by ".join(map(str, np.shape(part.get_array())[:2]))
+            yield part.get_label(), f"a map of {shape} values, {_span(part.get_array())}", ()
 
 
 def _diagram(ax) -> str:
-    """One diagram of a figure, as a sentence or two; "" where it has neither words nor data."""
-    axes = [f"{name}: {axis.get_label_text()}{' (logarithmic)' if axis.get_scale() == 'log' else ''}"
-            for name, axis in (("across", ax.xaxis), ("up", ax.yaxis)) if axis.get_label_text()]  # fmt: skip
-    said = [f"{'' if str(label).startswith('_') else f'{label}: '}{words}" for label, words in _series(ax)]
-    more = [f"and {len(said) - MOST} more"] if len(said) > MOST else []
-    title = " ".join((ax.get_title("left") or ax.get_title()).split())
-    parts = [title, "; ".join(axes), "; ".join([*said[:MOST], *more])]
-    return ". ".join(part.rstrip(".") for part in parts if part)
+    """One diagram of a figure, in a sentence or two; "" where it has neither words nor data."""
+    axes = [f"{name} axis: {axis.get_label_text()}{', logarithmic' if axis.get_scale() == 'log' else ''}"
+            for name, axis in (("x", ax.xaxis), ("y", ax.yaxis)) if axis.get_label_text()]  # fmt: skip
+    said, unnamed = [], []
+    for label, words, values in _series(ax):
+        if not str(label).startswith("_"):
+            said.append(f"{label}: {words}")
+        elif len(values):
+            unnamed.append(values)
+        else:
+            said.append(words)
+    if unnamed:
+        many = f"{len(unnamed)} series" if len(unnamed) > 1 else "one series"
+        said.append(f"{many} without a name, {_span(np.ma.concatenate(unnamed))}" if said or len(unnamed) > 1
+                    else _course(unnamed[0]))  # fmt: skip
+    if not said:  # a picture made of words
+        said = [", ".join(text.get_text() for text in ax.texts if text.get_text())[:300]]
+    more = [f"{len(said) - MOST} more"] if len(said) > MOST else []
+    return ". ".join(part for part in (ax.get_title("left") or ax.get_title(), "; ".join(axes),
+                                       "; ".join([*said[:MOST], *more])) if part)  # fmt: skip
 
 
 def describe(figure: Figure) -> str:
     """Return what a figure shows: its titles, axes and data, in one paragraph of plain text."""
     figure.canvas.draw()  # tick labels are known only afterwards
-    above = " ".join(figure.get_suptitle().split())
-    found = [_diagram(ax) for ax in figure.axes if ax.get_visible() and ax.get_label() != "<colorbar>"]
-    return ". ".join(dict.fromkeys(part for part in [above, *found] if part)).replace("$", "") + "."
+    diagrams = [_diagram(ax) for ax in figure.axes if ax.get_visible() and ax.get_label() != "<colorbar>"]
+    diagrams = [part for part in diagrams if part]
+    more = [f"{len(diagrams) - MOST} more diagrams"] if len(diagrams) > MOST else []
+    parts = [figure.get_suptitle(), *diagrams[:MOST], *more]
+    return " ".join(". ".join(part for part in parts if part).replace("$", "").split()).rstrip(".") + "."
 
 
 def attach(shell) -> None:
