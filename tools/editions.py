@@ -11,8 +11,9 @@ Minutes are the notebook's own, at its top: its exercises take what they say, an
 from __future__ import annotations
 
 import argparse
-import copy
+import importlib.util
 import re
+import shutil
 from collections import namedtuple
 from pathlib import Path
 
@@ -138,20 +139,54 @@ def instructor(nb, path):
 
 
 def slides(nb, path):
-    """The notebook as slides: a part a slide, its cells below one another; code stays, what is long is left out."""
-    seen = False
+    """The notebook as slides: a part, then its prose and its figures below one another; code and tables stay out."""
     for cell in nb.cells:
-        found, heading = notebooks.tags(cell), re.search(r"^##? ", _FENCE.sub("", cell.source), re.M)
-        kind = "slide" if heading else "subslide"
-        if {"nav", "setup", "exercise", "recipe"} & set(found) or "<details>" in cell.source:
-            kind = "skip"
-        elif cell.cell_type == "code":  # what it shows is the slide; the code is in the notebook
-            kind = "fragment" if any("image/png" in o.get("data", {}) for o in cell.outputs) else "skip"
-            cell.outputs = [output for output in cell.outputs if "image/png" in output.get("data", {})]
-            cell.metadata["tags"] = [*found, "hide_input"]
-        seen = seen or kind == "slide"
-        cell.metadata["slideshow"] = {"slide_type": kind if seen or kind == "skip" else "slide"}
+        heading = cell.cell_type == "markdown" and re.search(r"^##? ", _FENCE.sub("", cell.source), re.M)
+        shown = [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+        apart = {"nav", "setup", "exercise", "recipe"} & set(notebooks.tags(cell)) or "<details>" in cell.source
+        kind = "skip" if apart or (cell.cell_type == "code" and not shown) else "slide" if heading else "subslide"
+        cell.metadata["slideshow"] = {"slide_type": kind}
+        if cell.cell_type == "code":
+            cell.outputs = shown
     return nb
+
+
+# nbconvert's own page asks unpkg.com and others for reveal.js, MathJax, jQuery, RequireJS and Mermaid
+_DECK = """{% extends "reveal/index.html.j2" %}
+{% block html_head_js %}{% endblock %}
+{% block html_head_js_mathjax %}<script async src="mathjax/tex-chtml.js"></script>{% endblock %}
+{% block html_head_css %}<style>.reveal .slides section { font-size: 22px; max-height: 92vh; overflow-y: auto; }
+.reveal h1 { font-size: 1.8em; } .reveal h2 { font-size: 1.4em; } .reveal h3 { font-size: 1.2em; }
+.reveal img { max-height: 62vh; } .jp-Cell { text-align: left; }</style>{% endblock %}
+{% block footer_js %}<script src="revealjs/dist/reveal.js"></script>
+<script>Reveal.initialize({hash: true, slideNumber: true, width: 1200, height: 720, margin: 0.04});</script>{% endblock %}
+"""
+
+
+def _package_file(package: str, part: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.origin:
+        raise QtutorError(f"{package} is not installed here: pip install -c constraints.txt -e '.[test]'.")
+    return Path(spec.origin).parent / part
+
+
+def deck(path: Path, out: Path) -> Path:
+    """Write one notebook as a page of slides into a folder, beside the scripts that it needs; return the page."""
+    import nbformat
+    from jinja2 import DictLoader
+    from nbconvert import SlidesExporter
+
+    out = Path(out)
+    for package, part, name in (("sphinx_revealjs", "_static/revealjs", "revealjs"),
+                                ("sphinx-mathjax-offline", "static/mathjax", "mathjax")):  # fmt: skip
+        shutil.copytree(_package_file(package, part), out / name, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("*.map", "*mml*", "*svg*", "*full*", "sre"))  # fmt: skip
+    exporter = SlidesExporter(extra_loaders=[DictLoader({"deck.j2": _DECK})], template_file="deck.j2",
+                              exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
+                              reveal_url_prefix="revealjs")  # fmt: skip
+    nb = slides(nbformat.read(path, as_version=4), path)
+    html, _ = exporter.from_notebook_node(nb, {"metadata": {"name": notebooks.title(path)}})
+    return files.write_text(out / f"{path.stem}.html", html.replace(".ipynb", ".html"))
 
 
 def write(edition, out: Path) -> list[Path]:
@@ -162,7 +197,7 @@ def write(edition, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     for name in notebooks.names():
         path = notebooks.find(name)
-        nb = edition(copy.deepcopy(nbformat.read(path, as_version=4)), path)
+        nb = edition(nbformat.read(path, as_version=4), path)
         for number, cell in enumerate(nb.cells):
             cell.id = f"cell-{number:02d}"
         written.append(files.write_text(out / path.name, notebooks.dumps(nb)))
@@ -172,12 +207,15 @@ def write(edition, out: Path) -> list[Path]:
 def main(argv: list[str]) -> int:
     """``--student OUT``, ``--instructor OUT``, ``--slides OUT``: any of them, each into a folder of its own."""
     parser = argparse.ArgumentParser(prog="python -m tools.editions", description=__doc__.splitlines()[0])
-    for edition in (student, instructor, slides):
-        parser.add_argument(f"--{edition.__name__}", type=Path, metavar="OUT")
-    options = vars(parser.parse_args(argv))
-    for edition in (student, instructor, slides):
-        if out := options[edition.__name__]:
+    for name in ("student", "instructor", "slides"):
+        parser.add_argument(f"--{name}", type=Path, metavar="OUT")
+    options = parser.parse_args(argv)
+    for edition, out in ((student, options.student), (instructor, options.instructor)):
+        if out:
             print(f"{len(write(edition, out))} notebooks: {out}")
+    if options.slides:
+        pages = [deck(notebooks.find(name), options.slides) for name in notebooks.names()]
+        print(f"{len(pages)} pages of slides: {options.slides}")
     return 0
 
 
