@@ -27,7 +27,7 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
-myst_heading_slug_func = "tools.site.anchor"  # the anchors that JupyterLab gives: one link serves both
+myst_heading_slug_func = f"{site.anchor.__module__}.{site.anchor.__name__}"  # JupyterLab's: a link serves both
 myst_links_external_new_tab = False
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "plain"
@@ -54,12 +54,12 @@ def glossary_terms() -> list[tuple[re.Pattern, str]]:
     """(pattern, term) for each entry of the glossary, the longest first: "block scaling" before "block"."""
     text = (ROOT / "docs" / "glossary.md").read_text("utf-8")
     terms = re.findall(r"^(\S.*)\n(?=    \S|: )", text, re.M)
-    return [(re.compile(rf"(?<![\w-])(?:{re.escape(t)}|{re.escape(t[0].upper() + t[1:])})s?(?![\w-])"), t)
-            for t in sorted(terms, key=len, reverse=True)]  # fmt: skip
+    words = {t: f"{re.escape(t)}|{re.escape(t[0].upper() + t[1:])}" for t in sorted(terms, key=len, reverse=True)}
+    return [(re.compile(rf"(?<![\w-])(?:{forms})s?(?![\w-])"), term) for term, forms in words.items()]
 
 
 def describe_and_link(app, doctree) -> None:
-    """Pictures of a notebook get their alternative text; in its prose the first occurrence of each glossary term leads to its entry."""
+    """A notebook's pictures get their texts; in its prose the first use of a glossary term leads to its entry."""
     docname = app.env.current_document.docname
     if not docname.startswith("notebooks/"):
         return

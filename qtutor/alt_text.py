@@ -109,7 +109,7 @@ def describe(figure: Figure) -> str:
 
 
 def attach(shell) -> None:
-    """Let an IPython shell show every figure with its description; without a shell, or without inline figures, nothing."""
+    """Let an IPython shell show every figure with its description; without a shell there is nothing to do."""
     if shell is None or "image/png" not in shell.display_formatter.formatters:
         return
     try:

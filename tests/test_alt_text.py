@@ -1,4 +1,4 @@
-"""Alternative text: it has the figure's words and numbers, and no others; every picture of the notebooks has its own."""
+"""Alternative text: it has the figure's words and numbers and no others; each picture of the notebooks has one."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def test_a_notebook_attaches_it(tmp_path):
 
     from tools import notebooks
 
-    code = "from qtutor import plots\nfig, ax = plots.figure(3, 2)\nax.plot([1, 4], [2, 8], label='a')\nplots.plt.show()"
+    code = "from qtutor import plots\nfig, ax = plots.figure(3, 2)\nax.plot([1, 4], [2, 8], label='a')"
+    code += "\nplots.plt.show()"
     cells = [new_markdown_cell("# 00 · Start here"), new_code_cell(notebooks.SETUP), new_code_cell(code)]
     path = tmp_path / "00_start_here.ipynb"
     nbformat.write(new_notebook(cells=cells), path)

@@ -138,28 +138,50 @@ def instructor(nb, path):
     return nb
 
 
+def _on_a_slide(output) -> bool:
+    """Whether an output is a figure or a table of a few rows."""
+    data = output.get("data", {})
+    return "image/png" in data or 1 < data.get("text/html", "").count("<tr") <= 9
+
+
 def slides(nb, path):
-    """The notebook as slides: a part, then its prose and its figures below one another; code and tables stay out."""
+    """The notebook as slides: a part, then its prose, figures and small tables below one another; code stays out."""
+    from nbformat.v4 import new_markdown_cell
+
+    cells, figure = [], False
     for cell in nb.cells:
-        heading = cell.cell_type == "markdown" and re.search(r"^##? ", _FENCE.sub("", cell.source), re.M)
-        shown = [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+        if cell.cell_type == "markdown" and "```" not in cell.source:  # a heading begins a slide
+            sources = filter(str.strip, re.split(r"^(?=##? )", cell.source, flags=re.M))
+            cells += [new_markdown_cell(source, metadata=dict(cell.metadata)) for source in sources]
+        else:
+            cells.append(cell)
+    for cell in cells:
+        shown = list(filter(_on_a_slide, cell.get("outputs", [])))
         apart = {"nav", "setup", "exercise", "recipe"} & set(notebooks.tags(cell)) or "<details>" in cell.source
-        kind = "skip" if apart or (cell.cell_type == "code" and not shown) else "slide" if heading else "subslide"
+        if apart or (cell.cell_type == "code" and not shown):
+            kind = "skip"
+        elif cell.cell_type == "markdown" and re.match("##? ", cell.source):
+            kind = "slide"
+        else:  # what to see stands below its figure
+            kind = "-" if figure and cell.source.startswith("**What you should see") else "subslide"
         cell.metadata["slideshow"] = {"slide_type": kind}
+        figure = bool(shown) or (figure and kind == "skip")
         if cell.cell_type == "code":
             cell.outputs = shown
+    nb.cells = cells
     return nb
 
 
 # nbconvert's own page asks unpkg.com and others for reveal.js, MathJax, jQuery, RequireJS and Mermaid
 _DECK = """{% extends "reveal/index.html.j2" %}
 {% block html_head_js %}{% endblock %}
-{% block html_head_js_mathjax %}<script async src="mathjax/tex-chtml.js"></script>{% endblock %}
+{% block html_head_js_mathjax %}<script>MathJax = {tex: {inlineMath: [["$", "$"]]}};</script>
+<script async src="mathjax/tex-chtml.js"></script>{% endblock %}
 {% block html_head_css %}<style>.reveal .slides section { font-size: 22px; max-height: 92vh; overflow-y: auto; }
 .reveal h1 { font-size: 1.8em; } .reveal h2 { font-size: 1.4em; } .reveal h3 { font-size: 1.2em; }
-.reveal img { max-height: 62vh; } .jp-Cell { text-align: left; }</style>{% endblock %}
+.reveal img { max-height: 55vh; margin: 0; } .jp-Cell { text-align: left; }</style>{% endblock %}
 {% block footer_js %}<script src="revealjs/dist/reveal.js"></script>
-<script>Reveal.initialize({hash: true, slideNumber: true, width: 1200, height: 720, margin: 0.04});</script>{% endblock %}
+<script>Reveal.initialize({hash: true, slideNumber: true, width: 1200, height: 720});</script>{% endblock %}
 """
 
 
@@ -183,7 +205,7 @@ def deck(path: Path, out: Path) -> Path:
                         ignore=shutil.ignore_patterns("*.map", "*mml*", "*svg*", "*full*", "sre"))  # fmt: skip
     exporter = SlidesExporter(extra_loaders=[DictLoader({"deck.j2": _DECK})], template_file="deck.j2",
                               exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
-                              reveal_url_prefix="revealjs")  # fmt: skip
+                              reveal_url_prefix="revealjs", reveal_theme="white")  # fmt: skip
     nb = slides(nbformat.read(path, as_version=4), path)
     html, _ = exporter.from_notebook_node(nb, {"metadata": {"name": notebooks.title(path)}})
     return files.write_text(out / f"{path.stem}.html", html.replace(".ipynb", ".html"))

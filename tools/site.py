@@ -60,7 +60,7 @@ def _rules() -> str:
 
 
 def _formats() -> str:
-    rows = [(name, f.bits, f"{f.max:,g}", f"{getattr(f, 'min_normal', 1):.4g}", f"{getattr(f, 'min_subnormal', 1):.4g}",
+    rows = [(name, f.bits, f"{f.max:,g}", f"{getattr(f, 'min_normal', 1):.3g}", f"{getattr(f, 'min_subnormal', 1):.3g}",
              len(f.grid())) for name, f in formats.FORMATS.items() if name not in ("INT5", "INT7")]  # fmt: skip
     return _table(["format", "bits", "largest", "smallest normal", "smallest > 0", "numbers"], rows)
 
@@ -213,8 +213,8 @@ def links(out: Path) -> tuple[Path, int]:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "headlines": _headlines, "documents": _documents, "rules": _rules, "formats": _formats, "types": _types, "pdf": _pdf, "buttons": _buttons,
-    "programmes": editions.programmes,
+    "buttons": _buttons, "documents": _documents, "formats": _formats, "headlines": _headlines, "pdf": _pdf,
+    "programmes": editions.programmes, "rules": _rules, "types": _types,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 
 import nbformat
 import pytest
@@ -20,9 +21,8 @@ def test_parts_cover_a_notebook_and_take_its_minutes(name):
     assert sum(part.minutes for part in parts) == pytest.approx(editions.minutes(name))
     assert all(part.minutes > 0 for part in parts)
     last = len(json.loads(notebooks.find(name).read_text("utf-8"))["cells"]) - 2  # the first and the last are links
-    edges = [edge for part in parts for edge in (part.first, part.last)]
-    assert edges[0] == 1 and edges[-1] == last and all(b in (a, a + 1) or b > a for a, b in zip(edges, edges[1:]))
-    assert [b.first - a.last for a, b in zip(parts, parts[1:])] == [1] * (len(parts) - 1)
+    assert (parts[0].first, parts[-1].last) == (1, last)
+    assert all(after.first == before.last + 1 for before, after in pairwise(parts))
 
 
 @pytest.mark.parametrize("programme", PROGRAMMES, ids=lambda programme: programme["title"])
@@ -78,6 +78,11 @@ def test_slides_need_no_network(tmp_path):
     assert not re.search(r"url\([\"']?https?:|require\(\s*\{|from [\"']https?:", html)
     needed = re.findall(r"<(?:script|link)[^>]*(?:src|href)=[\"']([^\"'#:]+)[\"']", html)
     assert needed and all((out.parent / name).is_file() for name in needed)
+    themes = [(out.parent / name).read_text("utf-8") for name in needed if "theme" in name]
+    assert themes and not any(re.search(r"(?:url\(|import )[\"']?https?:", text) for text in themes)
+    parts = [cell for cell in editions.slides(nbformat.read(path, 4), path).cells if "slideshow" in cell.metadata]
+    kinds = [cell.metadata["slideshow"]["slide_type"] for cell in parts]
+    assert kinds.count("slide") >= len(editions.parts(path.stem)) - 1 and "-" in kinds
 
 
 def test_no_folder_is_asked_for(capsys):
