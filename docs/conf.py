@@ -30,6 +30,7 @@ myst_heading_anchors = 3
 myst_heading_slug_func = f"{site.anchor.__module__}.{site.anchor.__name__}"  # JupyterLab's: a link serves both
 myst_links_external_new_tab = False
 bibtex_bibfiles = ["references.bib"]
+smartquotes = False
 bibtex_default_style = "plain"
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 

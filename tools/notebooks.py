@@ -178,9 +178,9 @@ def _clean_outputs(outputs, count, order, styled) -> list:
     def lasting(value):
         if not isinstance(value, str):
             return value
-        new_names = {}
-        value = _STYLER.sub(lambda m: new_names.setdefault(m[0], f"T_{next(styled):05x}"), _ADDRESS.sub("", value))
-        return in_step(value, order)
+        old_names = dict.fromkeys(_STYLER.findall(value))
+        new_names = {old: f"T_{next(styled):05x}" for old in old_names}
+        return in_step(_STYLER.sub(lambda m: new_names[m[0]], _ADDRESS.sub("", value)), order)
 
     cleaned = []
     for output in outputs:
