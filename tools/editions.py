@@ -122,7 +122,7 @@ def instructor(nb, path):
     ask = files.read_json(DOCS / "questions.json").get(topic(path), [])
     after = {}
     for one in notebooks.exercises(path):
-        lines = [f"- {reply}" for reply in replies(one.name)]
+        lines = ["- " + reply.replace("*", "\\*") for reply in replies(one.name)]
         after[one.cell] = new_markdown_cell("> **For the teacher**: wrong answers that were foreseen get these "
                                             "replies.\n\n" + "\n".join(lines))  # fmt: skip
     head = ["## For the teacher", "| part | cells | minutes |\n|---|--:|--:|\n" + "\n".join(plan),
