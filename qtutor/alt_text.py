@@ -16,7 +16,7 @@ MOST = 6  # series of one diagram, bars of one series, diagrams of one figure th
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value or 0:.3g}"  # -0.0 is 0
 
 
 def _span(values) -> str:
@@ -37,10 +37,18 @@ def _course(values) -> str:
     return said if _span(values) in (f"{first} to {last}", f"{last} to {first}") else f"{said}, within {_span(values)}"
 
 
+def _names(axis) -> list[str]:
+    """The words at an axis's ticks; an empty list where they are numbers."""
+    found = [label.get_text() for label in axis.get_ticklabels()]
+    return found if any(name and name[0].isalpha() for name in found) else []
+
+
+def _sizes(box) -> list[float]:
+    return [float(bar.get_width() if box.orientation == "horizontal" else bar.get_height()) for bar in box.patches]
+
+
 def _bars(box, ax) -> str:
-    upright = box.orientation != "horizontal"
-    sizes = [float(bar.get_height() if upright else bar.get_width()) for bar in box.patches]
-    names = [text.get_text() for text in (ax.get_xticklabels() if upright else ax.get_yticklabels())]
+    sizes, names = _sizes(box), _names(ax.yaxis if box.orientation == "horizontal" else ax.xaxis)
     if len(names) != len(sizes):
         return f"{len(sizes)} bars, {_span(sizes)}"
     named = [f"{name} {_number(size)}" for name, size in zip(names, sizes, strict=True) if np.isfinite(size)]
@@ -51,25 +59,30 @@ def _bars(box, ax) -> str:
 
 
 def _series(ax):
-    """(label, words, values) for each series of a diagram: bars, points with errors, lines, points, maps."""
+    """(label, words, values) for each series of a diagram: bars, points with errors, lines, points, maps.
+
+    Where words stand at the y axis and none at the x axis, a series runs along x.
+    """
+    sideways = bool(_names(ax.yaxis)) and not _names(ax.xaxis)
     inside = {id(part) for c in ax.containers if isinstance(c, ErrorbarContainer) for part in (c[0], *c[1])}
     for box in ax.containers:
         if isinstance(box, BarContainer) and len(box.patches):
-            yield box.get_label(), _bars(box, ax), ()
+            yield box.get_label(), _bars(box, ax), _sizes(box)
         elif isinstance(box, ErrorbarContainer) and box[0] is not None:
-            yield box.get_label(), f"with error bars, {_course(box[0].get_ydata())}", box[0].get_ydata()
+            values = box[0].get_xdata() if sideways else box[0].get_ydata()
+            yield box.get_label(), f"with error bars, {_course(values)}", values
     for line in ax.lines:
         x, y = (np.atleast_1d(np.ma.asarray(v, float)) for v in (line.get_xdata(), line.get_ydata()))
         if id(line) in inside or not len(y):
             continue
         if line.get_transform() == ax.transData:
-            yield line.get_label(), _course(y), y
+            yield line.get_label(), _course(x if sideways else y), x if sideways else y
         else:  # axvline, axhline
             yield line.get_label(), f"a line at {_number(float((x if len(set(x.tolist())) == 1 else y)[0]))}", ()
     for part in [*ax.collections, *ax.images]:
         if isinstance(part, PathCollection) and len(part.get_offsets()):
-            y = part.get_offsets()[:, 1]
-            yield part.get_label(), f"{len(y)} points, {_span(y)}", y
+            values = part.get_offsets()[:, 0 if sideways else 1]
+            yield part.get_label(), f"{len(values)} points, {_span(values)}", values
         elif isinstance(part, QuadMesh) or part in ax.images:
             shape = " by ".join(map(str, np.shape(part.get_array())[:2]))
             yield part.get_label(), f"a map of {shape} values, {_span(part.get_array())}", ()
@@ -79,18 +92,19 @@ def _diagram(ax) -> str:
     """One diagram of a figure, in a sentence or two; "" where it has neither words nor data."""
     axes = [f"{name} axis: {axis.get_label_text()}{', logarithmic' if axis.get_scale() == 'log' else ''}"
             for name, axis in (("x", ax.xaxis), ("y", ax.yaxis)) if axis.get_label_text()]  # fmt: skip
-    said, unnamed = [], []
+    said, unnamed, alone = [], [], []
     for label, words, values in _series(ax):
         if not str(label).startswith("_"):
             said.append(f"{label}: {words}")
         elif len(values):
             unnamed.append(values)
+            alone.append(words)
         else:
             said.append(words)
     if unnamed:
         many = f"{len(unnamed)} series" if len(unnamed) > 1 else "one series"
-        said.append(f"{many} without a name, {_span(np.ma.concatenate(unnamed))}" if said or len(unnamed) > 1
-                    else _course(unnamed[0]))  # fmt: skip
+        said.append(alone[0] if not said and len(unnamed) == 1 else
+                    f"{many} without a name, {_span(np.ma.concatenate(unnamed))}")  # fmt: skip
     if not said:  # a picture made of words
         said = [", ".join(text.get_text() for text in ax.texts if text.get_text())[:300]]
     more = [f"{len(said) - MOST} more"] if len(said) > MOST else []
