@@ -177,9 +177,12 @@ def _opaque(png: str) -> str:
 
     One that has no such channel is returned as it is, so that the form does not depend on a version of zlib.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    try:
+        picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    except UnidentifiedImageError:
+        return png
     if picture.mode != "RGBA" or picture.getchannel("A").getextrema() != (255, 255):
         return png
     picture.convert("RGB").save(smaller := io.BytesIO(), "PNG", optimize=True)
