@@ -30,7 +30,7 @@ def rows(machine: str, directory=None) -> list[dict]:
         found += [row for row in _compiled(results.load("fp8_inference", machine, directory))
                   if row["technique"] not in there]  # fmt: skip
     if results.exists("serving", machine, directory):
-        found += _served(results.load("serving", machine, directory))
+        found += served(results.load("serving", machine, directory))
     return found
 
 
@@ -41,8 +41,9 @@ def _compiled(data) -> list[dict]:
     return pareto.measured(found)
 
 
-def _served(data) -> list[dict]:
-    """Of ``serving``: decoding with 1 and 32 streams, and a prompt alone; joules are those of the whole requests."""
+def served(data) -> list[dict]:
+    """Rows of a ``serving`` recorded on one GPU (else none): decoding with 1 and 32 streams, and a prompt alone; joules
+    are those of the whole requests."""
     found = {}
     for row in data.rows:
         if (row.get("shape"), row.get("cards"), row.get("not_run")) != (MODEL, 1, None):
