@@ -52,7 +52,8 @@ def png(fig) -> bytes:
 
 
 def annotate(ax, xs, ys, labels, fontsize: float = 8.5, color="0.25") -> list:
-    """Name the points of a plot without one label covering another.  Returns the annotations.
+    """Name the points of a plot, the first ``len(labels)`` of (``xs``, ``ys``), without one label covering another or
+    any of the points; the others may be those of an error bar.  Returns the annotations.
 
     Each label tries a few places around its point (right, left, above, below, then further out with a thin line
     back) and takes the first one that is free of labels, points and the axes' border.  Call it last, when the
@@ -67,7 +68,7 @@ def annotate(ax, xs, ys, labels, fontsize: float = 8.5, color="0.25") -> list:
     far = [(dx * reach, dy * reach, h, v) for reach in (12, 20, 30, 42, 56)
            for dx, dy, h, v in [(1, 1, "left", "bottom"), (1, -1, "left", "top"), (-1, 1, "right", "bottom"),
                                 (-1, -1, "right", "top")]]  # fmt: skip
-    for number, (x, y, label) in enumerate(zip(xs, ys, labels, strict=True)):
+    for number, (x, y, label) in enumerate(zip(xs, ys, labels, strict=False)):
         best, least = None, np.inf
         for dx, dy, horizontal, vertical in near + far:
             line = {"arrowstyle": "-", "color": "0.6", "lw": 0.6} if abs(dx) + abs(dy) > 10 else None
