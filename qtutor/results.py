@@ -287,7 +287,11 @@ def load(name: str, machine: str = "h200", directory=None) -> Results:
     return validate(data)
 
 
+def on_all(name: str, directory=None) -> list[Results]:
+    """The results ``name`` of every machine in MACHINES that has them, in that order: a CPU's last."""
+    return [load(name, machine, directory) for machine in MACHINES if exists(name, machine, directory)]
+
+
 def on_gpu(name: str, directory=None) -> Results | None:
     """The results ``name`` of the first GPU in MACHINES that has them (``found.device`` names it), or None."""
-    folders = (machine for machine in MACHINES if machine != "cpu" and exists(name, machine, directory))
-    return next((load(name, machine, directory) for machine in folders), None)
+    return next((run for run in on_all(name, directory) if "compute_capability" in run.machine), None)
