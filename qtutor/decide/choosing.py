@@ -37,7 +37,7 @@ VLLM_SHARE = 0.92  # of a card's memory that vLLM takes (--gpu-memory-utilizatio
 #: what a reader may prefer -> the number it is about
 PREFER = {"money": "USD", "energy": "kWh", "quality": "loss"}
 CHOICES = {"engine": ("any", *ENGINES), "licence": ("any", "open source"), "prefer": tuple(PREFER),
-           "kv_type": ("any", *{kind for kinds in CACHES.values() for kind in kinds})}  # fmt: skip
+           "kv_type": ("any", *(kind for kinds in CACHES.values() for kind in kinds))}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,12 +186,14 @@ def _loss(option: Option, need: Need, directory) -> None:
     kind = "FP8" if kind == "FP8 dynamic" else technique.name if technique.trained else kind
     weights, cache = quality.loss(kind, need.model, directory), quality.cache_loss(option.kv_type, directory)
     if weights is None or cache is None:
-        what = f"{kind} weights" if weights is None else f"an {option.kv_type} cache"
+        what = f"{kind} weights lose" if weights is None else f"an {option.kv_type} cache loses"
         if need.max_loss < math.inf:
-            option.unknown["loss"] = f"what {what} lose{'s' * (weights is not None)} has not been measured"
-        return
-    source = weights.source if option.kv_type in quality.EXACT else f"{weights.source}; cache: {cache.source}"
-    option.hold("loss", Known(weights.low + cache.low, weights.high + cache.high, source), high=need.max_loss,
+            option.unknown["loss"] = f"what {what} has not been measured"
+        if weights is None:
+            return
+    more = cache or Known(0.0, math.inf, "unknown")
+    source = weights.source + (f"; cache: {more.source}" if option.kv_type not in quality.EXACT else "")
+    option.hold("loss", Known(weights.low + more.low, weights.high + more.high, source), high=need.max_loss,
                 say=percent)  # fmt: skip
 
 
@@ -257,13 +259,11 @@ def _bill(option: Option, need: Need, device: hardware.Device, low: float, high:
                for s in (low, high)]  # fmt: skip
         option.hold("USD", Known(*usd, f"seconds x {what}"), high=need.max_usd_per_million, say="{:.2f}".format,
                     unit=" USD a million tokens")  # fmt: skip
-    powers = [p.joules * p.users / p.step_s / hardware.device(p.device).watts for p in used if p.joules]
-    if powers and device.watts:
-        watts, source = [edge * device.watts for edge in (min(powers), max(powers))], "seconds x measured share of power"
-    elif device.watts and not device.cuda:
-        watts, source = [device.watts] * 2, f"seconds x {device.watts:g} W"
-    else:
+    powers = [p.watts / hardware.device(p.device).watts for p in used if p.watts] or [1.0] * (not device.cuda)
+    if not (powers and device.watts):
         return
+    watts = [edge * device.watts for edge in (min(powers), max(powers))]
+    source = "seconds x " + (f"{device.watts:g} W" if not device.cuda else "measured share of the power limit")
     kwh = [w * s / need.users / cost.JOULES_PER_KWH * 1e6 for w, s in zip(watts, (low, high), strict=True)]
     option.known["kWh"] = Known(*kwh, source)
 
@@ -290,8 +290,9 @@ def _recorded(file: str, kind: str, column: str, option: Option, need: Need, dev
     engine = {"GGUF": "llama.cpp"}.get(option.technique.name.split()[0], option.technique.runtime)
     wanted = {"kind": kind, "shape": need.model, "runtime": engine, "type": option.technique.name.split()[-1],
               "kv_type": option.kv_type, "cards": option.cards}  # fmt: skip
-    return [row[column] for run in results.on_all(file, directory) if hardware.device(run.device).name == device.name
-            for row in run.rows if row.get(column) and all(row.get(key) == value for key, value in wanted.items())]  # fmt: skip
+    runs = (run for run in results.on_all(file, directory) if "compute_capability" in run.machine)
+    return [row[column] for run in runs if hardware.device(run.device).name == device.name for row in run.rows
+            if row.get(column) and all(row.get(key) == value for key, value in wanted.items())]  # fmt: skip
 
 
 def place(options: list[Option]) -> list[Option]:
@@ -343,11 +344,11 @@ class Decision:
         axis = PREFER[self.need.prefer]
         tied = [o.name for o in self.front[1:] if axis in o.known and axis in first.known
                 and o.known[axis].low <= first.known[axis].high]  # fmt: skip
-        words = {"USD": ("{:.2f}".format, " USD a million tokens"), "kWh": ("{:.2g}".format, " kWh a million tokens"),
-                 "loss": (percent, " of perplexity lost"), "tokens/s": ("{:.3g}".format, " tokens/s a user")}  # fmt: skip
+        words = {"USD": ("{:.2f}".format, " USD and"), "kWh": ("{:.2g}".format, " kWh a million tokens"),
+                 "loss": (percent, " of perplexity lost"), "tokens/s": ("{:.3g}".format, " tokens/s a user")}
         said = [between(first.known[key], say) + unit for key, (say, unit) in words.items() if key in first.known]
         said += ["an unknown loss"] * ("loss" not in first.known)
-        return (f"Preferring {self.need.prefer}: {first.name}, with {', '.join(said)} and "
+        return (f"Preferring {self.need.prefer}: {first.name}, with {', '.join(said).replace('and,', 'and')}, in "
                 f"{first.known['memory'].mid:.1f} of {first.cards * device.memory_gib:.1f} GiB."
                 + (f" The intervals do not tell it from {' or '.join(tied[:2])}." if tied else ""))  # fmt: skip
 
@@ -364,8 +365,8 @@ class Decision:
             found.append(f"More than {need.users + int(free / each)} users with {need.context:,} tokens each: it no "
                          "longer fits.")  # fmt: skip
             if need.max_loss < math.inf and (loss := best.known["loss"].high) > 0:
-                found.append(f"Less than {percent(loss)} of perplexity allowed, or your own text on which it loses more "
-                             f"than {percent(need.max_loss)}.")  # fmt: skip
+                found.append(f"Less than {percent(loss)} of perplexity allowed, or a text of your own on which it loses "
+                             f"more than {percent(need.max_loss)}.")  # fmt: skip
             if need.prefer != "quality" or len(self.front) > 1:
                 found += [f"Preferring {other}: {name}." for other in PREFER if other != need.prefer
                           and (name := min(self.front, key=lambda o: rank(o, other)).name) != best.name]  # noqa: B023
@@ -380,8 +381,9 @@ class Decision:
                 for key, value in self.options[0].known.items()}  # fmt: skip
         if "kWh" in said:
             kwh = self.options[0].known["kWh"]
-            said["g CO2e"] = [between(Known(kwh.low * grid.grams_per_kwh, kwh.high * grid.grams_per_kwh, "")),
-                              f"kWh x {grid.grams_per_kwh:.0f} g ({grid.name}, {grid.year}; {grid.source})"]  # fmt: skip
+            grams = Known(kwh.low * grid.grams_per_kwh, kwh.high * grid.grams_per_kwh, "")
+            said["g CO2e"] = [between(grams, "{:,.0f}".format),
+                              f"kWh x {grid.grams_per_kwh:.0f} g ({grid.name}, {grid.year}; {grid.source})"]
         return pandas.DataFrame(said, index=["value", "source"]).T
 
     def frame(self):

@@ -47,7 +47,7 @@ def weights(technique: Technique, model, users: int = 1, directory=None) -> tupl
 
     GGUF: to the byte, by llama.cpp's dry run.  vLLM: to the byte, as compressed-tensors stores it (FP8: a scale a row;
     W4A16: one for 128 weights; embedding and head in 16 bits).  PyTorch: bytes a weight as measured at Llama-2-7B's
-    shape.  A mixture stores all experts; each of ``users`` tokens picks its own, at random: the expected number is read.
+    shape.  A mixture stores all experts; each of ``users`` tokens picks its own at random: the expected ones are read.
     """
     base, experts, picked = shape(model)
     per_weight = None if technique.gguf or technique.runtime == "vLLM" else _per_weight(technique, directory)
@@ -100,7 +100,7 @@ class Point:
     read: float  # bytes
     cached: float  # tokens in the cache of each user
     step_s: float | None
-    joules: float | None  # a token, of all cards
+    watts: float | None  # of all cards
     first_s: float | None  # until the first token of a prompt of ``prompt`` tokens, one user
     prompt: int | None
 
@@ -140,14 +140,17 @@ def _point(row: dict, model: str, device: str, technique: Technique, directory) 
     cached += 0 if row.get("decode_context") else new / 2  # on average over the measurement
     kv_type = row.get("kv_type") or ("F16" if technique.runtime == "llama.cpp" else "BF16")
     size = weights(technique, model, users, directory)
-    speed = row.get("decode_tokens_per_s") if new != 2 else None  # two tokens are a prompt's measurement
+    mixed = users > 1 and not row.get("decode_context") and (prompt or 0) > 4 * new  # others' prompts, above all
+    speed = row.get("decode_tokens_per_s") if new != 2 and not mixed else None  # two tokens are a prompt's measurement
     rate, ttft = row.get("prefill_tokens_per_s"), row.get("time_to_first_token_ms") or row.get("ttft_p50_ms")
+    joules = row.get("joules_per_decode_token")
     first = ttft / 1000 if ttft else prompt / rate if rate and prompt else None
     if size is None or not (speed or first):
         return None
     return Point(model, device, int(row.get("cards") or 1), row.get("split"), kv_type, users,
-                 size[1] + users * cached * kv_per_token(model, kv_type, cached), cached, users / speed if speed else None,
-                 row.get("joules_per_decode_token"), first if users == 1 else None, prompt)  # fmt: skip
+                 size[1] + users * cached * kv_per_token(model, kv_type, cached), cached,
+                 users / speed if speed else None, joules and joules * (row.get("output_tokens_per_s") or speed or 0),
+                 first if users == 1 else None, prompt)  # fmt: skip
 
 
 def step(measured: list[Point], read: float, device: hardware.Device, cards: int = 1,
