@@ -34,6 +34,8 @@ LICENCES = {"Llama-2": ("Llama 2 Community", False), "Llama-3": ("Llama 3 Commun
 CACHES = {"llama.cpp": ("F16", "Q8_0"), "vLLM": ("BF16", "FP8")}  # engine -> types of KV cache to choose from
 SPLITS = {"llama.cpp": ("layer", "row"), "vLLM": ("tensor",)}  # engine -> how it uses several cards
 VLLM_SHARE = 0.92  # of a card's memory that vLLM takes (--gpu-memory-utilization)
+SAID = {"tokens/s": "its speed is", "loss": "its loss is", "USD": "its price is", "first token": "the first token comes after",
+        "goodput": "its goodput is"}  # fmt: skip
 #: what a reader may prefer -> the number it is about
 PREFER = {"money": "USD", "energy": "kWh", "quality": "loss"}
 CHOICES = {"engine": ("any", *ENGINES), "licence": ("any", "open source"), "prefer": tuple(PREFER),
@@ -115,14 +117,14 @@ class Option:
         if best < limit - abs(limit) * 1e-3:
             there, asked = say(abs(best)) + unit, say(abs(limit)) + unit
             ratio = max(abs(limit), 1e-9) / max(abs(best), 1e-9)
-            self.miss(name, f"{name} is {'at most' if low > -math.inf else 'at least'} {there}, {asked} is asked for",
+            self.miss(name, f"{SAID[name]} {'at most' if low > -math.inf else 'at least'} {there}, asked for: {asked}",
                       f"accept {there}", max(ratio, 1 / ratio))  # fmt: skip
         elif worst < limit - abs(limit) * 1e-3 and name not in self.unknown:
-            self.unknown[name] = f"{name} is {between(value, say)}{unit}, {say(abs(limit))}{unit} is asked for"
+            self.unknown[name] = f"{SAID[name]} {between(value, say)}{unit}, asked for: {say(abs(limit))}"
 
     def distance(self) -> tuple:
         """How far it is from what is needed: its verdict, by which factor it misses, how much is unknown; its loss."""
-        loss = self.known["loss"].mid if "loss" in self.known else math.inf
+        loss = self.known["loss"].high if "loss" in self.known else math.inf
         return ("yes", "unknown", "no").index(self.verdict), self.factor, len(self.unknown), loss, self.cards
 
 
@@ -235,7 +237,7 @@ def _speed(option: Option, need: Need, device: hardware.Device, read: float, poi
         used = [point for _, group in groups for point in group]
         here = all(p.model == need.model and hardware.device(p.device).name == device.name for p in used)
         source = (f"{'measured' if here else 'modelled from measurements'} on {', '.join({p.device for p in used})} at "
-                  f"{', '.join(f'{n} users' for n, _ in groups)}, carried to {need.context:,} tokens of cache")
+                  f"{', '.join(f'{n}' for n, _ in groups)} users, carried to {need.context:,} tokens of cache")
     else:
         low = bytes_ / (speed.together(option.cards, option.split) * device.gb_per_s * 1e9)
         high, used, source = math.inf, [], "bandwidth / bytes: a ceiling, not measured"
@@ -357,15 +359,16 @@ class Decision:
         best, need, axis = self.best, self.need, PREFER[self.need.prefer]
         rivals = [o for o in self.options if o.verdict == "unknown" and (
             best is None or axis not in o.known or o.known[axis].low < rank(best, need.prefer)[0])]  # fmt: skip
-        rivals.sort(key=lambda o: o.known[axis].low if axis in o.known else math.inf)
-        found = [f"A measurement: of {o.name}, {' and '.join(o.unknown.values())}." for o in rivals[:2]]
+        rivals.sort(key=lambda o: -o.known[axis].low if axis in o.known else -math.inf)  # the most promising last
+        rivals = list({o.technique.name: o for o in rivals}.values())[::-1]
+        found = [f"A measurement: of {o.name}, {' and '.join(o.unknown.values())}." for o in rivals[:3]]
         if best is not None:
             free = best.cards * hardware.device(need.device).memory_gib - need.keep_free_gib - best.known["memory"].mid
             each = need.context * speed.kv_per_token(need.model, best.kv_type, need.context) / GIB
             found.append(f"More than {need.users + int(free / each)} users with {need.context:,} tokens each: it no "
                          "longer fits.")  # fmt: skip
             if need.max_loss < math.inf and (loss := best.known["loss"].high) > 0:
-                found.append(f"Less than {percent(loss)} of perplexity allowed, or a text of your own on which it loses "
+                found.append(f"Less than {percent(loss)} of perplexity allowed, or a text of yours on which it loses "
                              f"more than {percent(need.max_loss)}.")  # fmt: skip
             if need.prefer != "quality" or len(self.front) > 1:
                 found += [f"Preferring {other}: {name}." for other in PREFER if other != need.prefer
