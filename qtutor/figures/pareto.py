@@ -100,6 +100,30 @@ def relative_picture(series: dict[str, list[dict]], label: str, title: str = "",
     return fig
 
 
+def losses_picture(losses: list[tuple], title: str, width: float = 9):
+    """Figure: what each type costs each model.  ``losses``: (model, weights, type, quality.Known, measured here),
+    models by size from left to right; hollow: measured here on other text than the published.  The line joins models
+    of one family, whose names agree up to the last hyphen."""
+    models = sorted({(weights, model) for model, weights, *_ in losses})
+    place, types = {model: i for i, (_, model) in enumerate(models)}, list(dict.fromkeys(one[2] for one in losses))
+    fig, ax = plots.figure(width, 4.6)
+    for number, kind in enumerate(types):
+        look, families = {"color": plots.PALETTE[number], "marker": plots.MARKERS[number % 5]}, {}
+        for model, _, _, known, here in sorted((one for one in losses if one[2] == kind), key=lambda one: one[1]):
+            x, y = place[model] + 0.06 * (number - (len(types) - 1) / 2), 100 * known.mid
+            ends = [[y - max(100 * known.low, y / 10)], [100 * known.high - y]]
+            ax.errorbar(x, y, yerr=ends, mfc="white" if here else None, ms=6, capsize=2, **look)
+            families.setdefault(model.rsplit("-", 1)[0], []).append((x, y))
+        for line in families.values():
+            ax.plot(*zip(*line, strict=True), lw=1.2, color=look["color"])
+        ax.plot([], [], ls="", label=kind, **look)
+    ax.set_xticks(range(len(models)), [f"{model}\n{weights:.2g} weights" for weights, model in models])
+    ax.set(yscale="log", ylabel="perplexity lost (%)", title=title)
+    plots.plain_ticks(ax.yaxis, 1000)
+    fig.legend(loc="outside right center", frameon=False)
+    return fig
+
+
 def explorer(rows, device: str):
     """Widget: choose axes, batch and limits, and see what is left of the Pareto front.  ``rows``: of one machine and
     one shape, those of :func:`qtutor.decide.pareto.measured`, after ``with_cost`` if cost is to be among the axes."""

@@ -14,7 +14,7 @@ from qtutor.figures import pareto
 def test_pictures(x):
     more = {"perplexity": 20.0, "perplexity_se": 0.1, "same_top": 0.9, "same_top_se": 0.01, "accuracy": 0.5,
             "accuracy_se": 0.02, "peak_gib": 1.0, "bits_per_weight": 4.0, "prefill_tokens_per_s": 9.0,
-            "joules_per_prefill_token": 2.0}  # fmt: skip
+            "joules_per_prefill_token": 2.0, "time_to_first_token_ms": 30.0}  # fmt: skip
     rows = with_cost([r | more for r in some_rows()], 1, 400)
     fig = pareto.picture(rows, x, "decode speed" if x != "decode speed" else "kld", "title")
     fig.canvas.draw()
