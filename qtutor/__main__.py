@@ -1,4 +1,4 @@
-"""The command line: ``python -m qtutor doctor | lab | recipes | model``.
+"""The command line: ``python -m qtutor doctor | lab | recipes | model | choose``.
 
 ``doctor`` has to work when half of the installation is broken, so nothing but the standard library is imported at the
 top, and each check brings what it needs.
@@ -244,10 +244,18 @@ def model(argv: list[str]) -> int:
     return 0
 
 
+def choose(argv: list[str]) -> int:
+    """Choose a technique: ``choose --memory 80GiB --model llama-2-70b --users 8``."""
+    from .decide import ask
+
+    return ask.main(argv)
+
+
 COMMANDS = {
     "doctor": (doctor, "check what works on this machine, and what to do about the rest"),
     "lab": (lab, "open JupyterLab on the start page (further arguments go to jupyter lab)"),
     "recipes": (recipes, "print the recipe cells: recipes 01 qat"),
+    "choose": (choose, "from requirements to a decision: choose --memory 80GiB --model llama-2-70b --users 8"),
     "model": (model, "evaluate or try the model in use; fetch smollm2, a real chat model"),
 }
 

@@ -22,7 +22,7 @@ COURSE = "course model"
 
 @dataclass(frozen=True)
 class Known:
-    """A number between ``low`` and ``high``, and where that comes from.  Losses are shares of perplexity: 0.01 is 1 %."""
+    """A number between ``low`` and ``high``, and where it comes from.  Losses are shares of perplexity: 0.01 is 1 %."""
 
     low: float
     high: float
