@@ -31,7 +31,7 @@ def gib(text: str) -> float:
 
 def share(text: str) -> float:
     """0.005 of "0.005" or "0.5%"."""
-    return float(text.rstrip("% ")) / (100 if text.strip().endswith("%") else 1)
+    return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
 
 
 def known(name: str, names) -> str:

@@ -146,7 +146,7 @@ def percent(share: float) -> str:
 def candidates(need: Need) -> list[Option]:
     """Every technique with every type of cache, on one card and on as many as there are (doubling)."""
     found = []
-    for technique in (*TECHNIQUES.values(), speed.AFTER_QAT, *speed.VLLM.values()):
+    for technique in (TECHNIQUES | speed.VLLM).values():
         if technique.emulated or technique.name == "FP32":
             continue
         for kv_type in CACHES.get(technique.runtime, ("BF16",)):

@@ -309,6 +309,5 @@ def test_the_frame_has_every_technique():
     decision = decide(replace(CHAT, cards=2))
     frame = decision.frame()
     shown = {o.technique.name for o in decision.options}
-    assert shown == {n for n, t in TECHNIQUES.items() if not t.emulated and n != "FP32"} | {
-        speed.AFTER_QAT.name} | set(speed.VLLM)  # fmt: skip
+    assert shown == {n for n, t in TECHNIQUES.items() if not t.emulated and n != "FP32"} | set(speed.VLLM)
     assert (frame.why != "").all() and not frame.isin(["nan"]).any(axis=None) and frame.index.is_unique
