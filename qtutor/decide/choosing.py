@@ -238,6 +238,8 @@ def _speed(option: Option, need: Need, device: hardware.Device, read: float, poi
         low, high = speed.predict(groups, bytes_, device, need.users, option.cards, option.split)
         used = [point for _, group in groups for point in group]
         here = all(p.model == need.model and hardware.device(p.device).name == device.name for p in used)
+        if speed.shape(need.model)[1] > 1:
+            option.unknown["tokens/s"] = "its speed is modelled from dense models: a mixture was not measured"
         source = (f"{'measured' if here else 'modelled from measurements'} on {', '.join({p.device for p in used})} at "
                   f"{', '.join(f'{n}' for n, _ in groups)} users, carried to {need.context:,} tokens of cache")
     else:
@@ -362,11 +364,15 @@ class Decision:
     def changes(self) -> list[str]:
         """What would change the advice: measurements that are missing, and how far its requirements may move."""
         best, need, axis = self.best, self.need, PREFER[self.need.prefer]
+
+        def at_best(option: Option) -> float:
+            return option.known[axis].low if axis in option.known else math.inf
+
         rivals = [o for o in self.options if o.verdict == "unknown" and (
-            best is None or axis not in o.known or o.known[axis].low < rank(best, need.prefer)[0])]  # fmt: skip
-        rivals.sort(key=lambda o: -o.known[axis].low if axis in o.known else -math.inf)  # the most promising last
-        rivals = list({o.technique.name: o for o in rivals}.values())[::-1]
-        found = [f"A measurement: of {o.name}, {' and '.join(o.unknown.values())}." for o in rivals[:3]]
+            best is None or at_best(o) < rank(best, need.prefer)[0] or axis not in o.known)]  # fmt: skip
+        one_each = {o.technique.runtime: o for o in sorted(rivals, key=at_best, reverse=True)}  # engine -> its best
+        rivals = sorted(one_each.values(), key=at_best)
+        found = [f"A measurement of {o.name}: {' and '.join(o.unknown.values())}." for o in rivals]
         if best is not None:
             free = best.cards * hardware.device(need.device).memory_gib - need.keep_free_gib - best.known["memory"].mid
             each = need.context * speed.kv_per_token(need.model, best.kv_type, need.context) / GIB
