@@ -57,7 +57,7 @@ VOCABULARY = {
         llama.cpp), threads (of the CPU), notebook (its topic), jobs (processes that shared the machine), ranks
         (processes that train together, one a GPU), tensor (its name in GGUF), mixture (who chose the tensors' types),
         rival (what it is compared with), rotation (of keys and values before rounding), not_run (why there are no
-        numbers)""",
+        numbers), recorded (date and commit of the row, where a file joins recordings)""",
     "model": "model (its name), shape (name of its shape), hidden (width), intermediate (width of the MLP), heads, "
              "kv_heads, layers",
     "tokens": """

@@ -188,19 +188,20 @@ def loads(server: serve.Server, tokenizer, lengths: serving.Lengths, meter: Mete
 def join(name: str, parts, key, directory=None) -> Path:
     """Join recordings of one kind of machine, made side by side, with what is on file of it; return the path.
 
-    ``key``: columns; rows of a part take the place of all older rows that agree in them.  The provenance is that of the
-    last part.
+    ``key``: columns; rows of a part take the place of all older rows that agree in them.  Each row says in ``recorded``
+    when and at which commit it was measured; the file's own provenance is that of the last part.
     """
-    found = [files.read_json(Path(part)) for part in parts]
-    checked = [results.validate(one) for one in found]
+    checked = [results.validate(files.read_json(Path(part))) for part in parts]
     machines = {results.machine_folder({k: v for k, v in one.machine.items() if k != "devices"}) for one in checked}
     if {one.name for one in checked} != {name} or len(machines) != 1:
         raise QtutorError(f"Only parts of '{name}' from one kind of machine can be joined.")
-    machine = machines.pop()
-    rows = results.load(name, machine, directory).rows if results.exists(name, machine, directory) else []
-    for one in checked:
+    machine, rows, versions = machines.pop(), [], {}
+    on_file = [results.load(name, machine, directory)] if results.exists(name, machine, directory) else []
+    for one in on_file + checked:
         new = {tuple(row.get(column) for column in key) for row in one.rows}
-        rows = [row for row in rows if tuple(row.get(column) for column in key) not in new] + list(one.rows)
+        rows = [row for row in rows if tuple(row.get(column) for column in key) not in new]
+        rows += [{"recorded": f"{one.created[:10]} {one.commit}"} | row for row in one.rows]
+        versions |= one.versions
     path = Path(directory or results.RESULTS) / machine / f"{name}.json"
-    data = found[-1] | {"rows": rows}
+    data = checked[-1].model_dump(exclude_none=True) | {"rows": rows, "versions": versions}
     return files.write_text(path, results.dumps(json.loads(json.dumps(data))), "choose another directory")

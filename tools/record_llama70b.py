@@ -176,6 +176,7 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
     ``budget_s``: nothing is begun that would end later.  ``splits``: of llama.cpp over ``cards``, layer and row.
     """
     end, rows, path, base = time.monotonic() + budget_s, [], None, config or capacity.MODELS[MODEL]
+    starts = 0.0  # seconds that the last start took: the next takes as long
     config = base | {"max_position_embeddings": max(ctx, base["max_position_embeddings"])}
     vllm = runtime == "vLLM"
 
@@ -213,12 +214,13 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
                 stages = [(most, ctx, users, True)] if vllm else stages
                 for slots, cells, many, last in stages:
                     here = about | {"slots": slots, "ctx": cells}
-                    if left() < 40:
+                    if left() < 40 + starts:
                         say(f"{type}, cache {kv_type}: no time for a server of {slots} slots")
                         continue
                     try:
                         server = model.server(program, slots, cells, kv_type=kv_type, split=split, timeout=left() - 20)
                         with engines.running(server, meter) as facts:
+                            starts = facts["start_s"]
                             facts.setdefault("kv_tokens", slots * cells)
                             fit = min(most, facts["kv_tokens"] // ctx)
                             tell(**here, **facts, **({"users_fit": fit} if last else {}), file_bytes=model.file_bytes,

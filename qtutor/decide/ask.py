@@ -31,7 +31,7 @@ def gib(text: str) -> float:
 
 def share(text: str) -> float:
     """0.005 of "0.005" or "0.5%"."""
-    return float(text.rstrip("% ")) / (100 if text.strip().endswith("%") else 1)
+    return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
 
 
 def known(name: str, names) -> str:
@@ -68,8 +68,12 @@ def main(argv: list[str]) -> int:
     print(f"{model} on {machine.name}, {machine.memory_gib:.1f} GiB\n")
     print("\n".join(textwrap.wrap(decision.sentence, 110)))
     print("\nWhat would change it:", *textwrap.wrap(" ".join(decision.changes()), 108), sep="\n  ")
-    print(f"\n{decision.frame().head(rows).to_string(max_colwidth=60)}\n")
-    print("Where the numbers of the first one come from:")
+    table = decision.frame().head(rows)
+    print(f"\n{table.drop(columns=['why', 'first token, s']).rename_axis(None).to_string()}\n")
+    for name, why in table["why"].items():
+        print(textwrap.fill(f"{name}: {why}", 110, subsequent_indent="    "))
+    print("\nWhere the numbers of the first one come from:")
     for name, row in decision.sources().iterrows():
-        print(f"  {name:<12} {row.value:<20} {row.source}")
+        print(textwrap.fill(f"  {name:<12} {row.value:<19} {row.source}", 110, subsequent_indent=" " * 35,
+                            break_on_hyphens=False))  # fmt: skip
     return 0

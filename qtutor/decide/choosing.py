@@ -16,7 +16,7 @@ picks from it.  An option is a technique with a type of cache on a number of car
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -34,10 +34,12 @@ LICENCES = {"Llama-2": ("Llama 2 Community", False), "Llama-3": ("Llama 3 Commun
 CACHES = {"llama.cpp": ("F16", "Q8_0"), "vLLM": ("BF16", "FP8")}  # engine -> types of KV cache to choose from
 SPLITS = {"llama.cpp": ("layer", "row"), "vLLM": ("tensor",)}  # engine -> how it uses several cards
 VLLM_SHARE = 0.92  # of a card's memory that vLLM takes (--gpu-memory-utilization)
-SAID = {"tokens/s": "its speed is", "loss": "its loss is", "USD": "its price is", "first token": "the first token comes after",
-        "goodput": "its goodput is"}  # fmt: skip
+SAID = {"tokens/s": "its speed is", "loss": "its loss is", "USD": "its price is", "goodput": "its goodput is",
+        "first token": "the first token comes after"}  # fmt: skip
 #: what a reader may prefer -> the number it is about
 PREFER = {"money": "USD", "energy": "kWh", "quality": "loss"}
+AXES = {"USD": pareto.AXES["decode cost"], "kWh": pareto.AXES["decode energy"],
+        "loss": replace(pareto.AXES["perplexity"], tolerance=0.001)}  # fmt: skip
 CHOICES = {"engine": ("any", *ENGINES), "licence": ("any", "open source"), "prefer": tuple(PREFER),
            "kv_type": ("any", *(kind for kinds in CACHES.values() for kind in kinds))}  # fmt: skip
 
@@ -144,7 +146,7 @@ def percent(share: float) -> str:
 def candidates(need: Need) -> list[Option]:
     """Every technique with every type of cache, on one card and on as many as there are (doubling)."""
     found = []
-    for technique in (*TECHNIQUES.values(), speed.AFTER_QAT, *speed.VLLM.values()):
+    for technique in (TECHNIQUES | speed.VLLM).values():
         if technique.emulated or technique.name == "FP32":
             continue
         for kv_type in CACHES.get(technique.runtime, ("BF16",)):
@@ -236,6 +238,8 @@ def _speed(option: Option, need: Need, device: hardware.Device, read: float, poi
         low, high = speed.predict(groups, bytes_, device, need.users, option.cards, option.split)
         used = [point for _, group in groups for point in group]
         here = all(p.model == need.model and hardware.device(p.device).name == device.name for p in used)
+        if speed.shape(need.model)[1] > 1:
+            option.unknown["tokens/s"] = "its speed is modelled from dense models: a mixture was not measured"
         source = (f"{'measured' if here else 'modelled from measurements'} on {', '.join({p.device for p in used})} at "
                   f"{', '.join(f'{n}' for n, _ in groups)} users, carried to {need.context:,} tokens of cache")
     else:
@@ -298,11 +302,14 @@ def _recorded(file: str, kind: str, column: str, option: Option, need: Need, dev
 
 
 def place(options: list[Option]) -> list[Option]:
-    """Say of each option that will do whether another is surely better: the front over money, energy and quality."""
+    """Say of each option that will do whether another is better by :func:`pareto.difference`: the front over money,
+    energy and quality (perplexity over the original's).  An unknown number is neither better nor worse."""
     axes = [axis for axis in PREFER.values() if any(axis in o.known for o in options)]
-    ends = np.array([[(o.known[a].low, o.known[a].high) if a in o.known else (-np.inf, np.inf) for a in axes]
-                     for o in options]).reshape(len(options), len(axes), 2)  # fmt: skip
-    for option, word in zip(options, pareto.verdicts(ends[..., 0], ends[..., 1]), strict=True):
+    values = np.full((len(axes), 3, len(options)), np.nan)
+    for i, j in np.ndindex(len(axes), len(options)):
+        if found := options[j].known.get(axes[i]):
+            values[i, :, j] = np.array([found.mid, found.low, found.high]) + (axes[i] == "loss")
+    for option, word in zip(options, pareto.verdicts(values, [AXES[axis] for axis in axes]), strict=True):
         option.place = str(word)
     return [option for option in options if option.place != "dominated"]
 
@@ -357,11 +364,15 @@ class Decision:
     def changes(self) -> list[str]:
         """What would change the advice: measurements that are missing, and how far its requirements may move."""
         best, need, axis = self.best, self.need, PREFER[self.need.prefer]
+
+        def at_best(option: Option) -> float:
+            return option.known[axis].low if axis in option.known else math.inf
+
         rivals = [o for o in self.options if o.verdict == "unknown" and (
-            best is None or axis not in o.known or o.known[axis].low < rank(best, need.prefer)[0])]  # fmt: skip
-        rivals.sort(key=lambda o: -o.known[axis].low if axis in o.known else -math.inf)  # the most promising last
-        rivals = list({o.technique.name: o for o in rivals}.values())[::-1]
-        found = [f"A measurement: of {o.name}, {' and '.join(o.unknown.values())}." for o in rivals[:3]]
+            best is None or at_best(o) < rank(best, need.prefer)[0] or axis not in o.known)]  # fmt: skip
+        one_each = {o.technique.runtime: o for o in sorted(rivals, key=at_best, reverse=True)}  # engine -> its best
+        rivals = sorted(one_each.values(), key=at_best)
+        found = [f"A measurement of {o.name}: {' and '.join(o.unknown.values())}." for o in rivals]
         if best is not None:
             free = best.cards * hardware.device(need.device).memory_gib - need.keep_free_gib - best.known["memory"].mid
             each = need.context * speed.kv_per_token(need.model, best.kv_type, need.context) / GIB
@@ -400,6 +411,6 @@ class Decision:
             "option": o.name, "will do": o.verdict,
             **{title: between(o.known[key], say) if key in o.known else "" for key, (title, say) in columns.items()},
             "why": "; ".join([*o.missed.values(), *o.unknown.values()])
-                   or {"dominated": "another is surely no worse in anything", "open": "perhaps on the front"}.get(
+                   or {"dominated": "another is no worse in anything", "open": "perhaps on the front"}.get(
                        o.place, "on the front"),
         } for o in self.options]).set_index("option")  # fmt: skip

@@ -43,15 +43,6 @@ def co2e_grams_per_million_tokens(joules_per_token: float, grams_per_kwh: float,
     return joules_per_token * 1e6 / JOULES_PER_KWH * pue * grams_per_kwh
 
 
-def monthly(tokens_per_s: float, joules_per_token: float, tokens: float, usd_per_hour: float,
-            grams_per_kwh: float, pue: float = 1.0) -> dict:  # fmt: skip
-    """What ``tokens`` tokens a month take on a machine that is busy all the time."""
-    per_million = cost_per_million_tokens(tokens_per_s, usd_per_hour)
-    kwh = joules_per_token * tokens / JOULES_PER_KWH * pue
-    return {"usd_per_million": per_million, "usd": per_million * tokens / 1e6, "hours": tokens / tokens_per_s / 3600,
-            "kwh": kwh, "kg_co2e": kwh * grams_per_kwh / 1000}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Price:
     """An example of what an hour of a machine costs on demand, read at ``source`` on ``date``; it changes monthly."""

@@ -44,6 +44,11 @@ class Device:
         return (self.compute_capability or 0) >= 8.9
 
     @property
+    def chip(self) -> tuple:
+        """Equal for cards that compute alike: an H200 is an H100 SXM with another memory."""
+        return self.compute_capability, self.watts
+
+    @property
     def reserve_gib(self) -> float:
         """Memory to leave for activations and, on a GPU, the CUDA context and its libraries."""
         return 1.5 if self.cuda else 0.5

@@ -29,10 +29,7 @@ from .techniques import TECHNIQUES, Technique
 NOISE = 0.05  # two recordings of one thing differ by so much: a fit is never held to be better
 VLLM = {f"vLLM {kind}": Technique(f"vLLM {kind}", "vllm", "vLLM", f"vllm serve <{kind} checkpoint>", needs=needs)
         for kind, needs in (("BF16", "gpu"), ("FP8", "fp8"), ("W4A16", "gpu"))}  # fmt: skip
-AFTER_QAT = Technique("torchao INT4 group 32, after QAT", "qat", "pytorch",
-                      "QATConfig(base, step='prepare'), train, step='convert'", needs="gpu", trained=True)  # fmt: skip
-# stored in the same form: trained weights do not change size and speed, torch.compile not the size
-SAME_FORM = {AFTER_QAT.name: "torchao INT4 group 32", "QAT Q4_0": "GGUF Q4_0"}
+SAME_FORM = {"QAT Q4_0": "GGUF Q4_0"}  # training changes neither size nor speed
 # name -> (a dense model of the experts' shapes, experts in a layer, experts that a token uses)
 MIXTURES = {"Mixtral-8x7B": (capacity.llama(4096, 14336, 32, 32, 8, 32000, 32768, 1e6), 8, 2)}
 
@@ -71,7 +68,7 @@ def weights(technique: Technique, model, users: int = 1, directory=None) -> tupl
 
 def _per_weight(technique: Technique, directory) -> float | None:
     """Bytes a weight in the layers of Llama-2-7B's shape, as ``tradeoff`` measured them."""
-    name = SAME_FORM.get(technique.name, technique.name).removesuffix(", compiled")
+    name = technique.name.removesuffix(", compiled")  # which does not change the size
     for run in results.on_all("tradeoff", directory):
         for row in run.rows:
             if row["shape"] == "llama2_7b" and row["technique"] == name and row.get("weights_mb"):
@@ -204,15 +201,9 @@ def first_token(known: list[Point], model, prompt: int, device: hardware.Device,
                 split: str | None) -> tuple[float, float] | None:  # fmt: skip
     """(at least, at most) seconds until the first token of a prompt that has the engine for itself; None where no
     prompt was measured on this kind of processor.  Arithmetic decides: time in proportion to tokens x weights."""
-    base, experts, picked = shape(model)
-    ffn = sum(math.prod(s) for n, s in capacity.shapes(base).items() if ".ffn_" in n and len(s) == 2)
-    size = capacity.parameters(base) + (picked - 1) * ffn * (experts > 1)
-
-    def kind(one):
-        return one.compute_capability, one.watts
-
     there = [p for p in known if p.first_s and (p.cards, p.split) == (cards, split)
-             and kind(hardware.device(p.device)) == kind(device)]  # fmt: skip
+             and hardware.device(p.device).chip == device.chip]  # fmt: skip
     there = [p for p in there if p.model == model] or there
-    each = [p.first_s / p.prompt / capacity.parameters(p.model) for p in there]
-    return (min(each) * (1 - NOISE) * prompt * size, max(each) * (1 + NOISE) * prompt * size) if each else None
+    used = {name: weights(VLLM["vLLM BF16"], name)[1] for name in {model, *(p.model for p in there)}}
+    each = [p.first_s * prompt / p.prompt * used[model] / used[p.model] for p in there]
+    return ((1 - NOISE) * min(each), (1 + NOISE) * max(each)) if each else None

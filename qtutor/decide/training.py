@@ -68,9 +68,8 @@ def finetuning(device="H200", free_gib: float | None = None, directory=None):
     if run is None:
         raise QtutorError("Fine-tuning was not recorded: run 'python -m tools.record_training' on a GPU.")
     free = device.memory_gib - device.reserve_gib if free_gib is None else free_gib
-    chip = (device.compute_capability, device.watts)
     other = hardware.device(run.device)
-    if chip != (other.compute_capability, other.watts):
+    if device.chip != other.chip:
         raise QtutorError(f"Steps were measured on {run.device}, and {device.name} computes at another speed: record "
                           "them on it.")  # fmt: skip
     source = f"measured on {run.device}" + ("" if other == device else f", taken for {device.name}: the same processor")

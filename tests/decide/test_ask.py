@@ -39,6 +39,13 @@ def test_a_command_that_cannot_be_answered_is_one_sentence(argv):
         ask.main(argv.split())
 
 
+def test_the_command_is_one_of_qtutors(capsys):
+    from qtutor.__main__ import main
+
+    assert main(["choose", "--model", "nobody"]) == 1
+    assert capsys.readouterr().err.startswith("qtutor: There is no model 'nobody'")
+
+
 def test_shares_and_names():
     assert ask.share("0.5%") == ask.share("0.005") == 0.005
     assert ask.known("llama-2-70B", capacity.MODELS) == "Llama-2-70B" and ask.known("x", ()) == "x"

@@ -8,11 +8,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from recorded_rows import H100, saved, served
 
 from qtutor import QtutorError, llamacpp, results
-from qtutor.decide import capacity, choosing, hardware, speed
+from qtutor.decide import capacity, choosing, hardware, pareto, speed
 from qtutor.decide.choosing import Need, Option, decide
 from qtutor.decide.quality import Known
 from qtutor.decide.techniques import TECHNIQUES
@@ -142,15 +143,7 @@ def test_the_chat_service_is_what_the_rows_say():
         assert best.known["tokens/s"].low >= 9.98 and best.known["loss"].high <= 0.005 * 1.001
         assert best.known["memory"].mid <= best.cards * hardware.device("H100 SXM").memory_gib - 2
         passed = [o for o in decision.options if o.verdict == "yes"]
-        assert best.known[axis].high == min(o.known[axis].high for o in passed)
-
-
-def test_today_six_bits_carry_the_chat_service():
-    """As recorded: of 45 options Q6_K alone is known to do on an H100.  New rows (vLLM, a Q8_0 cache) may change that:
-    then change notebook and sentence."""
-    recorded = {row.get("runtime") for run in results.on_all("llama70b") for row in run.rows if row["kind"] == "served"}
-    best = decide(replace(CHAT, cards=2, prefer="money")).best
-    assert best.name == "GGUF Q6_K" if not recorded else best.name.startswith(("vLLM", "GGUF"))
+        assert nearly_least(best, passed, axis)
 
 
 def test_new_rows_change_the_advice(tmp_path):
@@ -168,8 +161,8 @@ def test_new_rows_change_the_advice(tmp_path):
     assert usd["vLLM FP8"] < usd[before.name] < usd["vLLM BF16, 2 cards by tensor"]
     strict = decide(replace(need, max_loss=0.005), directory)
     assert "loss" in {o.name: o for o in strict.options}["vLLM FP8"].unknown  # what FP8 loses at 70B is not known
-    two = decide(replace(need, prefer="quality"), directory).best
-    assert two.name == "vLLM BF16, 2 cards by tensor"
+    bf16, best = found["vLLM BF16, 2 cards by tensor"], decide(replace(need, prefer="quality"), directory).best
+    assert best is bf16 or best.known["loss"].high < 0.001 and better(best, bf16)  # nobody pays for 0.1 %
 
 
 def test_the_cache_that_vllm_reports_decides_over_the_plan(tmp_path):
@@ -202,12 +195,27 @@ def test_a_worse_measurement_changes_the_decision(tmp_path):
 # -------------------------------------------------------------------------------------------------- recommendations
 
 
+def nearly_least(best: Option, passed: list[Option], axis: str) -> bool:
+    """No option has less on an axis, but for what does not count as a difference."""
+    least = min(o.known[axis].high for o in passed if axis in o.known)
+    return best.known[axis].high <= 1.1 * least + 0.001 * (axis == "loss")
+
+
+def better(one: Option, other: Option) -> bool:
+    """By the course's one rule: larger on no axis, smaller on one."""
+    found = []
+    for axis in choosing.PREFER.values():
+        a, b = (np.array([x.mid, x.low, x.high]) + (axis == "loss") if (x := o.known.get(axis)) else [np.nan] * 3
+                for o in (one, other))  # fmt: skip
+        found.append(float(pareto.difference(a, b, choosing.AXES[axis].tolerance)))
+    return set(found) <= {0.0, -1.0} and -1.0 in found
+
+
 def test_the_front_holds_what_nothing_surely_beats():
     decision = decide(SEVEN)
     passed = [option for option in decision.options if option.verdict == "yes"]
     for option in passed:
-        beaten = any(all(a in x.known and a in option.known and x.known[a].high <= option.known[a].low
-                         for a in choosing.PREFER.values()) for x in passed if x is not option)  # fmt: skip
+        beaten = any(better(other, option) for other in passed if other is not option)
         assert beaten == (option not in decision.front), option.name
     assert 1 < len(decision.front) < len(passed)
 
@@ -221,8 +229,7 @@ def test_intervals_keep_what_values_alone_would_drop():
 def test_preferences_order_the_front():
     for prefer, axis in choosing.PREFER.items():
         passed = [o for o in decide(replace(SEVEN, prefer=prefer)).options if o.verdict == "yes"]
-        best = min(o.known[axis].high for o in passed if axis in o.known)
-        assert decide(replace(SEVEN, prefer=prefer)).best.known[axis].high == best
+        assert nearly_least(decide(replace(SEVEN, prefer=prefer)).best, passed, axis)
 
 
 def test_money_and_energy_follow_time():
@@ -244,7 +251,7 @@ def test_what_would_change_it_is_true():
         plan = capacity.fits("Llama-2-70B", best.technique.gguf, 4096, CHAT.device, best.kv_type, users)
         assert (plan.total_gib <= kept + 0.15) == fits  # buffers grow a little with users
     unknown = {o.name for o in decision.options if o.verdict == "unknown"}
-    asked = [text for text in decision.changes() if text.startswith("A measurement")]
+    asked = [text for text in decision.changes() if text.startswith("A measurement of")]
     assert asked and all(any(name in text for name in unknown) for text in asked)
 
 
@@ -278,7 +285,9 @@ def test_relaxing_as_told_makes_it_possible():
 
 def test_a_mixture_reads_more_with_more_users():
     need = Need(model="Mixtral-8x7B", device="H100 SXM", context=1024)
-    one, eight = (options(replace(need, users=users))["GGUF Q4_K_M"].known["tokens/s"].high for users in (1, 8))
+    found = [options(replace(need, users=users))["GGUF Q4_K_M"] for users in (1, 8)]
+    assert all("tokens/s" in option.unknown for option in found)  # rows of dense models only
+    one, eight = (option.known["tokens/s"].high for option in found)
     assert 2 < one / eight < 8  # a dense model's steps for one and eight users read nearly the same
 
 
@@ -302,6 +311,5 @@ def test_the_frame_has_every_technique():
     decision = decide(replace(CHAT, cards=2))
     frame = decision.frame()
     shown = {o.technique.name for o in decision.options}
-    assert shown == {n for n, t in TECHNIQUES.items() if not t.emulated and n != "FP32"} | {
-        speed.AFTER_QAT.name} | set(speed.VLLM)  # fmt: skip
+    assert shown == {n for n, t in TECHNIQUES.items() if not t.emulated and n != "FP32"} | set(speed.VLLM)
     assert (frame.why != "").all() and not frame.isin(["nan"]).any(axis=None) and frame.index.is_unique

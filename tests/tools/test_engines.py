@@ -74,7 +74,10 @@ def test_parts_take_the_place_of_older_rows(tmp_path):
     one = part("a", {"runtime": "vLLM", "type": "FP8", "ms": 3}, {"runtime": "vLLM", "type": "FP8", "ms": 4})
     two = part("b", {"runtime": "llama.cpp", "type": "Q8_0", "ms": 5})
     path = engines.join("serving", [one, two], ("runtime", "type"), tmp_path / "all")
-    assert path == old and [row["ms"] for row in results.validate(json.loads(path.read_text())).rows] == [2, 3, 4, 5]
+    rows = results.validate(json.loads(path.read_text())).rows
+    assert path == old and [row["ms"] for row in rows] == [2, 3, 4, 5]
+    made = json.loads(one.read_text())
+    assert {row["recorded"] for row in rows} == {f"{made['created'][:10]} {made['commit']}"}
     with pytest.raises(QtutorError, match="Only parts of 'llama70b'"):
         engines.join("llama70b", [one], ("runtime",), tmp_path)
 
