@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .. import QtutorError, results
+from .. import QtutorError
 from . import capacity, cost, hardware, pareto, quality, speed
 from .quality import Known
 from .techniques import TECHNIQUES, Technique
@@ -296,7 +296,7 @@ def _recorded(file: str, kind: str, column: str, option: Option, need: Need, dev
     engine = {"GGUF": "llama.cpp"}.get(option.technique.name.split()[0], option.technique.runtime)
     wanted = {"kind": kind, "shape": need.model, "runtime": engine, "type": option.technique.name.split()[-1],
               "kv_type": option.kv_type, "cards": option.cards}  # fmt: skip
-    runs = (run for run in results.on_all(file, directory) if "compute_capability" in run.machine)
+    runs = (run for run in quality.recorded(file, directory) if "compute_capability" in run.machine)
     return [row[column] for run in runs if hardware.device(run.device).name == device.name for row in run.rows
             if row.get(column) and all(row.get(key) == value for key, value in wanted.items())]  # fmt: skip
 

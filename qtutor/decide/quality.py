@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from pathlib import Path
 
 from .. import files, results
 
@@ -31,6 +32,17 @@ class Known:
     mid = property(lambda self: (self.low + self.high) / 2)
 
 
+def recorded(name: str, directory=None) -> list[results.Results]:
+    """``results.on_all``, read once as long as the files do not change.  The rows are not to be changed."""
+    paths = sorted(Path(directory or results.RESULTS).glob(f"*/{name}.json"))
+    return _recorded(name, directory, tuple((path, path.stat().st_mtime_ns) for path in paths))
+
+
+@lru_cache(maxsize=64)
+def _recorded(name, directory, _state):
+    return results.on_all(name, directory)
+
+
 @cache
 def published() -> dict[tuple[str, str], Known]:
     """(model, type) -> loss, of every row of ``published_losses.csv``."""
@@ -47,7 +59,7 @@ def measured(type: str, directory=None) -> list[Known]:
              "INT8 dynamic": "torchao INT8 dynamic"}  # fmt: skip
     found = []
     for name in ("gguf_quality", "tradeoff"):
-        for run in results.on_all(name, directory):
+        for run in recorded(name, directory):
             for row in run.rows:
                 said = row.get("type") if name == "gguf_quality" else row.get("technique")
                 here = not row.get("imatrix") and row.get("batch", 1) == 1 and row.get("shape", "course") == "course"
@@ -85,7 +97,7 @@ def cache_loss(kv_type: str, directory=None) -> Known | None:
     smallest and largest of ``kv_cache_quality`` (small models, llama.cpp's rotation); None where it is unknown."""
     if kv_type in EXACT:
         return Known(0.0, 0.0, "16 bits")
-    rows = [row for run in results.on_all("kv_cache_quality", directory) for row in run.rows
+    rows = [row for run in recorded("kv_cache_quality", directory) for row in run.rows
             if row["kv_type"] == kv_type and row["rotation"]]  # fmt: skip
     if not rows:
         return None

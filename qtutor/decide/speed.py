@@ -22,8 +22,8 @@ from functools import lru_cache
 import numpy as np
 from scipy.optimize import linprog
 
-from .. import results
 from . import capacity, hardware
+from .quality import recorded
 from .techniques import TECHNIQUES, Technique
 
 NOISE = 0.05  # two recordings of one thing differ by so much: a fit is never held to be better
@@ -69,7 +69,7 @@ def weights(technique: Technique, model, users: int = 1, directory=None) -> tupl
 def _per_weight(technique: Technique, directory) -> float | None:
     """Bytes a weight in the layers of Llama-2-7B's shape, as ``tradeoff`` measured them."""
     name = technique.name.removesuffix(", compiled")  # which does not change the size
-    for run in results.on_all("tradeoff", directory):
+    for run in recorded("tradeoff", directory):
         for row in run.rows:
             if row["shape"] == "llama2_7b" and row["technique"] == name and row.get("weights_mb"):
                 tables = 2 * 32000 * 4096
@@ -116,7 +116,7 @@ def points(directory=None) -> dict[str, list[Point]]:
     """Technique -> its measured steps and prompts, of every GPU: ``tradeoff``, ``llama70b`` and ``serving``."""
     found: dict[str, list[Point]] = {}
     for file, run in ((name, run) for name in ("tradeoff", "llama70b", "serving")
-                      for run in results.on_all(name, directory) if "compute_capability" in run.machine):  # fmt: skip
+                      for run in recorded(name, directory) if "compute_capability" in run.machine):  # fmt: skip
         for row in run.rows:
             model = {"tradeoff": "Llama-2-7B", "llama70b": "Llama-2-70B"}.get(file, row.get("shape"))
             kind = row.get("kind", "llama2_7b" if row.get("shape") == "llama2_7b" else None)

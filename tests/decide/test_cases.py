@@ -36,6 +36,13 @@ def test_case_one_what_is_not_known_yet():
 
 
 @native
+def test_case_one_with_shorter_contexts_and_more_loss():
+    """FP8 in vLLM on one card, where 2,048 tokens of context and 1.5 % of perplexity will do."""
+    decision = decide(Need(**vars(CHAT) | {"prefer": "money", "context": 2048, "max_loss": 0.015, "keep_free_gib": 0}))
+    assert decision.best and decision.best.name == "vLLM FP8", changed("one", decision.sentence)
+
+
+@native
 def test_case_two_a_laptop():
     laptop = hardware.Device("laptop", 16e9 / 2**30, gb_per_s=60, watts=30)
     decision = decide(Need("Llama-3-8B", laptop, context=4096, keep_free_gib=4, tokens_per_s=5, max_loss=0.03))
