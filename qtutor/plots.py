@@ -52,12 +52,11 @@ def png(fig) -> bytes:
 
 
 def annotate(ax, xs, ys, labels, fontsize: float = 8.5, color="0.25") -> list:
-    """Name the points of a plot, the first ``len(labels)`` of (``xs``, ``ys``), without one label covering another or
-    any of the points; the others may be those of an error bar.  Returns the annotations.
+    """Name the first points of a plot without one label covering another, or a point.  Returns the annotations.
 
     Each label tries a few places around its point (right, left, above, below, then further out with a thin line
-    back) and takes the first one that is free of labels, points and the axes' border.  Call it last, when the
-    limits and scales of ``ax`` are set.
+    back) and takes the first one that is free of labels, points and the axes' border.  Points without a label, such
+    as those of an error bar, come last.  Call it when the limits and scales of ``ax`` are set.
     """
     figure = ax.figure
     figure.canvas.draw()  # constrained layout moves the axes when it draws: places are known only afterwards
