@@ -178,7 +178,7 @@ def assess(option: Option, need: Need, points: dict, directory=None) -> Option:
     if size is None:
         option.unknown["memory"] = "its size has not been measured"
     elif "hardware" not in option.missed:
-        _memory(option, need, device, size[0], size[1] if technique.gguf else size[0], directory)
+        _memory(option, need, device, size[0], directory)
         _speed(option, need, device, size[1], points)
         _first_token(option, need, device, points, directory)
     return option
@@ -201,16 +201,16 @@ def _loss(option: Option, need: Need, directory) -> None:
                 say=percent)  # fmt: skip
 
 
-def _memory(option: Option, need: Need, device: hardware.Device, total: float, read: float, directory) -> None:
+def _memory(option: Option, need: Need, device: hardware.Device, total: float, directory) -> None:
     base, gguf, cards = speed.shape(need.model)[0], option.technique.gguf, option.cards
     cache = capacity.kv_bytes(base, need.context, "F16" if option.kv_type in ("BF16", "FP8") else option.kv_type,
                               need.users) / (2 if option.kv_type == "FP8" else 1)  # fmt: skip
     there, source = cards * device.memory_gib - need.keep_free_gib, "computed to the byte: weights, cache, reserve"
     if gguf and device.cuda:  # llama.cpp leaves the embedding in the computer's memory, and says what else it takes
-        all_experts = total - speed.weights(option.technique, need.model, 10**6, directory)[1]
-        weights = total - all_experts
-        needed = weights + cache + capacity.buffer_bytes(base, gguf, need.context, option.kv_type, need.users)
-        needed, source = needed / GIB + capacity.Fit.overhead_gib * cards, "computed: llama.cpp's own plan"
+        on_cards = speed.weights(option.technique, need.model, 10**6, directory)[1]  # so many users read all experts
+        buffers = capacity.buffer_bytes(base, gguf, need.context, option.kv_type, need.users)
+        needed = (on_cards + cache + buffers) / GIB + capacity.Fit.overhead_gib * cards
+        source = "computed: llama.cpp's own plan"
     else:
         taken = (1 - VLLM_SHARE) * device.memory_gib if option.technique.runtime == "vLLM" else 0
         needed = (total + cache) / GIB + cards * (device.reserve_gib + taken)
