@@ -113,8 +113,8 @@ def gguf_picture(rows):
         y = factor * (rows[column] - offset)
         for name, (color, marker) in looks.items():
             one = rows["model"] == name
-            axis.errorbar(rows["file_mb"][one], y[one], yerr=2 * factor * rows[f"{column}_se_windows"][one], fmt=marker, ms=7,
-                          capsize=3, lw=1.2, color=color, label=name)  # fmt: skip
+            axis.errorbar(rows["file_mb"][one], y[one], yerr=2 * factor * rows[f"{column}_se_windows"][one],
+                          fmt=marker, ms=7, capsize=3, lw=1.2, color=color, label=name)  # fmt: skip
         line = rows[rows["model"] == "PTQ"].sort_values("file_mb")
         axis.plot(line["file_mb"], y[line.index], color="0.35", lw=1, ls=":", zorder=0)
         axis.set(xlabel="size of the file (MB)")
