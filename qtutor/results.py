@@ -75,16 +75,15 @@ VOCABULARY = {
         perplexity (exp of the mean negative log-likelihood, on scored_tokens), base_perplexity (of the unquantized
         model on the same tokens), perplexity_ratio, perplexity_diff (to the base, error paired), perplexity_correlation
         (of the two log-likelihoods), kld_mean, kld_median, kld_p99, kld_p999, kld_max (KL divergence of the model from
-        the base, nats a token; p99 and p999 are percentiles), kld_mean_se_windows (standard error over windows),
-        kld_less_rival (kld_mean minus that of the rival, paired), entropy_diff (of
-        the predictions, minus the base's), nll_less_rival (negative log-likelihood minus the rival's),
-        nll_hot_less_rival (the same with all logits divided by 1.1), kld_calibration
-        (on the text that chose the types), kld_predicted (sum of the tensors' single scores there), block (tokens
-        averaged before an interval), delta_p_mean, delta_p_rms (change of the true token's probability, a share),
-        same_top (share of tokens with the same first choice), accuracy (share of questions answered right),
-        accuracy_diff (to the unquantized model, paired), accuracy_n (questions),
-        imatrix_gain (kld_mean without an importance matrix minus with), imatrix_gain_se_windows (standard error over
-        windows), imatrix_ignored (the matrix changed nothing)""",
+        the base, nats a token; p99 and p999 are percentiles), kld_mean_se_windows, perplexity_ratio_se_windows
+        (standard errors over windows), kld_less_rival (kld_mean minus that of the rival, paired), entropy_diff (of the
+        predictions, minus the base's), nll_less_rival (negative log-likelihood minus the rival's), nll_hot_less_rival
+        (the same with all logits divided by 1.1), kld_calibration (on the text that chose the types), kld_predicted
+        (sum of the tensors' single scores there), block (tokens averaged before an interval), delta_p_mean, delta_p_rms
+        (change of the true token's probability, a share), same_top (share of tokens with the same first choice),
+        accuracy (share of questions answered right), accuracy_diff (to the unquantized model, paired), accuracy_n
+        (questions), imatrix_gain (kld_mean without an importance matrix minus with), imatrix_gain_se_windows (standard
+        error over windows), imatrix_ignored (the matrix changed nothing)""",
     "chat": """
         form (what the prompt asks for), prompt, answer (greedy), wanted (what a right answer holds), stopped (the model
         ended its answer by itself), repetition (share of the answer's 4-grams that occurred before), prompt_tokens,

@@ -244,11 +244,11 @@ def _inference(data) -> str:
 def _qat(data) -> str:
     said, steps = [], max(row["steps"] for row in data.rows if row["seed"] > 0)
     for scheme, what in (("W4A16", "4-bit"), ("W3", "3-bit"), ("W2", "2-bit")):
-        nearest, gptq = (one(data, scheme=scheme, arm=arm)["kld_mean"] for arm in ("RTN", "GPTQ"))
+        best = min(matching(data, scheme=scheme, seed=-1), key=lambda row: row["kld_mean"])
         qat = mean(data, "kld_mean", scheme=scheme, arm="QAT, distilled", steps=steps)
-        said.append(f"{what} weights: {nearest:.3f} rounded to nearest, {gptq:.3f} by GPTQ with searched scales, "
-                    f"**{qat:.3f}** trained (distilled)")  # fmt: skip
-    return "KLD from the float model; " + "; ".join(said)
+        said.append(f"{what} weights: {one(data, scheme=scheme, arm='RTN')['kld_mean']:.3f} rounded to nearest, "
+                    f"{best['kld_mean']:.3f} by {best['arm']}, **{qat:.3f}** trained")  # fmt: skip
+    return "KLD from the float model (the strongest method after training, distilled QAT); " + "; ".join(said)
 
 
 def _qat_gguf(data) -> str:
