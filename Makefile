@@ -24,7 +24,7 @@ LLAMA_CMAKE := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__ -
 	-DLLAMA_TOOLS_INSTALL=ON -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DGGML_CUDA=$(CUDA) -DCMAKE_INSTALL_RPATH=$$ORIGIN/../lib
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test quick test-gpu check notebooks times renumber results llmc-env serve-gpu doctor install install-test clean
+.PHONY: help lab test quick test-gpu check notebooks times renumber results llmc-env serve-gpu site links editions axe update doctor install install-test clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -76,6 +76,22 @@ llmc-env: $(VENV)/.test ## llm-compressor in an environment of its own, and here
 serve-gpu: ## vLLM in an environment of its own, on a machine with an NVIDIA GPU (notebook 11)
 	$(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/python -m pip install --quiet "vllm>=0.26"
 
+site: $(VENV)/.test ## the course as a static book, build/site (REPOSITORY=owner/name adds Colab and Codespaces buttons)
+	REPOSITORY=$(REPOSITORY) $(PY) -m tools.site build
+
+links: $(VENV)/.test ## ask for every address that the notebooks cite: a dated report, build/links.md
+	$(PY) -m tools.site links
+
+editions: $(VENV)/.test ## notebooks for students and for teachers, and slides: build/student, build/instructor, build/slides
+	$(PY) -m tools.editions --student build/student --instructor build/instructor --slides build/slides
+
+axe: $(VENV)/.test ## the site in a browser with axe, which npm brings: no serious complaint about accessibility
+	npm install --silent --prefix build/axe axe-core
+	$(PY) -m pytest tests/tools/test_site.py -k browser
+
+update: $(VENV)/.test ## propose newer pins in constraints.txt, within pyproject.toml's bounds; make test decides
+	$(PY) -m tools.pins
+
 doctor: $(VENV)/.lab ## what works on this machine, and what to do about the rest
 	$(PY) -m qtutor doctor
 
@@ -113,7 +129,7 @@ endef
 # torch first, and by itself: a machine without an NVIDIA GPU gets the CPU wheel (200 MB instead of several GB).
 # Where download.pytorch.org cannot be reached, pip takes what its own configuration offers.
 $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
-	@if nvidia-smi -L >/dev/null 2>&1; then \
+	@if [ "$(CUDA)" = ON ] || nvidia-smi -L >/dev/null 2>&1; then \
 		$(PIP) install --quiet -c constraints.txt torch; \
 	else \
 		$(PIP) install --quiet --retries 0 --timeout 5 -c constraints.txt \

@@ -26,9 +26,9 @@ import os
 __version__ = "0.1.0"
 
 _MODULES = (
-    "checkpoints corpus course_model decide emulation energy evaluate exercises fake_quant figures files formats "
-    "gguf_blocks gguf_export gguf_file kernels lesson llamacpp measure observers packed paired plots ptq qat results "
-    "rigs serve ste te_switch"
+    "alt_text checkpoints corpus course_model decide emulation energy evaluate exercises fake_quant figures files "
+    "formats gguf_blocks gguf_export gguf_file kernels lesson llamacpp measure observers packed paired plots ptq qat "
+    "results rigs serve ste te_switch"
 ).split()
 
 

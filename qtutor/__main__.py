@@ -22,7 +22,7 @@ from . import QtutorError, __version__, files
 
 NOTEBOOKS = files.ROOT / "notebooks"
 START_PAGE = "00_start_here.ipynb"
-INSTALL = "run 'make lab', or the pip steps in README.md"
+INSTALL = "run 'make lab', or the pip steps in docs/install.md"
 REINSTALL = "start afresh: 'make clean', then 'make lab'"
 
 
@@ -61,7 +61,7 @@ def check_torch():
         yield "GPU", (f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}, "
                       f"CUDA {torch.version.cuda}")  # fmt: skip
     if not torch.cuda.is_available():
-        other = " (if there is one, install torch's CUDA build: README.md, 'A GPU machine')"
+        other = " (if there is one, install torch's CUDA build: docs/install.md, 'A GPU machine')"
         yield "GPU", "none: the notebooks run on the CPU" + (other if shutil.which("nvidia-smi") else "")
 
 
@@ -155,7 +155,7 @@ CHECKS = {  # what -> (check, remedy for what it raises)
     "torch": (check_torch, REINSTALL),
     "FP8 training": (check_fp8, REINSTALL),
     "llama.cpp": (check_llama_cpp, "compile it again: pip install --force-reinstall --no-cache-dir --no-deps "
-                  "llama-cpp-python, with README.md's CMAKE_ARGS"),
+                  "llama-cpp-python, with docs/install.md's CMAKE_ARGS"),
     "JupyterLab": (check_jupyter, REINSTALL),
     "disk": (check_disk, ""),
     "course model": (check_model, "git checkout data/model, or set QTUTOR_MODEL to a whole model folder"),

@@ -162,7 +162,8 @@ def read(path: Path) -> Gguf:
 
 
 DAMAGED, SECONDS = 42, 120  #: what the child says with its exit status, and how long it may take
-NOT_HERE = "llama.cpp does not run on this processor (illegal instruction): reinstall it with README.md's CMAKE_ARGS."
+NOT_HERE = ("llama.cpp does not run on this processor (illegal instruction): reinstall it with docs/install.md's "
+            "CMAKE_ARGS.")  # fmt: skip
 _known: dict = {}  # stamp of a file -> what is in it
 _trusted: set = set()  # stamps of files that this process wrote
 computed: set = set()  #: whether a child has computed here with a quantized model (True), with another (False)

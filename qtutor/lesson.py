@@ -174,7 +174,7 @@ def setup() -> None:
     import numpy as np
     import torch
 
-    from . import plots, te_switch
+    from . import alt_text, plots, te_switch
 
     random.seed(0)
     np.random.seed(0)
@@ -187,6 +187,7 @@ def setup() -> None:
         sys.modules["transformers"].utils.logging.disable_progress_bar()
     if shell := _shell():
         shell.set_custom_exc((QtutorError,), _show_as_sentence)
+        alt_text.attach(shell)
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         device = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"

@@ -95,7 +95,7 @@ def tool(name: str) -> Path:
     beside = str(Path(spec.origin).parent.parent / "bin") if spec and spec.origin else ""
     if found := shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])):
         return Path(found)
-    raise QtutorError(f"{name} is not installed: reinstall llama-cpp-python with the CMAKE_ARGS in README.md.")
+    raise QtutorError(f"{name} is not installed: reinstall llama-cpp-python with the CMAKE_ARGS in docs/install.md.")
 
 
 def run_tool(name: str, *arguments, until: str = "", tries: int = 30) -> tuple[str, float]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import http.server
 import json
 import os
 import secrets
@@ -131,6 +133,15 @@ def cleared(path: Path) -> dict:
         if cell["cell_type"] == "code":
             cell["outputs"], cell["execution_count"] = [], None
     return notebook
+
+
+def handler(folder: Path):
+    """A request handler that serves a folder without a word."""
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    return functools.partial(Quiet, directory=str(folder))
 
 
 @contextlib.contextmanager

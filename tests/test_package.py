@@ -97,15 +97,17 @@ def test_constraints_pin_the_tested_set_within_bounds():
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
 
-def test_readme_and_makefile_compile_llama_cpp_alike():
+def test_install_page_and_makefile_compile_llama_cpp_alike():
     flag = re.compile(r"-DL[A-Z_]+=\w+|-DCMAKE_INSTALL_RPATH")
     makefile = set(flag.findall((ROOT / "Makefile").read_text("utf-8")))
-    for line in re.findall(r"export CMAKE_ARGS=.*", (ROOT / "README.md").read_text("utf-8")):
+    lines = re.findall(r"(?:export|ENV) CMAKE_ARGS=.*", (ROOT / "docs/install.md").read_text("utf-8"))
+    assert len(lines) == 2
+    for line in lines:
         assert set(flag.findall(line)) == makefile
 
 
 def test_links_between_our_files_lead_somewhere():
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("data/*/README.md")]:
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("data/*/README.md")]:
         text = re.sub(r"`[^`\n]*`", "", path.read_text("utf-8"))  # an example is no link
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
             if not target.startswith(("http", "mailto")):

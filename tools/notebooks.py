@@ -16,6 +16,8 @@ import argparse
 import ast
 import base64
 import copy
+import io
+import itertools
 import os
 import re
 import sys
@@ -101,7 +103,8 @@ def with_map(text: str, folder=None, without: str = "") -> str:
 def pages(root) -> dict[Path, str]:
     """The Markdown files that link to notebooks, and their text with links and map as the files are."""
     root = Path(root)
-    there = [path for path in (root / "README.md", root / "CONTRIBUTING.md", *sorted(root.glob("data/*/README.md")))
+    there = [path for path in (root / "README.md", root / "CONTRIBUTING.md", *sorted(root.glob("docs/*.md")),
+                              *sorted(root.glob("data/*/README.md")))
              if path.is_file()]  # fmt: skip
     order = names(root / "notebooks")
     return {path: with_map(in_step(path.read_text("utf-8"), order), root / "notebooks") for path in there}
@@ -169,16 +172,33 @@ def navigation(path) -> str:
     return " · ".join(links)
 
 
-def _clean_outputs(outputs, count, order) -> list:
+def _opaque(png: str) -> str:
+    """A PNG (base64) without the alpha channel that none of its pixels uses: the same picture, a seventh smaller.
+
+    One that has no such channel is returned as it is, so that the form does not depend on a version of zlib.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    except UnidentifiedImageError:
+        return png
+    if picture.mode != "RGBA" or picture.getchannel("A").getextrema() != (255, 255):
+        return png
+    picture.convert("RGB").save(smaller := io.BytesIO(), "PNG", optimize=True)
+    return base64.b64encode(smaller.getvalue()).decode()
+
+
+def _clean_outputs(outputs, count, order, styled) -> list:
     """Outputs without stderr, widgets, metadata and what differs in every run; neighbouring pieces of stdout joined."""
     import nbformat
 
     def lasting(value):
         if not isinstance(value, str):
             return value
-        new_names = {}
-        value = _STYLER.sub(lambda m: new_names.setdefault(m[0], f"T_{len(new_names):05x}"), _ADDRESS.sub("", value))
-        return in_step(value, order)
+        old_names = dict.fromkeys(_STYLER.findall(value))
+        new_names = {old: f"T_{next(styled):05x}" for old in old_names}
+        return in_step(_STYLER.sub(lambda m: new_names[m[0]], _ADDRESS.sub("", value)), order)
 
     cleaned = []
     for output in outputs:
@@ -193,9 +213,10 @@ def _clean_outputs(outputs, count, order) -> list:
                 continue
             if _PROGRESS.search(output.data.get("text/plain", "")):
                 continue
-            output.data = nbformat.from_dict({kind: value if kind == "image/png" else lasting(value)
+            output.data = nbformat.from_dict({kind: _opaque(value) if kind == "image/png" else lasting(value)
                                               for kind, value in output.data.items()})  # fmt: skip
-            output.metadata = nbformat.NotebookNode()
+            alt = output.metadata.get("image/png", {}).get("alt")  # qtutor.alt_text
+            output.metadata = nbformat.from_dict({"image/png": {"alt": lasting(alt)}} if alt else {})
             if output.output_type == "execute_result":
                 output.execution_count = count
         output.pop("transient", None)
@@ -232,7 +253,7 @@ def canonical(nb, path):
     executed = all(cell.execution_count for cell in code)  # a notebook that was not run must not look as if it were
     counts = [cell.execution_count for cell in code if cell.execution_count]
     in_order = counts == sorted(set(counts))  # new numbers must not hide that cells were run in another order
-    links, count = navigation(path), 0
+    links, count, styled = navigation(path), 0, itertools.count()  # a style of one table must not reach another
     for number, cell in enumerate(cells):
         cell.id = f"cell-{number:02d}"
         found = tags(cell)
@@ -246,7 +267,7 @@ def canonical(nb, path):
             cell.source = in_step(lines, order)
             if "setup" in found and cell.source.split() == SETUP.split():
                 cell.source = SETUP  # the same everywhere, blank lines included
-            cell.outputs = _clean_outputs(cell.outputs, cell.execution_count, order) if executed else []
+            cell.outputs = _clean_outputs(cell.outputs, cell.execution_count, order, styled) if executed else []
         else:
             cell.source = links if "nav" in found else _markdown(cell.source, path, order)
     return nb

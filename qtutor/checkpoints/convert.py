@@ -69,7 +69,7 @@ def folder() -> Path:
     """Where ``tools.llamacpp_source`` puts the converter: beside llama.cpp's programs."""
     spec = importlib.util.find_spec("llama_cpp")
     if not spec or not spec.origin:
-        raise QtutorError("llama-cpp-python is not installed: install the course first (README.md).")
+        raise QtutorError("llama-cpp-python is not installed: install the course first (docs/install.md).")
     return Path(spec.origin).parent.parent / "bin" / "llama.cpp"
 
 

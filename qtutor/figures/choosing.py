@@ -19,6 +19,7 @@ from ..decide.choosing import CHOICES, Decision, Need, decide
 from .live import dropdown, live_picture
 
 COLORS = {"yes": plots.PALETTE[2], "unknown": plots.PALETTE[1], "no": plots.PALETTE[3]}
+DARK = {"yes": "#006644", "unknown": "#8a5a00", "no": "#a33c00"}  # the same, dark enough for words on white
 LOSSES = (0.001, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 
@@ -35,7 +36,7 @@ def table(decision: Decision, rows: int = 10):
     caption = [("caption-side", "top"), ("text-align", "left"), ("font-weight", "bold"), ("padding", "0.3em 0.8em"),
                ("border-left", f"4px solid {color}")]  # fmt: skip
     shown = left(decision.frame().head(rows)).set_caption(html.escape(decision.sentence))
-    shown = shown.map(lambda word: f"color: {COLORS[word]}; font-weight: bold", subset=["will do"])
+    shown = shown.map(lambda word: f"color: {DARK[word]}; font-weight: bold", subset=["will do"])
     return shown.set_table_styles([{"selector": "caption", "props": caption}], overwrite=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import shutil
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from qtutor import QtutorError, files
 from tools import notebooks
@@ -182,6 +184,8 @@ def test_restore_removes_what_differs_from_run_to_run(tmp_path):
         new_output("display_data", data={"text/plain": "  0%|          | 0/10 [00:00<?, ?it/s]"}),
         new_output("execute_result", data={"text/plain": "<Thing at 0x7f1234567890>"}, execution_count=5),
         new_output("display_data", data={"text/html": '<style>#T_3fa2b_row0 {}</style><table id="T_3fa2b">'}),
+        new_output("display_data", data={"text/html": '<table id="T_3fa2b">'},
+                   metadata={"needs_background": "light", "image/png": {"alt": "What it shows.", "width": 3}}),
     ]
     path = tmp_path / "01_demo.ipynb"
     nbformat.write(nb, path)
@@ -193,9 +197,28 @@ def test_restore_removes_what_differs_from_run_to_run(tmp_path):
     assert cell.metadata == {"tags": ["recipe"]}
     assert [output.get("text") or dict(output.data) for output in cell.outputs] == [
         "one two\n100%\n", {"text/plain": "<Thing>"},
-        {"text/html": '<style>#T_00000_row0 {}</style><table id="T_00000">'}]
+        {"text/html": '<style>#T_00000_row0 {}</style><table id="T_00000">'}, {"text/html": '<table id="T_00001">'}]
+    assert cell.outputs[2].metadata == {} and cell.outputs[3].metadata == {"image/png": {"alt": "What it shows."}}
     assert cell.outputs[1].execution_count == cell.execution_count
     assert len({cell.id for cell in nb.cells}) == len(nb.cells)
+
+
+def test_a_picture_loses_its_alpha_channel_and_no_pixel(tmp_path):
+    def png(mode, color):
+        Image.new(mode, (40, 30), color).save(data := io.BytesIO(), "PNG")
+        return base64.b64encode(data.getvalue()).decode()
+
+    pictures = [png("RGBA", (9, 8, 7, 255)), png("RGBA", (9, 8, 7, 100)), png("RGB", (1, 2, 3))]
+    cell = new_code_cell("1", execution_count=1, outputs=[new_output("display_data", {"image/png": one})
+                                                          for one in pictures])  # fmt: skip
+    path = tmp_path / "01_demo.ipynb"
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# 01 · Demo"), cell]), path)
+    assert notebooks.restore(path) is True and notebooks.restore(path) is False
+    outputs = next(cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code").outputs
+    kept = [output.data["image/png"].strip() for output in outputs]
+    assert kept[1:] == pictures[1:] and len(kept[0]) < len(pictures[0])
+    image = Image.open(io.BytesIO(base64.b64decode(kept[0])))
+    assert image.mode == "RGB" and image.getcolors() == [(1200, (9, 8, 7))]
 
 
 def test_navigation_links_the_files_that_are_there(tmp_path):
