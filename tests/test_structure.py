@@ -30,7 +30,7 @@ MAY_IMPORT = {
 # The core imports a folder in these places only, and only when a function is called.
 LAZY = {("te_switch", "emulation"), ("lesson", "exercises"), ("ste", "kernels"), ("__main__", "decide"),
         ("__main__", "checkpoints")}  # fmt: skip
-LINES = {"core": 5_576, "package": 14_688, "tools": 4_660}
+LINES = {"core": 5_830, "package": 14_930, "tools": 5_300}
 
 
 def folder_of(module: str) -> str:
@@ -182,7 +182,7 @@ def test_every_public_name_is_used_and_not_by_tests_alone():
         used |= {(module, name) for name in own}
         exported = [n for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"]
         used |= {(module, name) for n in exported for name in re.findall(r"'(\w+)'", ast.unparse(n.value))}
-    for path in (ROOT / "bench").glob("*.py"):
+    for path in [*(ROOT / "bench").glob("*.py"), ROOT / "docs" / "conf.py"]:
         tree = ast.parse(path.read_text("utf-8"))
         bound, taken = bindings(tree)
         used |= {*names_used(tree, bound), *taken}

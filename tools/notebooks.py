@@ -405,7 +405,7 @@ def _recall(nb, path):
     quizzes = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "code" and _QUIZ.search(cell.source)]
     around = [nb.cells[i].source for at in quizzes for i in (at - 1, at, at + 1)]
     if not (len(around) == 3 and re.search(r"^## Recall\b", around[0], re.M)
-            and around[1] == f'qtutor.lesson.quiz("{topic(path)}")' and re.search(_RECAP, around[2], re.M)):  # fmt: skip
+            and around[1] == f'qtutor.lesson.quiz("{topic(path)}")' and re.search(_RECAP, around[2], re.M)):
         yield f"one cell qtutor.lesson.quiz(\"{topic(path)}\") must stand between '## Recall' and the recap"
 
 
@@ -508,7 +508,7 @@ def new(name: str, heading: str) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """``list | check | restore | run | time | renumber | new``; return 1 where ``check`` or ``time`` finds something."""
+    """The command line; return 1 where ``check`` or ``time`` finds something."""
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("list", "check", "restore", "run", "time", "renumber", "new"))
     parser.add_argument("notebook", nargs="*", help="topics, numbers or files, by default all; new: a name and a title")
