@@ -54,9 +54,8 @@ def png(fig) -> bytes:
 def annotate(ax, xs, ys, labels, fontsize: float = 8.5, color="0.25") -> list:
     """Name the first points of a plot without one label covering another, or a point.  Returns the annotations.
 
-    Each label tries a few places around its point (right, left, above, below, then further out with a thin line
-    back) and takes the first one that is free of labels, points and the axes' border.  Points without a label, such
-    as those of an error bar, come last.  Call it when the limits and scales of ``ax`` are set.
+    Each label takes the first place around its point (beside it, then further out with a thin line back) that is free
+    of labels, points (the last may be unnamed, such as an error bar's) and the border.  Call it when limits are set.
     """
     figure = ax.figure
     figure.canvas.draw()  # constrained layout moves the axes when it draws: places are known only afterwards
