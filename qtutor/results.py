@@ -294,4 +294,5 @@ def on_all(name: str, directory=None) -> list[Results]:
 
 def on_gpu(name: str, directory=None) -> Results | None:
     """The results ``name`` of the first GPU in MACHINES that has them (``found.device`` names it), or None."""
-    return next((run for run in on_all(name, directory) if "compute_capability" in run.machine), None)
+    gpus = (machine for machine in MACHINES if machine != "cpu" and exists(name, machine, directory))
+    return next((load(name, machine, directory) for machine in gpus), None)
