@@ -9,8 +9,8 @@ time (launching kernels, sampling).  One card cannot tell the first two apart, a
 not pick one fit: every ``a, b, c`` that reproduces the measured steps to within some percent is allowed, and a
 prediction is the range of what they say.  More measurements, on other cards and models, narrow it.
 
-    points = speed.points(directory)[TECHNIQUES["GGUF Q6_K"].name]
-    speed.step(points, read=56e9, device=hardware.device("H200"), users=1)      # seconds, at least and at most
+    alone = [p for p in speed.points()["GGUF Q6_K"] if p.users == 1 and p.step_s]
+    speed.step(alone, read=56e9, device=hardware.device("H200"))      # seconds, at least and at most
 """
 
 from __future__ import annotations
