@@ -403,10 +403,10 @@ def _exercises(nb, path):
 
 def _recall(nb, path):
     quizzes = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "code" and _QUIZ.search(cell.source)]
-    around = [nb.cells[i].source for at in quizzes for i in (at - 1, at, at + 1)]
-    if not (len(around) == 3 and re.search(r"^## Recall\b", around[0], re.M)
-            and around[1] == f'qtutor.lesson.quiz("{topic(path)}")' and re.search(_RECAP, around[2], re.M)):
-        yield f"one cell qtutor.lesson.quiz(\"{topic(path)}\") must stand between '## Recall' and the recap"
+    around = "\n".join(cell.source for at in quizzes for cell in nb.cells[at - 1 : at + 2])
+    call = f'qtutor.lesson.quiz("{topic(path)}")'
+    if len(quizzes) != 1 or not re.search(rf"^## Recall\b.*^{re.escape(call)}\n({_RECAP})", around, re.M | re.S):
+        yield f"one cell {call} must stand between a cell '## Recall' and the recap"
 
 
 def _recipes(nb, path):
@@ -508,7 +508,7 @@ def new(name: str, heading: str) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """The command line; return 1 where ``check`` or ``time`` finds something."""
+    """``list | check | restore | run | time | renumber | new``; return 1 where ``check`` or ``time`` finds a fault."""
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("list", "check", "restore", "run", "time", "renumber", "new"))
     parser.add_argument("notebook", nargs="*", help="topics, numbers or files, by default all; new: a name and a title")
