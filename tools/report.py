@@ -307,7 +307,11 @@ def _llama70b(data) -> str:
             most = max(many, key=lambda r: r["batch"])
             line += f" ({most['decode_tokens_per_s']:.0f} tokens/s at batch {most['batch']})"
         said.append(line)
-    return "; ".join(said) + " (its shape, random weights, llama.cpp)" if said else ""
+    for row in data.rows:  # one stream and a short prompt
+        if (row["kind"], row.get("streams"), row.get("prefill_tokens")) == ("served", 1, 128) and row["cards"] == 1:
+            said.append(f"vLLM {row['type']} {row['decode_tokens_per_s']:.1f} tokens/s "
+                        f"({row['requests']} requests, no interval)".replace("(1 requests", "(1 request"))  # fmt: skip
+    return "; ".join(said) + " (its shape, random weights; llama.cpp where no engine is named)" if said else ""
 
 
 #: (question, name of the results that answer it, function: Results -> Markdown)

@@ -51,7 +51,9 @@ def draw(ax, rows, x: str, y: str) -> list[dict]:
     labels_of = [f"{a.label}  {arrows[a][a.better == 'higher']} better" for a in (across, up)]
     ax.set(xlabel=labels_of[0], ylabel=labels_of[1])
     ax.margins(0.12)
-    for note in plots.annotate(ax, xs, ys, [_short(row["technique"]) for row in found]):
+    bars = [np.linspace(ends[0], ends[1], 20) for ends in ((x_low, x_high), (y_low, y_high))]  # no label across one
+    keep_free = [np.r_[xs, bars[0].ravel(), np.tile(xs, 20)], np.r_[ys, np.tile(ys, 20), bars[1].ravel()]]
+    for note in plots.annotate(ax, *keep_free, [_short(row["technique"]) for row in found]):
         note.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # readable across an error bar
     return found
 
@@ -117,9 +119,10 @@ def losses_picture(losses: list[tuple], title: str, width: float = 9):
         for line in families.values():
             ax.plot(*zip(*line, strict=True), lw=1.2, color=look["color"])
         ax.plot([], [], ls="", label=kind, **look)
-    ax.set_xticks(range(len(models)), [f"{model}\n{weights:.2g} weights" for weights, model in models])
+    sizes = [f"{weights / 1e9:.3g} B" if weights >= 1e9 else f"{weights / 1e6:.3g} M" for weights, _ in models]
+    ax.set_xticks(range(len(models)), [f"{model}\n{size}" for (_, model), size in zip(models, sizes, strict=True)])
     ax.set(yscale="log", ylabel="perplexity lost (%)", title=title)
-    plots.plain_ticks(ax.yaxis, 1000)
+    plots.plain_ticks(ax.yaxis, 100)
     fig.legend(loc="outside right center", frameon=False)
     return fig
 

@@ -185,7 +185,9 @@ def test_headlines_of_what_a_gpu_records_later(tmp_path):
            "joules_per_decode_token": 20.0}  # fmt: skip
     batch = {"kind": "batch", "type": "Q6_K", "batch": 32, "fits": True, "decode_tokens_per_s": 301.0}
     rows = [run, batch, {"kind": "model", "type": "Q8_0", "fits": False, "not_run": "too large"},
-            batch | {"batch": 64, "fits": False}, {"kind": "tool", "type": "Q6_K"}]  # fmt: skip
+            batch | {"batch": 64, "fits": False}, {"kind": "tool", "type": "Q6_K"},
+            *[{"kind": "served", "cards": cards, "type": "FP8", "streams": 1, "prefill_tokens": 128, "requests": 2,
+               "decode_tokens_per_s": 37.0 * cards} for cards in (1, 2)]]  # fmt: skip
     save_for(tmp_path, "h100", "llama70b", rows, "NVIDIA H100 80GB HBM3")
     def speed(technique, runtime, value, joules, **more):
         ends = {"decode_tokens_per_s_low": value * 0.99, "decode_tokens_per_s_high": value * 1.01,
@@ -209,7 +211,7 @@ def test_headlines_of_what_a_gpu_records_later(tmp_path):
     found = {data.name: (machine, answer) for _, machine, data, answer in report.headlines(tmp_path)}
     machine, answer = found["llama70b"]
     assert machine == "h100" and "**Q6_K: 54.5 GiB, 30.0 tokens/s**, 20.0 J a token (301 tokens/s at batch" in answer
-    assert "Q8_0 does not fit" in answer
+    assert "Q8_0 does not fit" in answer and "; vLLM FP8 37.0 tokens/s (2 requests, no interval) (its" in answer
     machine, answer = found["tradeoff"]
     assert machine == "h200" and "Q8_0 1.03 (1.01 to 1.05); Q4_K_M **1.50** (1.47 to 1.53)" in answer
     assert "Fastest with 1: Q4_K_M; least energy: Q4_K_M or Q8_0 or F16 (" in answer and "BF16" not in answer
