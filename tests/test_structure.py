@@ -30,7 +30,7 @@ MAY_IMPORT = {
 # The core imports a folder in these places only, and only when a function is called.
 LAZY = {("te_switch", "emulation"), ("lesson", "exercises"), ("ste", "kernels"), ("__main__", "decide"),
         ("__main__", "checkpoints")}  # fmt: skip
-LINES = {"core": 5_565, "package": 13_985, "tools": 4_640}
+LINES = {"core": 5_665, "package": 14_085, "tools": 4_695}
 
 
 def folder_of(module: str) -> str:
