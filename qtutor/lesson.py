@@ -180,8 +180,8 @@ def quiz_forms(topic: str) -> dict[str, str]:
         options.sort(key=lambda option: zlib.crc32(f"{question['ask']}{option[1]}".encode()))
         folded = "\n".join(f"<details><summary>{marked(option)}</summary>{says}. {marked(reply)}</details>"
                            for says, option, reply in options)  # fmt: skip
-        page.append(f"<p><b>{number}.</b> {marked(question['ask'])}</p>\n"
-                    f'<div style="margin-left: 1.5em">\n{folded}\n</div>')  # fmt: skip
+        page.append(f"<div><b>{number}.</b> {marked(question['ask'])}</div>\n"
+                    f'<div style="margin: 0.2em 0 1em 1.5em">\n{folded}\n</div>')  # fmt: skip
         lines += [f"{number}. {question['ask']}", *(f"   {'abcdef'[i]}) {one[1]}" for i, one in enumerate(options))]
         key += [f"{number}{'abcdef'[i]}" for i, one in enumerate(options) if one[0] == "Right"]
     return {"text/plain": "\n".join([*lines, f"Right: {', '.join(key)}."]), "text/html": "\n".join(page)}
