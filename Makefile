@@ -24,7 +24,7 @@ LLAMA_CMAKE := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__ -
 	-DLLAMA_TOOLS_INSTALL=ON -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DGGML_CUDA=$(CUDA) -DCMAKE_INSTALL_RPATH=$$ORIGIN/../lib
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test quick test-gpu check notebooks times renumber results llmc-env serve-gpu site links editions axe update doctor install install-test clean
+.PHONY: help lab test quick test-gpu check notebooks times new renumber results llmc-env serve-gpu site links editions axe update doctor install install-test clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -61,6 +61,9 @@ times: $(VENV)/.test ## run every notebook and record what it takes: the lines "
 	$(PY) -m tools.notebooks time $(ONLY)
 	$(PY) -m tools.notebooks restore
 	$(PY) -m tools.report write
+
+new: $(VENV)/.test ## a new notebook with all its parts: make new NAME=04b_topic TITLE="Its title"
+	$(PY) -m tools.notebooks new "$(NAME)" "$(TITLE)"
 
 renumber: $(VENV)/.test ## number the notebooks in the order of their files' names (add 04b_topic.ipynb), links and all
 	$(PY) -m tools.notebooks renumber

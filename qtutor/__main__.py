@@ -1,4 +1,4 @@
-"""The command line: ``python -m qtutor doctor | lab | recipes | model``.
+"""The command line: ``python -m qtutor doctor | lab | recipes | progress | model | choose``.
 
 ``doctor`` has to work when half of the installation is broken, so nothing but the standard library is imported at the
 top, and each check brings what it needs.
@@ -221,6 +221,35 @@ def recipes(argv: list[str]) -> int:
     return 0
 
 
+def progress(argv: list[str]) -> int:
+    """Print which exercises were passed on this machine, notebook by notebook; ``--reset`` forgets them."""
+    from . import lesson
+
+    parser = argparse.ArgumentParser(prog="qtutor progress", description=progress.__doc__)
+    parser.add_argument("--reset", action="store_true", help="remove the file that keeps them")
+    reset, path = parser.parse_args(argv).reset, lesson.progress_file()
+    if path is None:
+        raise QtutorError("Nothing is kept, because QTUTOR_PROGRESS is empty: unset it, or name a file in it.")
+    if reset:
+        print(f"Removing {path}: every exercise counts as open again.")
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise QtutorError(f"'{path}' cannot be removed ({error.strerror}): remove it yourself.") from None
+        return 0
+    kept, total = lesson.passed(), [0, 0]
+    print(f"{'notebook':<32}{'passed':<9}still open")
+    for notebook in notebook_paths():
+        cells = files.read_json(notebook, "notebook")["cells"]
+        source = "\n".join("".join(cell["source"]) for cell in cells if "exercise" in cell["metadata"].get("tags", []))
+        names = re.findall(r"lesson\.check\(\s*\"\w+\.(\w+)\"", source)
+        still = [name for name in names if f"{notebook.stem[3:]}.{name}" not in kept]
+        total = [total[0] + len(names) - len(still), total[1] + len(names)]
+        print(f"{notebook.stem:<32}{f'{len(names) - len(still)} of {len(names)}':<9}{', '.join(still)}")
+    print(f"{'together':<32}{total[0]} of {total[1]}\n\nKept in {path}, and nowhere else; --reset forgets it.")
+    return 0
+
+
 def model(argv: list[str]) -> int:
     """Evaluate or try the model in use, or fetch a real one: ``model evaluate | complete TEXT | fetch smollm2``."""
     from . import course_model
@@ -244,10 +273,19 @@ def model(argv: list[str]) -> int:
     return 0
 
 
+def choose(argv: list[str]) -> int:
+    """Choose a technique: ``choose --memory 80GiB --model llama-2-70b --users 8``."""
+    from .decide import ask
+
+    return ask.main(argv)
+
+
 COMMANDS = {
     "doctor": (doctor, "check what works on this machine, and what to do about the rest"),
     "lab": (lab, "open JupyterLab on the start page (further arguments go to jupyter lab)"),
     "recipes": (recipes, "print the recipe cells: recipes 01 qat"),
+    "choose": (choose, "from requirements to a decision: choose --memory 80GiB --model llama-2-70b --users 8"),
+    "progress": (progress, "which exercises were passed on this machine; progress --reset forgets them"),
     "model": (model, "evaluate or try the model in use; fetch smollm2, a real chat model"),
 }
 

@@ -1,4 +1,4 @@
-"""What every notebook uses: :func:`setup` in its first cell, and :func:`check` under its exercises.
+"""What every notebook uses: :func:`setup` in its first cell, :func:`check` under exercises, :func:`quiz` at the end.
 
 An exercise is a check function, registered in :mod:`qtutor.exercises` with its solution and with typical wrong
 answers.  The tests try them all:
@@ -10,7 +10,8 @@ answers.  The tests try them all:
         return "One code more than IEEE rules would leave: E4M3 spends no codes on infinity."   # praise, or None
 
 In the notebook the reader replaces the ``...`` of ``answer = ...`` and ``qtutor.lesson.check(name, answer)`` replies at
-once.  Whatever the answer is, the notebook goes on.
+once.  Whatever the answer is, the notebook goes on.  What was passed is kept on the reader's machine
+(:func:`progress_file`) and goes nowhere else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import html
 import importlib
 import inspect
+import json
 import logging
 import os
 import platform
@@ -25,11 +27,13 @@ import random
 import re
 import sys
 import warnings
+import zlib
 from collections import namedtuple
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
-from . import QtutorError, __version__, profile
+from . import QtutorError, __version__, files, profile
 
 
 class WrongAnswer(Exception):
@@ -111,18 +115,82 @@ def verdict(name: str, answer) -> tuple[str, str]:
 
 
 def check(name: str, answer) -> None:
-    """Say whether ``answer`` solves exercise ``name``: "✔ ...", "✘ ..." or "not attempted yet"."""
+    """Say whether ``answer`` solves exercise ``name``: "✔ ...", "✘ ..." or "not attempted yet"; keep what is passed."""
     state, sentence = verdict(name, answer)
     mark, color = {"open": ("", "#949494"), "right": ("✔ ", "#029e73"), "wrong": ("✘ ", "#d55e00")}[state]
-    text = f"{mark}{name}: {sentence}"
+    if state == "right":
+        _keep(name)
+    _show(f"{mark}{name}: {sentence}",
+          f'<div style="border-left: 4px solid {color}; padding: 0.3em 0.8em; margin: 0.3em 0">'
+          f"{mark}<b>{html.escape(name)}</b>: {html.escape(sentence)}</div>")  # fmt: skip
+
+
+def _show(text: str, page: str) -> None:
+    """Display HTML in a notebook, print the text elsewhere."""
     if _shell() is None:
         print(text)
         return
     from IPython.display import display
 
-    box = (f'<div style="border-left: 4px solid {color}; padding: 0.3em 0.8em; margin: 0.3em 0">'
-           f"{mark}<b>{html.escape(name)}</b>: {html.escape(sentence)}</div>")  # fmt: skip
-    display({"text/html": box, "text/plain": text}, raw=True)
+    display({"text/html": page, "text/plain": text}, raw=True)
+
+
+def progress_file() -> Path | None:
+    """Where passed exercises are kept: QTUTOR_PROGRESS, else in the user's data folder.  None, and nothing is kept,
+    where QTUTOR_PROGRESS is set and empty, as in tests."""
+    folder = os.environ.get("APPDATA") or os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    chosen = os.environ.get("QTUTOR_PROGRESS", f"{folder}/qtutor/progress.json")
+    return Path(chosen).expanduser() if chosen else None
+
+
+def passed() -> dict[str, str]:
+    """Name of each exercise that was passed on this machine -> the day, as 2026-11-27.
+
+    Raises QtutorError where the file is damaged.
+    """
+    path = progress_file()
+    return files.read_json(path, "progress file") if path and path.exists() else {}
+
+
+def _keep(name: str) -> None:
+    """Note that an exercise was passed; where that cannot be written (or read) the notebook goes on without."""
+    try:
+        if (path := progress_file()) and name not in (kept := passed()):
+            files.write_text(path, json.dumps(kept | {name: str(date.today())}, indent=1) + "\n")
+    except Exception:  # no home folder, a full disk, a damaged file: nothing that the exercise depends on
+        pass
+
+
+def quiz_forms(topic: str) -> dict[str, str]:
+    """The quiz ``data/quiz/<topic>.json`` as {"text/plain": questions and key, "text/html": with the replies, folded}.
+
+    The file is a list of ``{"ask": question, "right": [option, reply], "wrong": [[option, reply], ...]}``.  The order
+    of the options depends on their words alone.  Raises QtutorError where there is no such quiz.
+    """
+    there = {path.stem: path for path in sorted((files.DATA / "quiz").glob("*.json"))}
+    if topic not in there:
+        raise QtutorError(f"There is no quiz {topic!r}: choose from {', '.join(there) or 'none'}.")
+
+    def marked(text):
+        return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+
+    lines, key, page = [], [], []
+    for number, question in enumerate(files.read_json(there[topic], "quiz"), 1):
+        options = [("Right", *question["right"]), *(("No", *wrong) for wrong in question["wrong"])]
+        options.sort(key=lambda option: zlib.crc32(f"{question['ask']}{option[1]}".encode()))
+        folded = "\n".join(f"<details><summary>{marked(option)}</summary>{says}. {marked(reply)}</details>"
+                           for says, option, reply in options)  # fmt: skip
+        page.append(f"<div><b>{number}.</b> {marked(question['ask'])}</div>\n"
+                    f'<div style="margin: 0.2em 0 1em 1.5em">\n{folded}\n</div>')  # fmt: skip
+        lines += [f"{number}. {question['ask']}", *(f"   {'abcdef'[i]}) {one[1]}" for i, one in enumerate(options))]
+        key += [f"{number}{'abcdef'[i]}" for i, one in enumerate(options) if one[0] == "Right"]
+    return {"text/plain": "\n".join([*lines, f"Right: {', '.join(key)}."]), "text/html": "\n".join(page)}
+
+
+def quiz(topic: str) -> None:
+    """Show the recall quiz of a notebook: each option unfolds into the reply to it, without a script."""
+    forms = quiz_forms(topic)
+    _show(forms["text/plain"], forms["text/html"])
 
 
 def _shell():

@@ -52,11 +52,10 @@ def png(fig) -> bytes:
 
 
 def annotate(ax, xs, ys, labels, fontsize: float = 8.5, color="0.25") -> list:
-    """Name the points of a plot without one label covering another.  Returns the annotations.
+    """Name the first points of a plot without one label covering another, or a point.  Returns the annotations.
 
-    Each label tries a few places around its point (right, left, above, below, then further out with a thin line
-    back) and takes the first one that is free of labels, points and the axes' border.  Call it last, when the
-    limits and scales of ``ax`` are set.
+    Each label takes the first place around its point (beside it, then further out with a thin line back) that is free
+    of labels, points (the last may be unnamed, such as an error bar's) and the border.  Call it when limits are set.
     """
     figure = ax.figure
     figure.canvas.draw()  # constrained layout moves the axes when it draws: places are known only afterwards
@@ -67,7 +66,7 @@ def annotate(ax, xs, ys, labels, fontsize: float = 8.5, color="0.25") -> list:
     far = [(dx * reach, dy * reach, h, v) for reach in (12, 20, 30, 42, 56)
            for dx, dy, h, v in [(1, 1, "left", "bottom"), (1, -1, "left", "top"), (-1, 1, "right", "bottom"),
                                 (-1, -1, "right", "top")]]  # fmt: skip
-    for number, (x, y, label) in enumerate(zip(xs, ys, labels, strict=True)):
+    for number, (x, y, label) in enumerate(zip(xs, ys, labels, strict=False)):
         best, least = None, np.inf
         for dx, dy, horizontal, vertical in near + far:
             line = {"arrowstyle": "-", "color": "0.6", "lw": 0.6} if abs(dx) + abs(dy) > 10 else None

@@ -75,16 +75,15 @@ VOCABULARY = {
         perplexity (exp of the mean negative log-likelihood, on scored_tokens), base_perplexity (of the unquantized
         model on the same tokens), perplexity_ratio, perplexity_diff (to the base, error paired), perplexity_correlation
         (of the two log-likelihoods), kld_mean, kld_median, kld_p99, kld_p999, kld_max (KL divergence of the model from
-        the base, nats a token; p99 and p999 are percentiles), kld_mean_se_windows (standard error over windows),
-        kld_less_rival (kld_mean minus that of the rival, paired), entropy_diff (of
-        the predictions, minus the base's), nll_less_rival (negative log-likelihood minus the rival's),
-        nll_hot_less_rival (the same with all logits divided by 1.1), kld_calibration
-        (on the text that chose the types), kld_predicted (sum of the tensors' single scores there), block (tokens
-        averaged before an interval), delta_p_mean, delta_p_rms (change of the true token's probability, a share),
-        same_top (share of tokens with the same first choice), accuracy (share of questions answered right),
-        accuracy_diff (to the unquantized model, paired), accuracy_n (questions),
-        imatrix_gain (kld_mean without an importance matrix minus with), imatrix_gain_se_windows (standard error over
-        windows), imatrix_ignored (the matrix changed nothing)""",
+        the base, nats a token; p99 and p999 are percentiles), kld_mean_se_windows, perplexity_ratio_se_windows
+        (standard errors over windows), kld_less_rival (kld_mean minus that of the rival, paired), entropy_diff (of the
+        predictions, minus the base's), nll_less_rival (negative log-likelihood minus the rival's), nll_hot_less_rival
+        (the same with all logits divided by 1.1), kld_calibration (on the text that chose the types), kld_predicted
+        (sum of the tensors' single scores there), block (tokens averaged before an interval), delta_p_mean, delta_p_rms
+        (change of the true token's probability, a share), same_top (share of tokens with the same first choice),
+        accuracy (share of questions answered right), accuracy_diff (to the unquantized model, paired), accuracy_n
+        (questions), imatrix_gain (kld_mean without an importance matrix minus with), imatrix_gain_se_windows (standard
+        error over windows), imatrix_ignored (the matrix changed nothing)""",
     "chat": """
         form (what the prompt asks for), prompt, answer (greedy), wanted (what a right answer holds), stopped (the model
         ended its answer by itself), repetition (share of the answer's 4-grams that occurred before), prompt_tokens,
@@ -287,7 +286,12 @@ def load(name: str, machine: str = "h200", directory=None) -> Results:
     return validate(data)
 
 
+def on_all(name: str, directory=None) -> list[Results]:
+    """The results ``name`` of every machine in MACHINES that has them, in that order: a CPU's last."""
+    return [load(name, machine, directory) for machine in MACHINES if exists(name, machine, directory)]
+
+
 def on_gpu(name: str, directory=None) -> Results | None:
     """The results ``name`` of the first GPU in MACHINES that has them (``found.device`` names it), or None."""
-    folders = (machine for machine in MACHINES if machine != "cpu" and exists(name, machine, directory))
-    return next((load(name, machine, directory) for machine in folders), None)
+    gpus = (machine for machine in MACHINES if machine != "cpu" and exists(name, machine, directory))
+    return next((load(name, machine, directory) for machine in gpus), None)

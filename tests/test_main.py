@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -204,3 +205,23 @@ def test_lab_opens_on_the_start_page(tmp_path):
         assert server.wait(120) == 0
     finally:
         server.kill()
+
+
+def test_progress_is_shown_and_forgotten(tmp_path):
+    """On a file of the test's own: what was passed, what is open, and a reset that says what it removes."""
+    kept = tmp_path / "progress.json"
+    env = {"QTUTOR_PROGRESS": str(kept)}
+    done = qtutor("progress", env=env)
+    assert re.search(r"^00_start_here +0 of 2 +bits_that_fit, bits_per_byte$", done.stdout, re.M) and not done.stderr
+    assert re.search(r"^together +0 of \d\d$", done.stdout, re.M) and str(kept) in done.stdout
+    kept.write_text('{"start_here.bits_per_byte": "2026-11-27", "gone.exercise": "2026-11-27"}')
+    done = qtutor("progress", env=env)
+    assert re.search(r"^00_start_here +1 of 2 +bits_that_fit$", done.stdout, re.M), done.stdout
+    assert re.search(r"^together +1 of \d\d$", done.stdout, re.M)
+    for _ in range(2):
+        done = qtutor("progress", "--reset", env=env)
+        assert done.returncode == 0 and str(kept) in done.stdout and not kept.exists()
+    kept.write_text("{")
+    for file, *argv in ((kept, "progress"), ("", "progress"), (tmp_path, "progress", "--reset")):
+        done = qtutor(*argv, env={"QTUTOR_PROGRESS": str(file)})
+        assert done.returncode == 1 and done.stderr.startswith("qtutor: ") and done.stderr.count("\n") == 1, done.stderr

@@ -171,10 +171,15 @@ def loads(server: serve.Server, tokenizer, lengths: serving.Lengths, meter: Mete
         began = kept["began"].iloc[0]
         used = meter.joules(began + kept["start"].min(), began + kept["last"].max())
         tokens = kept["output_tokens"].sum()
-        row |= {"rate_per_s" if loop == "open" else "streams": load,
-                "joules_per_decode_token": used / tokens if used and tokens else None}  # fmt: skip
-        if loop == "closed":
-            row["decode_tokens_per_s"] = load * 1000 / row["itl_p50_ms"] if row["itl_p50_ms"] else None
+        step = energy.NVML_STEP_S / (kept["last"].max() - kept["start"].min())  # so much of the joules is in doubt
+        good = kept[kept["state"] == "successful"]
+        row["rate_per_s" if loop == "open" else "streams"] = load
+        for end, share, part in (("", 50, 1), ("_low", 90, 1 - step), ("_high", 10, 1 + step)):
+            row[f"joules_per_decode_token{end}"] = part * used / tokens if used and tokens else None
+            itl, ttft = (good[name].dropna() for name in ("itl_ms", "ttft_ms"))
+            if loop == "closed":  # the median of the requests, and their 10th to 90th percentile
+                row[f"decode_tokens_per_s{end}"] = load * 1000 / np.percentile(itl, share) if len(itl) else None
+                row[f"ttft_p50_ms{end}"] = np.percentile(ttft, 100 - share) if len(ttft) else None
         rows.append({key: None if isinstance(value, float) and not np.isfinite(value) else value
                      for key, value in row.items()})  # fmt: skip
     return rows

@@ -1,4 +1,4 @@
-"""The form of the notebooks: ``python -m tools.notebooks list | check | restore | run | time | renumber``.
+"""The form of the notebooks: ``python -m tools.notebooks list | check | restore | run | time | renumber | new``.
 
 The notebooks are committed with the outputs of a clean run, so that they read well without being run.  What a run
 leaves behind differs from one machine to the next (ids, timestamps, progress bars, metadata), so a notebook has one
@@ -7,7 +7,7 @@ leaves behind differs from one machine to the next (ids, timestamps, progress ba
 A notebook is known by its topic; the number in its file's name is its place in the order and nothing else.  Titles,
 navigation, maps and links get their numbers from the files' names: ``[notebook 04](04_fp8_scaling.ipynb)`` leads to
 fp8_scaling and says so, whatever its number becomes.  So a notebook is put in the middle by naming its file, such as
-``04b_topic.ipynb``, and ``renumber``.
+``04b_topic.ipynb``, and ``renumber``; ``new 04b_topic "Title"`` writes such a file, from ``new_notebook.md``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
-from qtutor import QtutorError, files
+from qtutor import QtutorError, files, lesson
 
 from . import command, runs, topic
 
@@ -37,6 +37,7 @@ METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "na
             "language_info": {"name": "python"}}  # fmt: skip
 MAX_LINES, MAX_RECIPE_LINES, MAX_PNG, MAX_FILE = 40, 30, 200_000, 1_500_000
 
+_QUIZ = re.compile(r'qtutor\.lesson\.quiz\("(\w+)"\)')
 _PATH = re.compile(r"(?<![\w:/.<~-])/(?:root|home|tmp|work|Users)\b|[A-Z]:\\Users")
 _SOURCE_PATH = re.compile(r"(?<![\w:/.<~-])/(?:root|home|work|Users)/")  # /tmp is nobody's: a cell may use it
 _ADDRESS = re.compile(r" ?\bat 0x[0-9a-fA-F]{6,}")
@@ -45,6 +46,8 @@ _PROGRESS = re.compile(r"\d+%\||\?it/s\]|\d(?:it/s|s/it)\b")  # tqdm, also where
 _WARNING = re.compile(r"\b[A-Z]\w*Warning: |\bWARNING\b")
 _MEASURED = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)?\s?"
                        r"(?:ms\b|tok(?:ens)?/s|TFLOP|GiB used|J/token|x faster|× faster|times faster)")  # fmt: skip
+_EFFORT = re.compile(r"\(\d+ minutes, (?:easy|medium|hard)\)")
+_RECAP = r"^#+ .*\bRecap\b|^\*\*Recap"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -268,6 +271,8 @@ def canonical(nb, path):
             if "setup" in found and cell.source.split() == SETUP.split():
                 cell.source = SETUP  # the same everywhere, blank lines included
             cell.outputs = _clean_outputs(cell.outputs, cell.execution_count, order, styled) if executed else []
+            if executed and (match := _QUIZ.fullmatch(cell.source)):  # as its file is, without a run
+                cell.outputs = [nbformat.v4.new_output("display_data", lesson.quiz_forms(match[1]))]
         else:
             cell.source = links if "nav" in found else _markdown(cell.source, path, order)
     return nb
@@ -306,7 +311,7 @@ def execute(path, timeout: float = 600) -> float:
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"]
     paths = os.pathsep.join(filter(None, [str(files.ROOT), os.environ.get("PYTHONPATH")]))
     manager._kernel_spec = KernelSpec(argv=command, display_name="Python 3", language="python",
-                                      env={"PYTHONPATH": paths})  # fmt: skip
+                                      env={"PYTHONPATH": paths, "QTUTOR_PROGRESS": ""})  # fmt: skip
     client = NotebookClient(nb, manager, timeout=int(timeout), resources={"metadata": {"path": str(path.parent)}},
                             store_widget_state=False, record_timing=False)  # fmt: skip
     client.owns_km = True  # it ends the kernel of a manager that it was given, too
@@ -387,10 +392,21 @@ def _exercises(nb, path):
             yield f'cell {i}: the exercise needs a qtutor.lesson.check("{topic(path)}.name", answer)'
         elif cells[i].execution_count and "not attempted yet" not in str(cells[i].outputs):
             yield f"cell {i}: the exercise is answered already: leave 'answer = ...'"
-        if before.cell_type != "markdown" or not re.search(r"\bmin", before.source):
-            yield f"cell {i}: the task, with minutes and difficulty, must stand in the cell before"
+        if before.cell_type != "markdown" or not _EFFORT.search(before.source):
+            yield f"cell {i}: the task must stand in the cell before, with '(5 minutes, easy)', medium or hard"
+        after = cells[i + 1].source if i + 1 < len(cells) else ""
+        if re.findall(r"<summary>(\w+(?: \d)?)</summary>", after) != ["Hint 1", "Hint 2", "Solution"]:
+            yield f"cell {i}: 'Hint 1', 'Hint 2' and 'Solution', each in <details>, must follow the exercise"
         if not one.solution:
             yield f"cell {i}: no folded solution (markdown with <details> and ```python) follows the exercise"
+
+
+def _recall(nb, path):
+    quizzes = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "code" and _QUIZ.search(cell.source)]
+    around = "\n".join(cell.source for at in quizzes for cell in nb.cells[at - 1 : at + 2])
+    call = f'qtutor.lesson.quiz("{topic(path)}")'
+    if len(quizzes) != 1 or not re.search(rf"^## Recall\b.*^{re.escape(call)}\n({_RECAP})", around, re.M | re.S):
+        yield f"one cell {call} must stand between a cell '## Recall' and the recap"
 
 
 def _recipes(nb, path):
@@ -449,7 +465,7 @@ def check(path) -> list[str]:
 
     path = Path(path)
     nb, text = _read(path), path.read_text("utf-8")
-    found = [line for part in (_opening, _exercises, _recipes, _prose, _outputs) for line in part(nb, path)]
+    found = [line for part in (_opening, _exercises, _recall, _recipes, _prose, _outputs) for line in part(nb, path)]
     if len(text.encode()) > MAX_FILE:
         found.append(f"the file has {len(text.encode()) / 1e6:.1f} MB; {MAX_FILE / 1e6} at most")
     try:
@@ -461,14 +477,49 @@ def check(path) -> list[str]:
     return found
 
 
+def new(name: str, heading: str) -> Path:
+    """Write a notebook, its exercises and its quiz from ``new_notebook.md``; number, run and return it.
+
+    ``name`` is its file's, such as ``04b_topic``: the number is where it stands.  Raises QtutorError for another name,
+    a topic that there is already, and a title without words.
+    """
+    import nbformat
+
+    if not re.fullmatch(r"\d\d[a-z]?_[a-z][a-z0-9_]*", name) or not heading.strip():
+        raise QtutorError("Give a name such as 04b_my_topic (a number, an underscore, small letters) and a title.")
+    if topic(name) in map(topic, names()):
+        raise QtutorError(f"There is a notebook about {topic(name)} already: choose another topic.")
+    text = Path(__file__).with_name("new_notebook.md").read_text("utf-8")
+    text = text.replace("TOPIC", topic(name)).replace("TITLE", heading.strip())
+    cells = []
+    for block in text.split("\n%% ")[1:]:  # "%% code exercise", "%% markdown" or "%% file data/quiz/TOPIC.json"
+        (kind, *rest), source = block.partition("\n")[0].split(), block.partition("\n")[2].strip("\n")
+        if kind == "file":
+            files.write_text(files.ROOT / rest[0], source + "\n")
+        else:
+            make = nbformat.v4.new_code_cell if kind == "code" else nbformat.v4.new_markdown_cell
+            cells.append(make(source, metadata={"tags": rest} if rest else {}))
+    path = NOTEBOOKS / f"{name}.ipynb"
+    nb = nbformat.v4.new_notebook(cells=cells, metadata=METADATA)
+    files.write_text(path, dumps(nb))
+    path = NOTEBOOKS / f"{renumber().get(name, name)}.ipynb"
+    execute(path)
+    return path
+
+
 def main(argv: list[str]) -> int:
-    """``list | check | restore | run | time | renumber``; return 1 where ``check`` or ``time`` finds something."""
+    """``list | check | restore | run | time | renumber | new``; return 1 where ``check`` or ``time`` finds a fault."""
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("list", "check", "restore", "run", "time", "renumber"))
-    parser.add_argument("notebook", nargs="*", help="topics, numbers or files; all of them by default")
+    parser.add_argument("action", choices=("list", "check", "restore", "run", "time", "renumber", "new"))
+    parser.add_argument("notebook", nargs="*", help="topics, numbers or files, by default all; new: a name and a title")
     parser.add_argument("--jobs", type=int, default=1, help="with time: so many side by side")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for a notebook (time) or a cell (run)")
     options = parser.parse_args(argv)
+    if options.action == "new":
+        if len(options.notebook) != 2:
+            raise QtutorError("new needs a name and a title: new 04b_my_topic \"My title\".")
+        print(f"written, and run: notebooks/{new(*options.notebook).name}")
+        return 0
     chosen = options.notebook or names()
     paths = [Path(name) if Path(name).suffix and Path(name).is_file() else find(name) for name in chosen]
     if options.action == "renumber":

@@ -114,7 +114,8 @@ def window_klds(kept, model, tokens):
 def columns(found, klds, rival=None) -> dict:
     """Columns of a result, from what :func:`window_klds` found.  ``rival``: each window's KLD of what is compared."""
     row = {**{name: round(found.row()[name], 6) for name in KEPT}, "kld_mean_se_windows": stats.sem(klds),
-           "scored_tokens": found.scored_tokens, "windows": len(klds)}  # fmt: skip
+           "scored_tokens": found.scored_tokens, "windows": len(klds), "perplexity_ratio_se_windows":
+           found.perplexity_ratio * evaluate.standard_error(found.token_dnll, CONTEXT - 1)}  # fmt: skip
     if rival is not None:
         row |= {"kld_less_rival": (klds - rival).mean(), "kld_less_rival_se": stats.sem(klds - rival)}
     return row | {"text": corpus.fingerprint(corpus.eval_text())}
@@ -363,27 +364,32 @@ def worker(out: str, text: str, full: str, arms: str, *schemes: str) -> None:
             print(json.dumps(row, default=float), file=file)
 
 
-def gguf_rows(base, tokens, trained, types=("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")):
-    """Yield the rows of ``qat_gguf``: the float model in every llama.cpp type ("PTQ") and in Q4_0 with QAT's 8-bit head
-    ("PTQ, head in Q8_0"), and in that layout each trained model ("QAT") of ``trained``, {seed: file}."""
-    kept, tokenizer = evaluate.logits_of(base, tokens, CONTEXT), course_model.load_tokenizer()
-    models = [("PTQ", -1, base, types, None), ("PTQ, head in Q8_0", -1, base, ["Q4_0"], Q4_0_TENSORS),
-              *(("QAT", seed, load_q4_0(path), ["Q4_0"], Q4_0_TENSORS) for seed, path in trained.items())]  # fmt: skip
+def gguf_rows(base, tokens, trained, types=("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0"), matrix=None):
+    """Yield the rows of ``qat_gguf``: the float model in llama.cpp's types ("PTQ"), in the first three by an importance
+    ``matrix`` ("PTQ, imatrix"; this Q4_K_M is the rival of later rows), in Q4_0 with QAT's 8-bit head ("PTQ, head in
+    Q8_0"), and in that layout each trained model ("QAT") of ``trained``, {seed: file}."""
+    kept, tokenizer, rival = evaluate.logits_of(base, tokens, CONTEXT), course_model.load_tokenizer(), None
+    models = [("PTQ", -1, base, types, None, None), ("PTQ, imatrix", -1, base, types[: 3 * bool(matrix)], None, matrix),
+              ("PTQ, head in Q8_0", -1, base, ["Q4_0"], Q4_0_TENSORS, None),
+              *(("QAT", seed, load_q4_0(path), ["Q4_0"], Q4_0_TENSORS, None) for seed, path in trained.items())]
     with tempfile.TemporaryDirectory() as folder:
-        for name, seed, model, kinds, layout in models:
+        for name, seed, model, kinds, layout, by in models:
             source = gguf_export.export(model, Path(folder) / "f32.gguf", tokenizer=tokenizer)
             for kind in kinds:
-                file = llamacpp.quantize(source, Path(folder) / f"{kind}.gguf", kind, tensor_types=layout)
+                file = llamacpp.quantize(source, Path(folder) / f"{kind}.gguf", kind, by, layout)
                 with llamacpp.Model(file) as quantized:
-                    yield {"model": name, "type": kind, "seed": seed,
-                           "file_mb": file.stat().st_size / 1e6, "bits_per_weight": llamacpp.bits_per_weight(file),
-                           **columns(*window_klds(kept, quantized, tokens))}  # fmt: skip
+                    found, klds = window_klds(kept, quantized, tokens)
+                yield {"model": name, "type": kind, "seed": seed, "file_mb": file.stat().st_size / 1e6,
+                       "bits_per_weight": llamacpp.bits_per_weight(file), **columns(found, klds, rival)}
+                rival = klds if by and kind == "Q4_K_M" else rival
 
 
 def record_gguf(full: bool) -> Path:
     """Save ``qat_gguf``; raises QtutorError where llama.cpp is not here."""
-    tokens = corpus.tokens("eval", course_model.load_tokenizer())
-    rows = gguf_rows(course_model.load(), tokens if full else tokens[:1026], {0: Q4_0_FILE})
+    base, tokenizer = course_model.load(), course_model.load_tokenizer()
+    seen = corpus.tokens("train", tokenizer, ("logging", "unittest", "email", "asyncio"), progress=False)
+    matrix = llamacpp.imatrix(base, seen[: (64 if full else 2) * CONTEXT], CONTEXT)
+    rows = gguf_rows(base, corpus.tokens("eval", tokenizer)[: None if full else 1026], {0: Q4_0_FILE}, matrix=matrix)
     return results.save("qat_gguf", list(rows), profile="full" if full else "quick")
 
 

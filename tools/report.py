@@ -26,6 +26,7 @@ from pathlib import Path
 import qtutor
 from qtutor import QtutorError, files, paired, results
 from qtutor.checkpoints import fetch
+from qtutor.decide import pareto, side_by_side
 
 from . import command, keep, notebooks, runs, topic
 
@@ -157,6 +158,12 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f} ×"
 
 
+def faster(slow: dict, fast: dict) -> str:
+    """How many times as fast a step is, with the outermost ends of both 10th to 90th percentiles."""
+    low, high = slow["ms_p10"] / fast["ms_p90"], slow["ms_p90"] / fast["ms_p10"]
+    return f"{times(slow['ms_per_step'] / fast['ms_per_step'])} ({low:.2f} to {high:.2f})"
+
+
 def percent(change: float, digits: int = 0) -> str:
     """A relative change with its sign, typographic minus: 0.064 -> "+6 %", -0.4 -> "−40 %"."""
     shown = f"{100 * change:+.{digits}f}"
@@ -169,8 +176,8 @@ def _model(data) -> str:
         step = {row["rung"]: row for row in matching(data, shape=shape, layers=layers, batch=4) if "not_run" not in row}
         low, high = step["TE FP8 delayed"], step["TE BF16"]
         energy = low["joules_per_step"] / high["joules_per_step"] - 1
-        over = [times(min(row["ms_per_step"] for name, row in step.items() if name.startswith(rival))
-                      / low["ms_per_step"])
+        over = [faster(min((row for name, row in step.items() if name.startswith(rival)),
+                           key=lambda row: row["ms_per_step"]), low)
                 for rival in ("TE BF16", "Hugging Face BF16, compiled", "torchao FP8")]  # fmt: skip
         said.append(f"{shape}'s shape: **{over[0]}** the speed of its BF16 at {percent(energy)} energy, {over[1]} that "
                     f"of torch.compile in BF16, {over[2]} that of torchao's FP8")  # fmt: skip
@@ -182,16 +189,16 @@ def _several(data) -> str:
     most, layers = max(row["ranks"] for row in data.rows), matching(data, shape="Llama-2-70B")[0]["layers"]
 
     def best(kind, ranks=most, **where):  # however the weights are gathered
-        return max(row["train_tokens_per_s"] for row in matching(data, ranks=ranks, **where)
-                   if row["rung"].startswith(kind) and "not_run" not in row)  # fmt: skip
+        rows = [row for row in matching(data, ranks=ranks, **where) if row["rung"].startswith(kind)]
+        return max((row for row in rows if "not_run" not in row), key=lambda row: row["train_tokens_per_s"])
 
     fp8, seventy, seven = "FP8 delayed + FP8 weights", {"shape": "Llama-2-70B"}, {"shape": "Llama-2-7B", "layers": 32}
-    each = percent(best(fp8, **seventy) / best(fp8, 1, **seventy) - 1)
+    each = percent(best(fp8, **seventy)["train_tokens_per_s"] / best(fp8, 1, **seventy)["train_tokens_per_s"] - 1)
     return (f"FSDP2 with FP8 weights and FP8 all-gather on {most} GPUs, optimizer included: {layers} layers of "
-            f"Llama-2-70B's shape **{times(best(fp8, **seventy) / best('BF16', **seventy))}** the speed of BF16 on as "
+            f"Llama-2-70B's shape **{faster(best('BF16', **seventy), best(fp8, **seventy))}** the speed of BF16 on as "
             f"many GPUs (each in its fastest way; FP8 with fast accumulation), {each} a GPU against one GPU alone; "
             f"all of Llama-2-7B's shape "
-            f"**{times(best(fp8, **seven) / best('BF16', **seven))}**")  # fmt: skip
+            f"**{faster(best('BF16', **seven), best(fp8, **seven))}**")  # fmt: skip
 
 
 def _breakeven(data) -> str:
@@ -224,24 +231,24 @@ def _inference(data) -> str:
     def row(technique, batch):
         return one(data, model="Llama-2-7B shape", technique=technique, batch=batch, compiled=True)
 
-    def faster(what, batch=1):
+    def gain(what, batch=1):
         fp8, bf16 = (row(name, batch)[f"{what}_tokens_per_s"] for name in ("torchao FP8 dynamic", "BF16"))
         return times(fp8 / bf16)
 
     fp8, bf16 = (row(name, 1)["weights_gib"] for name in ("torchao FP8 dynamic", "BF16"))
     return ("FP8 weights and activations (torchao, torch.compile), Llama-2-7B's shape, against compiled BF16: "
-            f"{percent(fp8 / bf16 - 1)} memory, prefill **{faster('prefill')}**, decode **{faster('decode')}** at "
-            f"batch 1 and {faster('decode', 32)} at 32 (CUDA graphs, no serving engine)")  # fmt: skip
+            f"{percent(fp8 / bf16 - 1)} memory, prefill **{gain('prefill')}**, decode **{gain('decode')}** at "
+            f"batch 1 and {gain('decode', 32)} at 32 (CUDA graphs, no serving engine; no intervals recorded)")
 
 
 def _qat(data) -> str:
     said, steps = [], max(row["steps"] for row in data.rows if row["seed"] > 0)
     for scheme, what in (("W4A16", "4-bit"), ("W3", "3-bit"), ("W2", "2-bit")):
-        nearest, gptq = (one(data, scheme=scheme, arm=arm)["kld_mean"] for arm in ("RTN", "GPTQ"))
+        best = min(matching(data, scheme=scheme, seed=-1), key=lambda row: row["kld_mean"])
         qat = mean(data, "kld_mean", scheme=scheme, arm="QAT, distilled", steps=steps)
-        said.append(f"{what} weights: {nearest:.3f} rounded to nearest, {gptq:.3f} by GPTQ with searched scales, "
-                    f"**{qat:.3f}** trained (distilled)")  # fmt: skip
-    return "KLD from the float model; " + "; ".join(said)
+        said.append(f"{what} weights: {one(data, scheme=scheme, arm='RTN')['kld_mean']:.3f} rounded to nearest, "
+                    f"{best['kld_mean']:.3f} by {best['arm']}, **{qat:.3f}** trained")  # fmt: skip
+    return "KLD from the float model (the strongest method after training, distilled QAT); " + "; ".join(said)
 
 
 def _qat_gguf(data) -> str:
@@ -263,26 +270,24 @@ def _types(data) -> str:
     return "perplexity of the course model: " + ", ".join(said)
 
 
-def _tradeoff(data) -> str:
-    rows = [row for row in data.rows if not row.get("not_run") and row["batch"] == 1
-            and row.get("decode_tokens_per_s")]  # fmt: skip
-    shape = "llama2_7b" if any(row["shape"] == "llama2_7b" for row in rows) else "course"
-    rows = [row for row in rows if row["shape"] == shape]
-    if not rows:
+def _engine(rows: list[dict], engine: str) -> str:
+    """Decoding in one engine against its own 16 bits, and who leads, by the one rule of pareto.difference."""
+    ratios, said = pareto.relative([row for row in rows if row["runtime"] == engine], "decode_tokens_per_s"), {}
+    for row in ratios:
+        if row["batch"] in (1, 32) and row["technique"] != row["against"]:
+            bold = "**" if abs(row["differs"]) == 1 else ""
+            shown = f"{bold}{row['ratio']:.2f}{bold} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+            said.setdefault(row["technique"].split(maxsplit=1)[1], []).append(shown)
+    alone = [row for row in ratios if row["batch"] == 1]
+    if not said or not alone:
         return ""
-    fast = max(rows, key=lambda row: row["decode_tokens_per_s"])
-    counted = [r for r in rows if r.get("joules_per_decode_token") and "counter" in (r.get("energy_source") or "")]
-    said = [f"fastest at decoding: **{fast['technique']}**, {fast['decode_tokens_per_s']:,.0f} tokens/s"]
-    name = "GGUF F16" if fast["runtime"] == "llama.cpp" else "BF16"  # 16 bits in the same runtime
-    base = next((row for row in rows if row["technique"] == name), None)
-    if base is not None and fast is not base:
-        ratio = fast["decode_tokens_per_s"] / base["decode_tokens_per_s"]
-        said[-1] += f" ({times(ratio)} 16 bits in {fast['runtime']})"
-    if counted:
-        least = min(counted, key=lambda row: row["joules_per_decode_token"])
-        said.append(f"least energy: **{least['technique']}**, {least['joules_per_decode_token']:.3g} J a token")
-    what = "Llama-2-7B's shape" if shape == "llama2_7b" else "the course model"
-    return f"{what}, batch 1: " + "; ".join(said)
+    lead = [" or ".join(name.split(maxsplit=1)[1] for name in pareto.leaders(alone, axis))
+            if any(row.get(column) for row in alone) else "not measured"
+            for axis, column in (("decode speed", "decode_tokens_per_s"), ("decode energy", "joules_per_decode_token"))]
+    return (f"{engine}, Llama-2-7B's shape, decoding 1 and 32 sequences, speed over that of its own 16 bits: "
+            + "; ".join(f"{name} {' and '.join(shown)}" for name, shown in said.items())
+            + f" (bold: apart by more than intervals and {pareto.AXES['decode speed'].tolerance:.0%}). Fastest with 1: "
+            f"{lead[0]}; least energy: {lead[1]} (named together: not told apart)")  # fmt: skip
 
 
 def _llama70b(data) -> str:
@@ -293,7 +298,8 @@ def _llama70b(data) -> str:
             said.append(f"{kind} does not fit")
             continue
         bold = "**" if kind == "Q6_K" else ""
-        line = f"{bold}{kind}: {row['gpu_used_gib']:.1f} GiB, {row['decode_tokens_per_s']:.1f} tokens/s{bold}"
+        error = f" ± {2 * row['decode_tokens_per_s_se']:.1f}" if row.get("decode_tokens_per_s_se") else ""
+        line = f"{bold}{kind}: {row['gpu_used_gib']:.1f} GiB, {row['decode_tokens_per_s']:.1f}{error} tokens/s{bold}"
         if row.get("joules_per_decode_token"):
             line += f", {row['joules_per_decode_token']:.1f} J a token"
         many = [r for r in data.rows if r["kind"] == "batch" and r["type"] == kind and r["fits"]]
@@ -301,7 +307,11 @@ def _llama70b(data) -> str:
             most = max(many, key=lambda r: r["batch"])
             line += f" ({most['decode_tokens_per_s']:.0f} tokens/s at batch {most['batch']})"
         said.append(line)
-    return "; ".join(said) + " (its shape, random weights, llama.cpp)" if said else ""
+    for row in data.rows:  # one stream and a short prompt
+        if (row["kind"], row.get("streams"), row.get("prefill_tokens")) == ("served", 1, 128) and row["cards"] == 1:
+            said.append(f"vLLM {row['type']} {row['decode_tokens_per_s']:.1f} tokens/s "
+                        f"({row['requests']} requests, no interval)".replace("(1 requests", "(1 request"))  # fmt: skip
+    return "; ".join(said) + " (its shape, random weights; llama.cpp where no engine is named)" if said else ""
 
 
 #: (question, name of the results that answer it, function: Results -> Markdown)
@@ -310,12 +320,14 @@ HEADLINES = (
     ("And on several GPUs?", "fp8_scaling", _several),
     ("From which size on?", "fp8_breakeven", _breakeven),
     ("Is the loss the same?", "fp8_loss", _loss),
-    ("Does FP8 help inference?", "fp8_inference", _inference),
+    ("Does FP8 help inference?", "serving", lambda data: _engine(side_by_side.served(data), "vLLM")),
+    ("Does FP8 help inference?", "fp8_inference", _inference),  # until a GPU has recorded vLLM
     ("What does training through the rounding bring back?", "qat_recovery", _qat),
     ("And in a llama.cpp file?", "qat_gguf", _qat_gguf),
     ("What do llama.cpp's types cost?", "gguf_quality", _types),
     ("Llama-2-70B on one GPU?", "llama70b", _llama70b),
-    ("All techniques, side by side?", "tradeoff", _tradeoff),
+    ("Which llama.cpp type is fast?", "tradeoff", lambda data: _engine(
+        [row for row in pareto.measured(data) if row["shape"] == side_by_side.SHAPE], "llama.cpp")),
 )
 
 
@@ -331,7 +343,8 @@ def headlines(directory=None) -> list[tuple[str, str, results.Results, str]]:
         except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
             raise QtutorError(f"Results '{machine}/{data.name}' do not answer '{question}' ({type(error).__name__}: "
                               f"{error}): bring tools/report.py in step with them.") from None  # fmt: skip
-        found += [(question, machine, data, answer)] if answer else []
+        if answer and question not in [asked for asked, *_ in found]:
+            found.append((question, machine, data, answer))
     return found
 
 

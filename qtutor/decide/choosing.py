@@ -1,291 +1,331 @@
-"""From requirements to a decision: what is impossible goes, what is unknown says so, and the best of the rest is named.
+"""From requirements to a decision: what is impossible goes, what is unknown says so, and one of the rest is advised.
 
-    need = Need(model="Llama-2-70B", device="H100 SXM", users=8, tokens_per_s=10, max_loss=0.005)
+    need = Need(model="Llama-2-70B", device="H100 SXM", cards=2, users=8, tokens_per_s=10, max_loss=0.005)
     decision = decide(need)
-    decision.sentence          # the recommendation, or what would have to give way, and by how much
-    decision.frame()           # every technique, why or why not
-    decision.best.rows         # the measured rows that the recommendation rests on
+    decision.sentence          # the advice, or what would have to give way, and by how much
+    decision.frame()           # every option, why or why not
+    decision.sources()         # every number of the advice, its interval, where it comes from
+    decision.changes()         # what would change it
 
-:func:`decide` goes three steps: constraints (memory, hardware, loss, speed, cost), then the front of what is left, then
-one recommendation by what the reader prefers.  Sizes are computed (:mod:`qtutor.decide.capacity`).  Losses are those of
-the course model, measured in the recording ``tradeoff``.  Speeds were measured at the shapes of Llama-2-7B
-(``tradeoff``) and Llama-2-70B (``llama70b``), and are carried over to another device or a similar model as an interval.
-
-A technique that nobody has measured is "unknown", which is no pass.
+No points are given.  Constraints come first: memory, licence, engine, training budget, loss, speed, time to the first
+token, goodput, price.  An option that misses one is out; one of which something is not known is "unknown", which is no
+pass.  Of the rest the Pareto front over money, energy and quality is kept, with intervals; the reader's preference
+picks from it.  An option is a technique with a type of cache on a number of cards.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .. import QtutorError, paired, results
-from . import capacity, cost, hardware
+from .. import QtutorError
+from . import capacity, cost, hardware, pareto, quality, speed
+from .quality import Known
 from .techniques import TECHNIQUES, Technique
 
 GIB = 2**30
-RUNTIMES = ("any", "pytorch", "llama.cpp")
-PREFER = ("quality", "speed", "memory")
-AFTER_QAT = Technique("torchao INT4 group 32, after QAT", "qat", "pytorch",
-                      "QATConfig(base, step='prepare'), train, step='convert'", needs="gpu", trained=True)  # fmt: skip
-# stored in the same form: trained weights do not change size and speed, torch.compile neither size nor quality
-SAME_FORM = {AFTER_QAT.name: "torchao INT4 group 32", "QAT Q4_0": "GGUF Q4_0"}
-SAME_FORM |= {name: name.removesuffix(", compiled") for name, one in TECHNIQUES.items() if one.compiled}
+#: engine -> its licence
+ENGINES = {"pytorch": "BSD-3-Clause", "te": "Apache-2.0", "llama.cpp": "MIT", "vLLM": "Apache-2.0"}
+#: how a model's name begins -> its licence, and whether that is an open-source one
+LICENCES = {"Llama-2": ("Llama 2 Community", False), "Llama-3": ("Llama 3 Community", False),
+            "TinyLlama": ("Apache-2.0", True), "Mixtral": ("Apache-2.0", True)}  # fmt: skip
+CACHES = {"llama.cpp": ("F16", "Q8_0"), "vLLM": ("BF16", "FP8")}  # engine -> types of KV cache to choose from
+SPLITS = {"llama.cpp": ("layer", "row"), "vLLM": ("tensor",)}  # engine -> how it uses several cards
+VLLM_SHARE = 0.92  # of a card's memory that vLLM takes (--gpu-memory-utilization)
+SAID = {"tokens/s": "its speed is", "loss": "its loss is", "USD": "its price is", "goodput": "its goodput is",
+        "first token": "the first token comes after"}  # fmt: skip
+#: what a reader may prefer -> the number it is about
+PREFER = {"money": "USD", "energy": "kWh", "quality": "loss"}
+AXES = {"USD": pareto.AXES["decode cost"], "kWh": pareto.AXES["decode energy"],
+        "loss": replace(pareto.AXES["perplexity"], tolerance=0.001)}  # fmt: skip
+CHOICES = {"engine": ("any", *ENGINES), "licence": ("any", "open source"), "prefer": tuple(PREFER),
+           "kv_type": ("any", *(kind for kinds in CACHES.values() for kind in kinds))}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Need:
     """What is wanted, and what there is."""
 
-    model: str = "Llama-2-7B"  # a name in capacity.MODELS, or a folder with a config.json
+    model: str = "Llama-2-7B"  # a name in capacity.MODELS or speed.MIXTURES, or a folder with a config.json
     device: str | hardware.Device = "H100 SXM"  # itself, its name in hardware.DEVICES, or its driver's name for it
+    cards: int = 1  # so many of them there are, at most
     users: int = 1  # sequences at the same time
     context: int = 4096  # tokens that the cache of each user holds
+    prompt: int = 512  # tokens of a prompt, for the time to the first token
     tokens_per_s: float = 0.0  # wanted speed for each user
+    ttft_ms: float = math.inf  # time to the first token of a prompt that does not wait for others
+    goodput_per_s: float = 0.0  # requests a second within the limits of the recording ``serving``
     max_loss: float = math.inf  # perplexity that may be lost: 0.01 is 1 %
-    usd_per_hour: float | None = None  # by default the device's example price
+    usd_per_hour: float | None = None  # of one card; by default the device's example price
+    usd_per_kwh: float = 0.30  # of electricity, where the machine is your own
     max_usd_per_million: float = math.inf  # what a million tokens may cost
     can_train: bool = False  # whether there is a budget for quantization-aware training
-    runtime: str = "any"  # or "pytorch" (Transformer Engine too), or "llama.cpp"
+    engine: str = "any"  # or a key of ENGINES
+    licence: str = "any"  # or "open source", of the model
+    kv_type: str = "any"  # or one of CACHES
     keep_free_gib: float = 0.0  # memory to leave free: for one more user, or a longer prompt
-    prefer: str = "quality"  # or "speed", or "memory": what decides among those that will do
+    prefer: str = "quality"  # or "money", or "energy": what picks from the front
 
     def __post_init__(self):
-        for name, allowed in (("runtime", RUNTIMES), ("prefer", PREFER)):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise QtutorError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
-        for name in ("tokens_per_s", "max_loss", "max_usd_per_million", "keep_free_gib"):
+        for name in ("tokens_per_s", "max_loss", "max_usd_per_million", "keep_free_gib", "ttft_ms", "goodput_per_s"):
             if not getattr(self, name) >= 0:
                 raise QtutorError(f"{name} must be a number that is not negative, and is {getattr(self, name)!r}.")
-
-
-class Recording:
-    """The results a decision rests on: ``tradeoff`` (of a GPU, else of a CPU), ``llama70b`` and ``qat_recovery``."""
-
-    def __init__(self, directory=None):
-        self.tradeoff, self.llama70b, self.qat = (
-            results.on_gpu(name, directory) for name in ("tradeoff", "llama70b", "qat_recovery"))  # fmt: skip
-        if self.tradeoff is None and results.exists("tradeoff", "cpu", directory):
-            self.tradeoff = results.load("tradeoff", "cpu", directory)
-
-    def quality(self, technique: Technique) -> list[dict]:
-        """The rows of the course model with this technique, one for each seed."""
-        if technique is AFTER_QAT:
-            return _rows(self.qat, scheme="W4A16", arm="QAT, distilled")
-        name = SAME_FORM[technique.name] if technique.compiled else technique.name
-        rows = _rows(self.tradeoff, shape="course", technique=name, batch=1)
-        return [row for row in rows if row.get("perplexity_ratio") is not None]
-
-    def speeds(self, technique: Technique, model: str) -> tuple[str, str, list[dict]] | None:
-        """(model, device, rows by batch) of a measured shape within twice the size of ``model``; None where none is.  A
-        small model keeps a fast memory less busy than a large one: 7B says little about 70B."""
-        name = SAME_FORM[technique.name] if technique.trained else technique.name
-        seven = _rows(self.tradeoff, shape="llama2_7b", technique=name)
-        seventy = _rows(self.llama70b, kind="batch", type=technique.gguf, fits=True)
-        for known, run, rows in (("Llama-2-7B", self.tradeoff, seven), ("Llama-2-70B", self.llama70b, seventy)):
-            rows = sorted((row for row in rows if row.get("decode_tokens_per_s")), key=lambda row: row["batch"])
-            if rows and 0.5 < capacity.parameters(known) / capacity.parameters(model) < 2:
-                return known, run.device, rows
-        return None
-
-
-def _rows(run: results.Results | None, **where) -> list[dict]:
-    return [row for row in (run.rows if run else ()) if all(row.get(key) == value for key, value in where.items())]
-
-
-def weight_bytes(technique: Technique, model: str, recording: Recording) -> tuple[float, float] | None:
-    """(bytes of the weights, bytes of them that a token reads); None where no size is known.
-
-    GGUF: to the byte, by llama.cpp's dry run.  PyTorch: what the layers of Llama-2-7B's shape took, scaled to this
-    model's; embedding and head stay in 16 bits.
-    """
-    if technique.gguf:
-        size = capacity.size(model, technique.gguf)
-        return size.tensor_bytes, size.read_bytes
-    rows = _rows(recording.tradeoff, shape="llama2_7b", technique=SAME_FORM.get(technique.name, technique.name))
-    if not (rows := [row for row in rows if row.get("weights_mb")]):
-        return None
-    (weights7, tables7, _), (weights, tables, embedding) = _counts("Llama-2-7B"), _counts(model)
-    per_weight = (rows[0]["weights_mb"] * 1e6 - 2 * tables7) / (weights7 - tables7)
-    total = per_weight * (weights - tables) + 2 * tables
-    return total, total - 2 * embedding
-
-
-def _counts(model: str) -> tuple[int, int, int]:
-    """Weights of a model, of its embedding and head together, and of the embedding that a token does not read."""
-    shapes = capacity.shapes(model)
-    table, tied = math.prod(shapes["token_embd.weight"]), "output.weight" not in shapes
-    return capacity.parameters(model), table if tied else 2 * table, 0 if tied else table
-
-
-def speed(technique: Technique, need: Need, read: float, recording: Recording) -> tuple[float, float, list[dict]]:
-    """(at least, at most) tokens/s for each user, and the measured rows behind them.
-
-    Where nothing was measured: 0, and the ceiling of the bandwidth.  A measured step is carried over in two ways: all
-    of it in proportion to bytes / bandwidth; or only its wait for memory, while the rest (launching kernels, unpacking,
-    arithmetic) takes as long as it did.  The truth lies between.  At the measured shape, on the measured device, both
-    give back the measurement.
-    """
-    device, per_token = hardware.device(need.device), capacity.kv_bytes_per_token(need.model, cached=need.context)
-    floor_s = (read + need.users * need.context * per_token) / (device.gb_per_s * 1e9)
-    measured = recording.speeds(technique, need.model) if device.cuda else None
-    if measured is None or not measured[2][0]["batch"] <= need.users <= measured[2][-1]["batch"]:
-        return 0.0, 1 / floor_s, []
-    known, on, rows = measured
-    batches = [row["batch"] for row in rows]
-    step_s = np.interp(need.users, batches, [row["batch"] / row["decode_tokens_per_s"] for row in rows])
-    cached = np.interp(need.users, batches, [  # tokens of a sequence, on average over the measurement
-        row.get("decode_context") or row["prefill_tokens"] + row["decode_tokens"] / 2 for row in rows])
-    read_there = weight_bytes(technique, known, recording)[1]
-    bytes_there = read_there + need.users * cached * capacity.kv_bytes_per_token(known)
-    floor_there_s = bytes_there / (hardware.device(on).gb_per_s * 1e9)
-    in_proportion, rest_stays = step_s / floor_there_s * floor_s, step_s - floor_there_s + floor_s
-    used = [row for row in rows if row["batch"] == need.users] or rows
-    return 1 / max(in_proportion, rest_stays), 1 / min(in_proportion, rest_stays), used
+        for name in ("cards", "users", "context", "prompt"):
+            if not getattr(self, name) >= 1 or getattr(self, name) != int(getattr(self, name)):
+                raise QtutorError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
 
 
 @dataclass
 class Option:
-    """A technique under given requirements; what was not measured is None."""
+    """A technique, a type of cache and a number of cards under given requirements; ``known``: memory (GiB), tokens/s
+    (of each user), first token (s), loss (share of perplexity), USD and kWh (of a million tokens)."""
 
     technique: Technique
+    kv_type: str = "BF16"
+    cards: int = 1
+    split: str | None = None
+    known: dict[str, Known] = field(default_factory=dict)
     missed: dict = field(default_factory=dict)  # requirement -> what is wrong
     relax: dict = field(default_factory=dict)  # requirement -> what to give way on, and by how much
     unknown: dict = field(default_factory=dict)  # requirement -> what nobody has measured
-    memory_gib: float | None = None
-    loss: float | None = None  # share of perplexity, of the course model
-    loss_se: float | None = None
-    kld: float | None = None  # nats, of the course model
-    speed: tuple[float, float] | None = None  # tokens/s for each user, at least and at most
-    usd_per_million: tuple[float, float] | None = None
-    rows: list = field(default_factory=list)  # the measurements behind all of it
-    faults: int = 0
+    place: str = ""  # front, open (the intervals do not say) or dominated, among those that will do
     factor: float = 1.0
+
+    @property
+    def name(self) -> str:
+        cache = "" if self.kv_type in quality.EXACT else f", {self.kv_type} cache"
+        return self.technique.name + cache + (f", {self.cards} cards by {self.split}" if self.cards > 1 else "")
 
     @property
     def verdict(self) -> str:
         """ "yes", "no", or "unknown": nothing speaks against it, but not all of it was measured."""
         return "no" if self.missed else "unknown" if self.unknown else "yes"
 
-    def miss(self, name: str, wrong: str, relax: str, factor: float | None = None) -> None:
-        """Note a requirement that is missed by a ``factor``; None is harder to give way on than any number."""
+    def miss(self, name: str, wrong: str, relax: str, factor: float = 100.0) -> None:
+        """Note a requirement that is missed by a ``factor``; what no number can mend is hardest to give way on."""
         self.missed[name], self.relax[name] = wrong, relax
-        self.faults += 3 if factor is None else 1
-        self.factor *= factor or 1.0
+        self.factor *= factor
+
+    def hold(self, name: str, value: Known, low: float = -math.inf, high: float = math.inf, say="{:.3g}".format,
+             unit: str = "") -> None:  # fmt: skip
+        """Note a number, and hold it against its limits: missed, undecided, or neither (floating-point noise aside)."""
+        self.known[name] = value
+        best, worst, limit = (value.high, value.low, low) if high == math.inf else (-value.low, -value.high, -high)
+        if best < limit - abs(limit) * 1e-3:
+            there, asked = say(abs(best)) + unit, say(abs(limit)) + unit
+            ratio = max(abs(limit), 1e-9) / max(abs(best), 1e-9)
+            self.miss(name, f"{SAID[name]} {'at most' if low > -math.inf else 'at least'} {there}, asked for: {asked}",
+                      f"accept {there}", max(ratio, 1 / ratio))  # fmt: skip
+        elif worst < limit - abs(limit) * 1e-3 and name not in self.unknown:
+            self.unknown[name] = f"{SAID[name]} {between(value, say)}{unit}, asked for: {say(abs(limit))}"
 
     def distance(self) -> tuple:
-        """How far it is from what is needed: verdict, requirements missed, by which factor; then its quality."""
-        quality = math.inf if self.kld is None else self.kld
-        verdict = ("yes", "unknown", "no").index(self.verdict)
-        return verdict, self.faults + 0.5 * len(self.unknown), self.factor, quality
+        """How far it is from what is needed: its verdict, by which factor it misses, how much is unknown; its loss."""
+        loss = self.known["loss"].high if "loss" in self.known else math.inf
+        return ("yes", "unknown", "no").index(self.verdict), self.factor, len(self.unknown), loss, self.cards
 
 
-def assess(technique: Technique, need: Need, recording: Recording) -> Option:
-    """Hold one technique against every requirement."""
-    option, device = Option(technique), hardware.device(need.device)
-    if need.runtime not in ("any", "pytorch" if technique.runtime == "te" else technique.runtime):
-        option.miss("runtime", f"it runs in {technique.runtime}", f"use {technique.runtime}")
+def between(value: Known, say="{:.3g}".format) -> str:
+    """An interval in words."""
+    if value.high == math.inf or value.low == 0 < value.high:
+        return f"{say(value.low)} or more" if value.low else f"at most {say(value.high)}"
+    low, high = say(value.low), say(value.high)
+    return low if low == high else f"{low} to {high}"
+
+
+def percent(share: float) -> str:
+    """0.0016 -> "0.16 %"."""
+    return f"{100 * share:.2g} %"
+
+
+def candidates(need: Need) -> list[Option]:
+    """Every technique with every type of cache, on one card and on as many as there are (doubling)."""
+    found = []
+    for technique in (TECHNIQUES | speed.VLLM).values():
+        if technique.emulated or technique.name == "FP32":
+            continue
+        for kv_type in CACHES.get(technique.runtime, ("BF16",)):
+            for cards in (2**i for i in range(need.cards.bit_length())):
+                splits = SPLITS.get(technique.runtime, ()) if cards > 1 else (None,)
+                found += [Option(technique, kv_type, cards, split) for split in splits
+                          if need.kv_type in ("any", kv_type)]  # fmt: skip
+    return found
+
+
+def assess(option: Option, need: Need, points: dict, directory=None) -> Option:
+    """Hold one option against every requirement; ``points``: speed.points."""
+    technique, device = option.technique, hardware.device(need.device)
+    name = next((licence for start, licence in LICENCES.items() if str(need.model).startswith(start)), None)
+    if need.licence != "any" and name is None:
+        option.unknown["licence"] = "the model's licence is not in the table"
+    elif need.licence != "any" and not name[1]:
+        option.miss("licence", f"the model's licence is {name[0]}, which is not open source", "use another model")
+    if need.engine not in ("any", technique.runtime):
+        option.miss("engine", f"it runs in {technique.runtime}", f"use {technique.runtime}")
     if technique.needs == "fp8" and not device.fp8:
         option.miss("hardware", f"it needs FP8 units, which {device.name} does not have", "use a GPU that has them")
     elif technique.runtime != "llama.cpp" and not device.cuda:
-        option.miss("hardware", "its size and speed were measured on a CUDA GPU, and there is none here", "use a GPU")
+        option.miss("hardware", "it was measured on CUDA GPUs, and there is none here", "use a GPU")
     if technique.trained and not need.can_train:
         option.miss("training", "it must be trained, and there is no budget for that", "plan a training run")
-    _quality(option, need, recording)
-    found = weight_bytes(technique, need.model, recording)
-    if found is None:
+    _loss(option, need, directory)
+    size = speed.weights(technique, need.model, need.users, directory)
+    if size is None:
         option.unknown["memory"] = "its size has not been measured"
     elif "hardware" not in option.missed:
-        _memory(option, need, device, found[0])
-        _speed(option, need, device, found[1], recording)
+        _memory(option, need, device, size[0], directory)
+        _speed(option, need, device, size[1], points)
+        _first_token(option, need, device, points, directory)
     return option
 
 
-def _quality(option: Option, need: Need, recording: Recording) -> None:
-    rows = recording.quality(option.technique)
-    if not rows:
-        option.unknown["quality"] = "its loss has not been measured"
-        return
-    option.rows += rows
-    ratio, option.loss_se, option.kld = (
-        float(np.mean([row[key] for row in rows])) for key in ("perplexity_ratio", "perplexity_ratio_se", "kld_mean"))
-    option.loss = ratio - 1
-    if option.loss > need.max_loss:
-        wrong = f"it costs {option.loss:.2%} of perplexity, and {need.max_loss:.2%} of perplexity is allowed"
-        option.miss("loss", wrong, f"allow {option.loss:.2%} more perplexity", option.loss / max(need.max_loss, 1e-3))
+def _loss(option: Option, need: Need, directory) -> None:
+    technique = option.technique
+    kind = technique.gguf or technique.name.removeprefix("vLLM ").removeprefix("torchao ").removesuffix(", compiled")
+    kind = "FP8" if kind == "FP8 dynamic" else technique.name if technique.trained else kind
+    weights, cache = quality.loss(kind, need.model, directory), quality.cache_loss(option.kv_type, directory)
+    if weights is None or cache is None:
+        what = f"{kind} weights lose" if weights is None else f"an {option.kv_type} cache loses"
+        if need.max_loss < math.inf:
+            option.unknown["loss"] = f"what {what} has not been measured"
+        if weights is None:
+            return
+    more = cache or Known(0.0, math.inf, "unknown")
+    source = weights.source + (f"; cache: {more.source}" if option.kv_type not in quality.EXACT else "")
+    option.hold("loss", Known(weights.low + more.low, weights.high + more.high, source), high=need.max_loss,
+                say=percent)  # fmt: skip
 
 
-def _memory(option: Option, need: Need, device: hardware.Device, weights: float) -> None:
-    if option.technique.gguf and device.cuda:  # to the MiB, as llama.cpp plans it
-        fit = capacity.fits(need.model, option.technique.gguf, need.context, device, users=need.users)
-        option.memory_gib = fit.total_gib
+def _memory(option: Option, need: Need, device: hardware.Device, total: float, directory) -> None:
+    base, gguf, cards = speed.shape(need.model)[0], option.technique.gguf, option.cards
+    cache = capacity.kv_bytes(base, need.context, "F16" if option.kv_type in ("BF16", "FP8") else option.kv_type,
+                              need.users) / (2 if option.kv_type == "FP8" else 1)  # fmt: skip
+    there, source = cards * device.memory_gib - need.keep_free_gib, "computed to the byte: weights, cache, reserve"
+    if gguf and device.cuda:  # llama.cpp leaves the embedding in the computer's memory, and says what else it takes
+        on_cards = speed.weights(option.technique, need.model, 10**6, directory)[1]  # so many users read all experts
+        buffers = capacity.buffer_bytes(base, gguf, need.context, option.kv_type, need.users)
+        needed = (on_cards + cache + buffers) / GIB + capacity.Fit.overhead_gib * cards
+        source = "computed: llama.cpp's own plan"
     else:
-        cache = capacity.kv_bytes(need.model, need.context, users=need.users)
-        option.memory_gib = (weights + cache) / GIB + device.reserve_gib
-    there = device.memory_gib - need.keep_free_gib
-    if (over := option.memory_gib - there) > 0:
-        per_token = capacity.kv_bytes_per_token(need.model, cached=need.context)
+        taken = (1 - VLLM_SHARE) * device.memory_gib if option.technique.runtime == "vLLM" else 0
+        needed = (total + cache) / GIB + cards * (device.reserve_gib + taken)
+    if option.technique.runtime == "vLLM" and (
+            room := _recorded("llama70b", "served", "kv_tokens", option, need, device, directory)):  # fmt: skip
+        tokens, token = need.users * need.context, speed.kv_per_token(need.model, option.kv_type) / GIB
+        needed, source = there - (min(room) - tokens) * token, f"measured: its cache holds {min(room):,} tokens"
+    option.known["memory"] = Known(needed, needed, source)
+    if (over := needed - there) > 0:
+        per_token = speed.kv_per_token(need.model, option.kv_type, need.context)
         free = f", of which {need.keep_free_gib:g} are to stay free" if need.keep_free_gib else ""
         tokens = need.users * need.context - int(over * GIB / per_token) - 1
         cut = f", or keep all users' contexts within {tokens:,} tokens together" if tokens >= 256 else ""
-        option.miss("memory", f"it needs {option.memory_gib:.1f} GiB and there are {device.memory_gib:.1f}{free}",
-                    f"find {over:.1f} GiB more{cut}", option.memory_gib / max(there, 1e-9))  # fmt: skip
+        option.miss("memory", f"it needs {needed:.1f} GiB and there are {cards * device.memory_gib:.1f}{free}",
+                    f"find {over:.1f} GiB more{cut}", needed / max(there, 1e-9))  # fmt: skip
 
 
-def _speed(option: Option, need: Need, device: hardware.Device, read: float, recording: Recording) -> None:
-    low, high, rows = speed(option.technique, need, read, recording)
-    option.speed = low, high
-    option.rows += rows
-    said = f"for each user, and {need.tokens_per_s:g} are wanted" if need.tokens_per_s else "for each user"
-    if high < need.tokens_per_s * 0.999:  # floating-point noise decides nothing
-        wrong = f"it writes at most {high:.3g} tokens/s {said}"
-        option.miss("speed", wrong, f"accept {high:.3g} tokens/s", need.tokens_per_s / high)
-    elif not rows:
-        option.unknown["speed"] = f"its speed has not been measured ({_between(low, high)} tokens/s {said})"
-    elif low < need.tokens_per_s * 0.999:
-        option.unknown["speed"] = f"it writes {_between(low, high)} tokens/s {said}"
-    usd_per_hour = device.usd_per_hour if need.usd_per_hour is None else need.usd_per_hour
-    if usd_per_hour is not None:
-        dearest = cost.cost_per_million_tokens(need.users * low, usd_per_hour) if low else math.inf
-        option.usd_per_million = cost.cost_per_million_tokens(need.users * high, usd_per_hour), dearest
-    cheapest, most = option.usd_per_million or (0.0, math.inf)
-    if cheapest > need.max_usd_per_million:
-        wrong = f"a million tokens cost at least {cheapest:.2f} USD, and {need.max_usd_per_million:.2f} are allowed"
-        option.miss("price", wrong, f"allow {cheapest:.2f} USD", cheapest / max(need.max_usd_per_million, 1e-9))
-    elif most > need.max_usd_per_million:
-        option.unknown["price"] = f"a million tokens cost {cheapest:.2f} USD or more"
+def _speed(option: Option, need: Need, device: hardware.Device, read: float, points: dict) -> None:
+    """Tokens/s of a user, then money and energy, which follow from it."""
+    bytes_ = read + need.users * need.context * speed.kv_per_token(need.model, option.kv_type, need.context)
+    name = speed.SAME_FORM.get(option.technique.name, option.technique.name)
+    known = points.get(name, []) if device.cuda else []
+    groups = speed.choose_points(known, need.model, device.name, need.users, option.kv_type, option.cards, option.split)
+    if groups:
+        low, high = speed.predict(groups, bytes_, device, need.users, option.cards, option.split)
+        used = [point for _, group in groups for point in group]
+        here = all(p.model == need.model and hardware.device(p.device).name == device.name for p in used)
+        if speed.shape(need.model)[1] > 1:
+            option.unknown["tokens/s"] = "its speed is modelled from dense models: a mixture was not measured"
+        source = (f"{'measured' if here else 'modelled from measurements'} on {', '.join({p.device for p in used})} at "
+                  f"{', '.join(f'{n}' for n, _ in groups)} users, carried to {need.context:,} tokens of cache")
+    else:
+        low = bytes_ / (speed.together(option.cards, option.split) * device.gb_per_s * 1e9)
+        high, used, source = math.inf, [], "bandwidth / bytes: a ceiling, not measured"
+        share = f": it would have to reach {need.tokens_per_s * low:.0%} of that" if need.tokens_per_s else ""
+        option.unknown["tokens/s"] = f"its speed has not been measured (at most {1 / low:.3g} tokens/s a user{share})"
+    wanted = need.tokens_per_s or -math.inf
+    option.hold("tokens/s", Known(1 / high, 1 / low, source), low=wanted, unit=" tokens/s a user")
+    _bill(option, need, device, low, high, used)
 
 
-def _between(low: float, high: float, number: str = ".3g") -> str:
-    if low == 0 or high == math.inf:
-        return f"at most {high:{number}}" if low == 0 else f"{low:{number}} or more"
-    return f"about {(low * high) ** 0.5:{number}}" if high < 1.1 * low else f"{low:{number}} to {high:{number}}"
+def _bill(option: Option, need: Need, device: hardware.Device, low: float, high: float, used: list) -> None:
+    """Money and energy of a million tokens from the seconds of a step."""
+    rented = device.usd_per_hour if need.usd_per_hour is None else need.usd_per_hour
+    own = rented is None and device.watts is not None and not device.cuda
+    hourly = device.watts / 1000 * need.usd_per_kwh if own else rented
+    if hourly is not None:
+        what = f"{need.usd_per_kwh:g} USD a kWh" if own else f"{hourly:g} USD an hour" + (
+            f" ({cost.PRICES[device.rented_as].what}, {cost.PRICES[device.rented_as].date})"
+            if need.usd_per_hour is None else "")  # fmt: skip
+        usd = [cost.cost_per_million_tokens(need.users / s, hourly * option.cards) if s < math.inf else math.inf
+               for s in (low, high)]  # fmt: skip
+        option.hold("USD", Known(*usd, f"seconds x {what}"), high=need.max_usd_per_million, say="{:.2f}".format,
+                    unit=" USD a million tokens")  # fmt: skip
+    powers = [p.watts / hardware.device(p.device).watts for p in used if p.watts] or [1.0] * (not device.cuda)
+    if not (powers and device.watts):
+        return
+    watts = [edge * device.watts for edge in (min(powers), max(powers))]
+    source = "seconds x " + (f"{device.watts:g} W" if not device.cuda else "measured share of the power limit")
+    kwh = [w * s / need.users / cost.JOULES_PER_KWH * 1e6 for w, s in zip(watts, (low, high), strict=True)]
+    option.known["kWh"] = Known(*kwh, source)
 
 
-# preference -> what is compared, in this order; the smaller wins
-ORDER = {
-    "quality": lambda o: (o.kld, o.memory_gib),
-    "speed": lambda o: (-o.speed[0], o.kld),
-    "memory": lambda o: (o.memory_gib, o.kld),
-}
+def _first_token(option: Option, need: Need, device: hardware.Device, points: dict, directory) -> None:
+    name = speed.SAME_FORM.get(option.technique.name, option.technique.name)
+    found = speed.first_token(points.get(name, []), need.model, need.prompt, device, option.cards, option.split)
+    if found:
+        option.hold("first token", Known(*found, f"measured prompts, carried to {need.prompt:,} tokens"),
+                    high=need.ttft_ms / 1000, unit=" s")  # fmt: skip
+    elif need.ttft_ms < math.inf:
+        option.unknown["first token"] = "its time to the first token has not been measured"
+    if not need.goodput_per_s:
+        return
+    if best := _recorded("serving", "best", "goodput_per_s", option, need, device, directory):
+        option.hold("goodput", Known(max(best), max(best), "measured: serving"), low=need.goodput_per_s,
+                    unit=" requests/s")  # fmt: skip
+    else:
+        option.unknown["goodput"] = "its goodput has not been measured for this model, device and cache"
 
 
-def dominates(a: Option, b: Option) -> bool:
-    """True where ``a`` is no worse than ``b`` in memory, quality and speed, and better in one of them."""
-    mine, other = ((o.memory_gib, o.kld, -o.speed[0]) for o in (a, b))
-    return all(x <= y for x, y in zip(mine, other, strict=True)) and mine != other
+def _recorded(file: str, kind: str, column: str, option: Option, need: Need, device, directory) -> list[float]:
+    """Values of a column in rows of this very option, model and device."""
+    engine = {"GGUF": "llama.cpp"}.get(option.technique.name.split()[0], option.technique.runtime)
+    wanted = {"kind": kind, "shape": need.model, "runtime": engine, "type": option.technique.name.split()[-1],
+              "kv_type": option.kv_type, "cards": option.cards}  # fmt: skip
+    runs = (run for run in quality.recorded(file, directory) if "compute_capability" in run.machine)
+    return [row[column] for run in runs if hardware.device(run.device).name == device.name for row in run.rows
+            if row.get(column) and all(row.get(key) == value for key, value in wanted.items())]  # fmt: skip
+
+
+def place(options: list[Option]) -> list[Option]:
+    """Say of each option that will do whether another is better by :func:`pareto.difference`: the front over money,
+    energy and quality (perplexity over the original's).  An unknown number is neither better nor worse."""
+    axes = [axis for axis in PREFER.values() if any(axis in o.known for o in options)]
+    values = np.full((len(axes), 3, len(options)), np.nan)
+    for i, j in np.ndindex(len(axes), len(options)):
+        if found := options[j].known.get(axes[i]):
+            values[i, :, j] = np.array([found.mid, found.low, found.high]) + (axes[i] == "loss")
+    for option, word in zip(options, pareto.verdicts(values, [AXES[axis] for axis in axes]), strict=True):
+        option.place = str(word)
+    return [option for option in options if option.place != "dominated"]
+
+
+def rank(option: Option, prefer: str) -> list[float]:
+    """What the preference compares: the worse end of its interval (hope is no argument), then those of the others."""
+    order = [PREFER[prefer], *(axis for axis in ("loss", "USD", "kWh") if axis != PREFER[prefer])]
+    return [option.known[axis].high if axis in option.known else math.inf for axis in order]
 
 
 def decide(need: Need, directory=None) -> Decision:
-    """Constraints, then the front of what is left, then one recommendation by ``need.prefer``."""
-    recording = Recording(directory)
-    options = [assess(technique, need, recording) for technique in (*TECHNIQUES.values(), AFTER_QAT)
-               if not technique.emulated and technique.name != "FP32"]  # fmt: skip
-    will_do = [option for option in options if option.verdict == "yes"]
-    front = [option for option in will_do if not any(dominates(other, option) for other in will_do)]
-    front.sort(key=ORDER[need.prefer])
+    """Constraints, then the front of what is left, then one piece of advice by ``need.prefer``."""
+    points = speed.points(directory)
+    options = [assess(option, need, points, directory) for option in candidates(need)]
+    front = place([option for option in options if option.verdict == "yes"])
+    front.sort(key=lambda option: rank(option, need.prefer))
     rest = sorted((option for option in options if option not in front), key=Option.distance)
     return Decision(need, front, [*front, *rest])
 
@@ -293,7 +333,7 @@ def decide(need: Need, directory=None) -> Decision:
 @dataclass
 class Decision:
     """What :func:`decide` found: the ``front`` (best first) and all ``options``: yes, then unknown, then no.  ``best``
-    is the recommended option, None where nothing is known to do."""
+    is what is advised, None where nothing is known to do."""
 
     need: Need
     front: list
@@ -303,80 +343,74 @@ class Decision:
 
     @property
     def sentence(self) -> str:
-        """The recommendation with its numbers; where nothing is known to do, what to measure or to relax."""
-        first = self.options[0]
-        name, wrong, unknown = first.technique.name, first.missed.values(), first.unknown.values()
+        """The advice with its numbers; where nothing is known to do, what to measure or to relax."""
+        first, device = self.options[0], hardware.device(self.need.device)
+        wrong, unknown = " and ".join(first.missed.values()), " and ".join(first.unknown.values())
         if first.verdict == "no":
-            relax = " and ".join(first.relax.values())
-            return f"Nothing will do. {name} comes closest, but {' and '.join(wrong)}: {relax}."
+            return f"Nothing will do. {first.name} comes closest, but {wrong}: {' and '.join(first.relax.values())}."
         if first.verdict == "unknown":
-            return f"Nothing is known to do. {name} may: {' and '.join(unknown)}. Measure it first."
-        there = hardware.device(self.need.device).memory_gib
-        then = [f"Next on the front: {other.technique.name}." for other in self.front[1:2]]
-        return (f"{name}: {first.memory_gib:.1f} of {there:.1f} GiB, {_between(*first.speed)} tokens/s a user, "
-                f"perplexity {first.loss:+.2%} (course model). {then[0] if then else 'Nothing else is known to do.'}")
+            return f"Nothing is known to do. {first.name} may: {unknown}. Measure it first."
+        axis = PREFER[self.need.prefer]
+        tied = [o.name for o in self.front[1:] if axis in o.known and axis in first.known
+                and o.known[axis].low <= first.known[axis].high]  # fmt: skip
+        words = {"USD": ("{:.2f}".format, " USD and"), "kWh": ("{:.2g}".format, " kWh a million tokens"),
+                 "loss": (percent, " of perplexity lost"), "tokens/s": ("{:.3g}".format, " tokens/s a user")}
+        said = [between(first.known[key], say) + unit for key, (say, unit) in words.items() if key in first.known]
+        said += ["an unknown loss"] * ("loss" not in first.known)
+        return (f"Preferring {self.need.prefer}: {first.name}, with {', '.join(said).replace('and,', 'and')}, in "
+                f"{first.known['memory'].mid:.1f} of {first.cards * device.memory_gib:.1f} GiB."
+                + (f" The intervals do not tell it from {' or '.join(tied[:2])}." if tied else ""))  # fmt: skip
 
-    def frame(self):
-        """Every technique as a row of a pandas DataFrame, best first: will it do, and why or why not."""
+    def changes(self) -> list[str]:
+        """What would change the advice: measurements that are missing, and how far its requirements may move."""
+        best, need, axis = self.best, self.need, PREFER[self.need.prefer]
+
+        def at_best(option: Option) -> float:
+            return option.known[axis].low if axis in option.known else math.inf
+
+        rivals = [o for o in self.options if o.verdict == "unknown" and (
+            best is None or at_best(o) < rank(best, need.prefer)[0] or axis not in o.known)]  # fmt: skip
+        one_each = {o.technique.runtime: o for o in sorted(rivals, key=at_best, reverse=True)}  # engine -> its best
+        rivals = sorted(one_each.values(), key=at_best)
+        found = [f"A measurement of {o.name}: {' and '.join(o.unknown.values())}." for o in rivals]
+        if best is not None:
+            free = best.cards * hardware.device(need.device).memory_gib - need.keep_free_gib - best.known["memory"].mid
+            each = need.context * speed.kv_per_token(need.model, best.kv_type, need.context) / GIB
+            found.append(f"More than {need.users + int(free / each)} users with {need.context:,} tokens each: it no "
+                         "longer fits.")  # fmt: skip
+            if need.max_loss < math.inf and (loss := best.known["loss"].high) > 0:
+                found.append(f"Less than {percent(loss)} of perplexity allowed, or a text of yours on which it loses "
+                             f"more than {percent(need.max_loss)}.")  # fmt: skip
+            if need.prefer != "quality" or len(self.front) > 1:
+                found += [f"Preferring {other}: {name}." for other in PREFER if other != need.prefer
+                          and (name := min(self.front, key=lambda o: rank(o, other)).name) != best.name]  # noqa: B023
+        return found
+
+    def sources(self):
+        """Every number of the first option: between what, and where it comes from (a pandas DataFrame)."""
         import pandas
 
+        grid = cost.grid()
+        said = {key: [between(value, percent if key == "loss" else "{:.3g}".format), value.source]
+                for key, value in self.options[0].known.items()}  # fmt: skip
+        if "kWh" in said:
+            kwh = self.options[0].known["kWh"]
+            grams = Known(kwh.low * grid.grams_per_kwh, kwh.high * grid.grams_per_kwh, "")
+            said["g CO2e"] = [between(grams, "{:,.0f}".format),
+                              f"kWh x {grid.grams_per_kwh:.0f} g ({grid.name}, {grid.year}; {grid.source})"]
+        return pandas.DataFrame(said, index=["value", "source"]).T
+
+    def frame(self):
+        """Every option as a row of a pandas DataFrame, best first: will it do, and why or why not."""
+        import pandas
+
+        columns = {"memory": ("memory, GiB", "{:.1f}".format), "tokens/s": ("tokens/s a user", "{:.3g}".format),
+                   "first token": ("first token, s", "{:.2g}".format), "loss": ("loss", percent),
+                   "USD": ("USD / 1M", "{:.2f}".format), "kWh": ("kWh / 1M", "{:.2g}".format)}  # fmt: skip
         return pandas.DataFrame([{
-            "technique": o.technique.name, "will do": o.verdict,
-            "memory, GiB": "" if o.memory_gib is None else f"{o.memory_gib:.1f}",
-            "tokens/s a user": "" if o.speed is None else _between(*o.speed),
-            "USD / 1M tokens": "" if o.usd_per_million is None else _between(*o.usd_per_million, ".2f"),
-            "perplexity": "not measured" if o.loss is None else f"{o.loss:+.2%} ± {o.loss_se:.2%}",
+            "option": o.name, "will do": o.verdict,
+            **{title: between(o.known[key], say) if key in o.known else "" for key, (title, say) in columns.items()},
             "why": "; ".join([*o.missed.values(), *o.unknown.values()])
-                   or ("on the front" if o in self.front else "another is no worse in anything"),
-        } for o in self.options]).set_index("technique")  # fmt: skip
-
-
-RECIPES = {"BF16": 0.0, "FP8 delayed": 8.9, "FP8 current": 8.9, "FP8 block": 9.0}  # -> compute capability that it needs
-SAME_LOSS_NATS = 0.02  # a recipe may end this much above BF16's held-out loss: 2 % of perplexity
-
-
-def training(model: str, device="H100 SXM", tokens_per_step: int = 16384, directory=None):
-    """Recipes of Transformer Engine as rows of a pandas DataFrame, the recommended one first.
-
-    Recommended is the fastest that runs on ``device``, was measured to be faster than BF16 at this width and number of
-    tokens in a step, and whose held-out loss ends within SAME_LOSS_NATS of BF16's.  ``memory``: peak, as a multiple of
-    BF16's.  Whether the run fits (optimizer, sharding) is not checked.
-    """
-    import pandas
-
-    device, width = hardware.device(device), capacity.shapes(model)["token_embd.weight"][1]
-    rows = []
-    for recipe, capability in RECIPES.items():
-        speed, memory = _step_against_bf16(recipe, width, tokens_per_step, directory)
-        loss, low, high = _loss(recipe, directory)
-        why = (f"it needs compute capability {capability}" if (device.compute_capability or 0) < capability else
-               "its speed was not measured at this size" if speed is None else
-               "its loss was not measured" if loss is None else
-               "its loss ends too far from BF16's" if loss > SAME_LOSS_NATS else
-               "slower than BF16" if speed < 1 else "")  # fmt: skip
-        rows.append({"recipe": recipe, "speed": speed, "memory": memory, "loss, nats": loss, "from": low, "to": high,
-                     "will do": not why, "why not": why})  # fmt: skip
-    return pandas.DataFrame(rows).sort_values(["will do", "speed"], ascending=False).set_index("recipe")
-
-
-def _step_against_bf16(recipe: str, width: int, tokens: int, directory) -> tuple[float | None, float | None]:
-    """Speed and peak memory of a training step as multiples of BF16's, measured at this width and no more tokens."""
-    if recipe == "BF16":
-        return 1.0, 1.0
-    layers, steps = (results.on_gpu(name, directory) for name in ("fp8_layers", "fp8_breakeven"))
-    rungs = {row["rung"]: row for row in _rows(layers, hidden=width) if row["tokens"] <= tokens}
-    if {"TE BF16", f"TE {recipe}"} <= set(rungs):
-        base, this = rungs["TE BF16"], rungs[f"TE {recipe}"]
-        return base["ms_per_step"] / this["ms_per_step"], this["peak_gib"] / base["peak_gib"]
-    near = [row for row in _rows(steps, graph=True) if row["hidden"] <= width and row["tokens"] <= tokens]
-    best = max(near, key=lambda row: (row["hidden"], row["tokens"]), default={}) if recipe == "FP8 delayed" else {}
-    return best.get("speedup"), None
-
-
-def _loss(recipe: str, directory) -> tuple[float | None, float | None, float | None]:
-    """Mean of the gaps to BF16's loss, and the ends of its 95 % interval over seeds."""
-    gaps = paired.loss_gaps(_rows(results.on_gpu("fp8_loss", directory)), recipe)
-    if len(gaps) < 2:
-        return (*(gaps or [None]), None, None)
-    gap = paired.paired_nll(gaps)
-    return gap.difference, gap.low, gap.high
+                   or {"dominated": "another is no worse in anything", "open": "perhaps on the front"}.get(
+                       o.place, "on the front"),
+        } for o in self.options]).set_index("option")  # fmt: skip

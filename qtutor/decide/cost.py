@@ -43,15 +43,6 @@ def co2e_grams_per_million_tokens(joules_per_token: float, grams_per_kwh: float,
     return joules_per_token * 1e6 / JOULES_PER_KWH * pue * grams_per_kwh
 
 
-def monthly(tokens_per_s: float, joules_per_token: float, tokens: float, usd_per_hour: float,
-            grams_per_kwh: float, pue: float = 1.0) -> dict:  # fmt: skip
-    """What ``tokens`` tokens a month take on a machine that is busy all the time."""
-    per_million = cost_per_million_tokens(tokens_per_s, usd_per_hour)
-    kwh = joules_per_token * tokens / JOULES_PER_KWH * pue
-    return {"usd_per_million": per_million, "usd": per_million * tokens / 1e6, "hours": tokens / tokens_per_s / 3600,
-            "kwh": kwh, "kg_co2e": kwh * grams_per_kwh / 1000}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Price:
     """An example of what an hour of a machine costs on demand, read at ``source`` on ``date``; it changes monthly."""
@@ -63,26 +54,16 @@ class Price:
     date: str
 
 
-# Providers' own list prices, but for the last four: a survey's lowest offer, which nobody has to honour.
+# One list, of one day: what RunPod's page asked for one card in its own data centres (Secure Cloud), as transcribed in
+# https://github.com/tgarg01/silybench-data/blob/main/derived/csv/gpu_prices.csv.  It has no CPUs: that price is AWS's,
+# of c7i.4xlarge in us-east-1.
 _RUNPOD, _AWS = "https://www.runpod.io/pricing", "https://aws.amazon.com/ec2/pricing/on-demand/"
-_SURVEY = "https://deploybase.ai/articles/runpod-gpu-pricing"
-PRICES = {price.name: price for price in (
-    Price("H200", 4.59, "one H200 141 GB, RunPod Secure Cloud", _RUNPOD, "2026-10-07"),
-    Price("H100", 3.99, "one H100 SXM 80 GB, RunPod Secure Cloud", _RUNPOD, "2026-11-09"),
-    Price("H100 PCIe", 2.89, "one H100 PCIe 80 GB, RunPod Secure Cloud", _RUNPOD, "2026-11-09"),
-    Price("H100 NVL", 3.19, "one H100 NVL 94 GB, RunPod Secure Cloud", _RUNPOD, "2026-11-09"),
-    Price("H100 AWS", 6.88, "an eighth of a p5.48xlarge, us-east-1", _AWS, "2026-11-09"),
-    Price("B200", 6.79, "one B200 180 GB, RunPod Secure Cloud", _RUNPOD, "2026-10-07"),
-    Price("A100", 1.79, "one A100 SXM 80 GB, RunPod Secure Cloud", _RUNPOD, "2026-11-09"),
-    Price("A100 PCIe", 1.79, "one A100 PCIe 80 GB, RunPod Secure Cloud", _RUNPOD, "2026-11-09"),
-    Price("L40S", 1.861, "g6e.xlarge: one L40S 48 GB, us-east-1", _AWS, "2026-01-19"),
-    Price("L4", 0.8048, "g6.xlarge: one L4 24 GB, us-east-1", _AWS, "2026-01-19"),
-    Price("CPU 16 vCPU", 0.714, "c7i.4xlarge: 16 vCPU, 32 GiB, us-east-1", _AWS, "2026-01-19"),
-    Price("RTX PRO 6000", 0.89, "one RTX PRO 6000 96 GB, lowest offer of a survey", _SURVEY, "2026-03-10"),
-    Price("RTX 5090", 0.69, "one RTX 5090 32 GB, lowest offer of a survey", _SURVEY, "2026-03-10"),
-    Price("RTX 4090", 0.34, "one RTX 4090 24 GB, lowest offer of a survey", _SURVEY, "2026-03-10"),
-    Price("RTX 3090", 0.22, "one RTX 3090 24 GB, lowest offer of a survey", _SURVEY, "2026-03-10"),
+PRICES = {name: Price(name, usd, f"one {what}, RunPod Secure Cloud", _RUNPOD, "2026-09-25") for name, usd, what in (
+    ("H200", 4.59, "H200 141 GB"), ("H100", 3.49, "H100 SXM 80 GB"), ("H100 PCIe", 2.89, "H100 PCIe 80 GB"),
+    ("H100 NVL", 3.19, "H100 NVL 94 GB"), ("B200", 6.79, "B200 180 GB"), ("A100", 1.59, "A100 SXM 80 GB"),
+    ("A100 PCIe", 1.59, "A100 PCIe 80 GB"), ("L40S", 1.09, "L40S 48 GB"), ("RTX 4090", 0.74, "RTX 4090 24 GB"),
 )}  # fmt: skip
+PRICES["CPU 16 vCPU"] = Price("CPU 16 vCPU", 0.714, "c7i.4xlarge: 16 vCPU, 32 GiB, us-east-1", _AWS, "2026-01-19")
 
 
 def price(name: str) -> Price:
@@ -104,17 +85,21 @@ class CarbonGrid:
     source: str
 
 
+YEAR = 2023  # of all grids, so that they compare
+
+
 @cache
 def grids() -> list[CarbonGrid]:
-    """All grids, from the cleanest to the dirtiest: codecarbon's table, where it is installed, and the world's mean.
+    """All grids, from the cleanest to the dirtiest: one series, Ember's life-cycle CO2 equivalent of :data:`YEAR`.
+    Countries from codecarbon's table, where it is installed and has that year; the world from the same edition.
     Yearly means of a whole country: the hour and the place within it can differ by a factor of several."""
-    spec, source = find_spec("codecarbon"), "Our World in Data and Ember, in codecarbon's global_energy_mix.json"
+    spec, source = find_spec("codecarbon"), "Ember by way of Our World in Data, in codecarbon's global_energy_mix.json"
     path = Path(spec.origin).parent / "data/private_infra/global_energy_mix.json" if spec else None
     table = files.read_json(path) if path else {}
-    found = [CarbonGrid(code, row["country_name"], float(row["carbon_intensity"]), int(row["year"]), source)
-             for code, row in table.items() if row.get("carbon_intensity")]  # fmt: skip
-    world = CarbonGrid("WLD", "World", 475.0, 2018,
-                       "IEA, https://www.iea.org/reports/global-energy-co2-status-report-2019/emissions")  # fmt: skip
+    found = [CarbonGrid(code, row["country_name"], float(row["carbon_intensity"]), YEAR, source)
+             for code, row in table.items() if row.get("carbon_intensity") and int(row["year"]) == YEAR]  # fmt: skip
+    world = CarbonGrid("WLD", "World", 481.0, YEAR, "Ember, edition of July 2024: https://www.statista.com/statistics/"
+                       "943137/global-emissions-intensity-power-sector-by-country/")  # fmt: skip
     return sorted([*found, world], key=lambda g: g.grams_per_kwh)
 
 

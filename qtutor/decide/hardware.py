@@ -44,6 +44,11 @@ class Device:
         return (self.compute_capability or 0) >= 8.9
 
     @property
+    def chip(self) -> tuple:
+        """Equal for cards that compute alike: an H200 is an H100 SXM with another memory."""
+        return self.compute_capability, self.watts
+
+    @property
     def reserve_gib(self) -> float:
         """Memory to leave for activations and, on a GPU, the CUDA context and its libraries."""
         return 1.5 if self.cuda else 0.5
@@ -71,12 +76,12 @@ DEVICES = {name: Device(name, mib / 1024, *rest) for name, mib, *rest in (
     ("A100 80 GB PCIe", 81920, 1935, 300, 8.0, "PCIe", _NV + "a100/", "A100 PCIe"),
     ("A100 40 GB", 40960, 1555, 400, 8.0, "NVLink", _NV + "a100/", ""),
     ("L40S", 46068, 864, 350, 8.9, "PCIe", _NV + "l40s/", "L40S"),
-    ("L4", 23034, 300, 72, 8.9, "PCIe", _NV + "l4/", "L4"),
+    ("L4", 23034, 300, 72, 8.9, "PCIe", _NV + "l4/", ""),
     ("A10", 23028, 600, 150, 8.6, "PCIe", _NV + "products/a10-gpu/", ""),
-    ("RTX PRO 6000", 97887, 1792, 600, 12.0, "PCIe", _PRO, "RTX PRO 6000"),
-    ("RTX 5090", 32607, 1792, 575, 12.0, "PCIe", _GEFORCE + "50-series/rtx-5090/", "RTX 5090"),
+    ("RTX PRO 6000", 97887, 1792, 600, 12.0, "PCIe", _PRO, ""),
+    ("RTX 5090", 32607, 1792, 575, 12.0, "PCIe", _GEFORCE + "50-series/rtx-5090/", ""),
     ("RTX 4090", 24564, 1008, 450, 8.9, "PCIe", _GEFORCE + "40-series/rtx-4090/", "RTX 4090"),
-    ("RTX 3090", 24576, 936, 350, 8.6, "PCIe", _GEFORCE + "30-series/rtx-3090-3090ti/", "RTX 3090"),
+    ("RTX 3090", 24576, 936, 350, 8.6, "PCIe", _GEFORCE + "30-series/rtx-3090-3090ti/", ""),
     ("Mac Studio M4 Max 128 GB", 98304, 546, 145, None, "", _MAC, ""),
     ("Mac Studio M3 Ultra 256 GB", 196608, 819, 270, None, "", _MAC, ""),
 )}  # fmt: skip

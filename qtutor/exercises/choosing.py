@@ -58,7 +58,7 @@ def _break_even(answer):
           wrong=["ABCDEF", "B", "E", "F", "BE", "EF", "BF", "BCEF", "ABEF", "CD", ""])  # fmt: skip
 def _evidence(answer):
     letters(answer, "BEF", {
-        "A": "Does A bring Q5_K_M below the limit, or only make its error smaller?",
+        "A": "Was Q5_K_M out for its loss? What was missing is something else.",
         "B": "Q5_K_M is smaller than Q6_K: what did it lack, and does B give it that?",
         "C": "Was Q4_K_M left out because it was slow?",
         "D": "Does the price of the GPU separate the types that are left?",

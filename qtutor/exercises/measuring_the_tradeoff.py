@@ -1,9 +1,7 @@
 """Checks of the exercises: measuring the trade-off."""
 
-import numpy as np
-
 from ..lesson import exercise, expect
-from .answers import function, letters, number, several
+from .answers import function, letters
 
 
 def _front_solution(points):
@@ -34,52 +32,28 @@ def _pareto_front(answer):
     return "At least as good everywhere and better somewhere: ties make the definition, and break most short versions."
 
 
-def _cost_solution(tokens_per_s, usd_per_hour, busy):
-    return 1e6 / (tokens_per_s * busy) / 3600 * usd_per_hour
+def _rule(a, b, tolerance, apart=True, matters=True, overlap="undecided"):
+    if (a[1] > b[2] or not apart) and a[0] > b[0] * (1 + tolerance * matters):
+        return "larger"
+    if (b[1] > a[2] or not apart) and b[0] > a[0] * (1 + tolerance * matters):
+        return "smaller"
+    return "same" if max(a[2], b[2]) <= min(a[1], b[1]) * (1 + tolerance) else overlap
 
 
-@exercise("measuring_the_tradeoff.cost", solution=_cost_solution, wrong=[
-    lambda tokens_per_s, usd_per_hour, busy: 1e6 / tokens_per_s / 3600 * usd_per_hour,          # idle time is free
-    lambda tokens_per_s, usd_per_hour, busy: 1e6 / tokens_per_s / 3600 * usd_per_hour * busy,   # idle time pays back
-    lambda tokens_per_s, usd_per_hour, busy: 1e6 / (tokens_per_s * busy) * usd_per_hour,        # seconds as hours
-    lambda tokens_per_s, usd_per_hour, busy: 1e3 / (tokens_per_s * busy) / 3600 * usd_per_hour,  # a thousand tokens
-    0.5])  # fmt: skip
-def _cost(answer):
-    answer = function(answer, "usd_per_million")
-    for speed, price, busy in ((1000.0, 3.6, 1.0), (1000.0, 3.6, 0.25), (37.5, 2.0, 0.5)):
-        right = _cost_solution(speed, price, busy)
-        number(answer(speed, price, busy), right, within=1e-9 * right, otherwise=(
-            f"At {speed:g} tokens a second, {price:g} dollars an hour and {busy:.0%} of the time busy yours is wrong: "
-            "the machine is paid for whether it works or not, and an hour has 3600 s."))
-    return "An idle GPU costs most per token."
-
-
-def _paired(a, b):
-    return (a - b).std(ddof=1) / np.sqrt(len(a))
-
-
-def _unpaired(a, b):
-    return np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / len(a))
-
-
-@exercise("measuring_the_tradeoff.two_errors", solution=lambda a, b: (_paired(a, b), _unpaired(a, b)), wrong=[
-    lambda a, b: (_unpaired(a, b), _paired(a, b)),
-    lambda a, b: (_paired(a, b), (a.std(ddof=1) + b.std(ddof=1)) / np.sqrt(len(a))),            # errors added
-    lambda a, b: (_paired(a, b) * np.sqrt(len(a)), _unpaired(a, b) * np.sqrt(len(a))),          # of single values
-    lambda a, b: (_paired(a, b), _paired(a, b))])  # fmt: skip
-def _two_errors(answer):
-    answer = function(answer, "two_errors")
-    rng = np.random.default_rng(0)
-    for n in (50, 400):
-        a = rng.exponential(3, n)
-        b = a + rng.normal(0.05, 0.2, n)
-        mine = several(answer(a, b), 2, "two numbers, the paired error and the unpaired,")
-        paired, unpaired = _paired(a, b), _unpaired(a, b)
-        number(mine[0], paired, f"The paired error is that of the mean of the differences, {paired:.4f} here.",
-               within=1e-6 * paired)  # fmt: skip
-        number(mine[1], unpaired, f"Errors of independent means add as squares: {unpaired:.4f} here.",
-               within=1e-6 * unpaired)  # fmt: skip
-    return "Same tokens, same difference, and the error depends on whether you remembered that they were the same."
+@exercise("measuring_the_tradeoff.difference", solution=_rule, wrong=[
+    lambda a, b, tolerance: _rule(a, b, tolerance, apart=False),                # the intervals are ignored
+    lambda a, b, tolerance: _rule(a, b, tolerance, matters=False),              # a real but tiny difference counts
+    lambda a, b, tolerance: _rule(a, b, tolerance, overlap="same"),             # not shown is taken for shown not
+    lambda a, b, tolerance: _rule(a, b, tolerance).replace("same", "undecided"),
+    "larger"])  # fmt: skip
+def _difference(answer):
+    answer = function(answer, "difference")
+    for a, b in (((120, 118, 122), (100, 99, 101)), ((100, 99, 101), (120, 118, 122)),
+                 ((103, 102, 104), (100, 100, 101)), ((120, 90, 150), (100, 80, 120)),
+                 ((104, 104, 112), (100, 98, 102)), ((100, 99, 101), (100, 99, 101))):  # fmt: skip
+        given, right = answer(a, b, 0.05), _rule(a, b, 0.05)
+        expect(given == right, f"{a} and {b}, tolerance 5 %: you said {given!r}, and it is {right!r}.")
+    return "Three ways not to be a difference, and 'undecided' is the one that asks for a better measurement."
 
 
 @exercise("measuring_the_tradeoff.wrong_report", solution="ABDF",

@@ -14,8 +14,8 @@ from dataclasses import replace
 import ipywidgets
 
 from .. import plots
-from ..decide import capacity, hardware
-from ..decide.choosing import PREFER, RUNTIMES, Decision, Need, decide
+from ..decide import capacity, hardware, speed
+from ..decide.choosing import CHOICES, Decision, Need, decide
 from .live import dropdown, live_picture
 
 COLORS = {"yes": plots.PALETTE[2], "unknown": plots.PALETTE[1], "no": plots.PALETTE[3]}
@@ -31,7 +31,7 @@ def left(frame):
 
 
 def table(decision: Decision, rows: int = 10):
-    """The first ``rows`` techniques of a decision, with the recommendation as caption (a pandas Styler)."""
+    """The first ``rows`` options of a decision, with the advice as caption (a pandas Styler)."""
     color = COLORS[decision.options[0].verdict]
     caption = [("caption-side", "top"), ("text-align", "left"), ("font-weight", "bold"), ("padding", "0.3em 0.8em"),
                ("border-left", f"4px solid {color}")]  # fmt: skip
@@ -54,16 +54,19 @@ def explorer(**start):
     decide(need)  # a name that is not known is said here, not in every redraw
     percent = [("any", math.inf), *[(f"{100 * x:g} %", x) for x in LOSSES]]
     controls = {
-        "model": _choice("model", list(capacity.MODELS), need.model),
+        "model": _choice("model", [*capacity.MODELS, *speed.MIXTURES], need.model),
         "device": _choice("device", list(hardware.DEVICES), need.device),
+        "cards": _choice("cards, at most", [1, 2, 4, 8], need.cards),
         "users": _choice("users at once", [1, 2, 4, 8, 16, 32, 64], need.users),
         "context": _choice("context, tokens", [512, 1024, 2048, 4096, 8192, 16384, 32768], need.context),
         "keep_free_gib": _choice("keep free, GiB", [0.0, 1.0, 2.0, 4.0, 8.0], need.keep_free_gib),
         "tokens_per_s": _choice("tokens/s a user", [0, 5, 10, 15, 20, 30, 50, 100, 200], need.tokens_per_s),
+        "ttft_ms": _choice("first token", [("any", math.inf), *[(f"{x:g} s", 1000.0 * x) for x in (0.2, 0.5, 1, 2, 5)]],
+                           need.ttft_ms),
         "max_loss": _choice("perplexity lost", percent, need.max_loss),
         "can_train": _choice("can train", [("no", False), ("yes", True)], need.can_train),
-        "runtime": _choice("runtime", RUNTIMES, need.runtime),
-        "prefer": _choice("prefer", PREFER, need.prefer),
+        **{name: _choice(label, CHOICES[name], getattr(need, name))
+           for name, label in (("engine", "engine"), ("kv_type", "type of cache"), ("prefer", "prefer"))},
     }  # fmt: skip
     layout = ipywidgets.Layout(grid_template_columns="repeat(auto-fit, minmax(330px, 1fr))")
     return live_picture(lambda **chosen: (table(decide(replace(need, **chosen))).to_html(), None),

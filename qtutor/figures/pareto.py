@@ -51,7 +51,9 @@ def draw(ax, rows, x: str, y: str) -> list[dict]:
     labels_of = [f"{a.label}  {arrows[a][a.better == 'higher']} better" for a in (across, up)]
     ax.set(xlabel=labels_of[0], ylabel=labels_of[1])
     ax.margins(0.12)
-    for note in plots.annotate(ax, xs, ys, [_short(row["technique"]) for row in found]):
+    bars = [np.linspace(ends[0], ends[1], 20) for ends in ((x_low, x_high), (y_low, y_high))]  # no label across one
+    keep_free = [np.r_[xs, bars[0].ravel(), np.tile(xs, 20)], np.r_[ys, np.tile(ys, 20), bars[1].ravel()]]
+    for note in plots.annotate(ax, *keep_free, [_short(row["technique"]) for row in found]):
         note.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # readable across an error bar
     return found
 
@@ -97,6 +99,31 @@ def relative_picture(series: dict[str, list[dict]], label: str, title: str = "",
     plots.plain_ticks(ax.xaxis)
     ax.set_yticks(range(len(names)), names)
     fig.legend(loc="outside lower center", ncols=len(series), frameon=False)
+    return fig
+
+
+def losses_picture(losses: list[tuple], title: str, width: float = 9):
+    """Figure: what each type costs each model.  ``losses``: (model, weights, type, quality.Known, measured here),
+    models by size from left to right; hollow: measured here on other text than the published.  The line joins models
+    of one family, whose names agree up to the last hyphen."""
+    models = sorted({(weights, model) for model, weights, *_ in losses})
+    place, types = {model: i for i, (_, model) in enumerate(models)}, list(dict.fromkeys(one[2] for one in losses))
+    fig, ax = plots.figure(width, 4.6)
+    for number, kind in enumerate(types):
+        look, families = {"color": plots.PALETTE[number], "marker": plots.MARKERS[number % 5]}, {}
+        for model, _, _, known, here in sorted((one for one in losses if one[2] == kind), key=lambda one: one[1]):
+            x, y = place[model] + 0.06 * (number - (len(types) - 1) / 2), 100 * known.mid
+            ends = [[y - max(100 * known.low, y / 10)], [100 * known.high - y]]
+            ax.errorbar(x, y, yerr=ends, mfc="white" if here else None, ms=6, capsize=2, **look)
+            families.setdefault(model.rsplit("-", 1)[0], []).append((x, y))
+        for line in families.values():
+            ax.plot(*zip(*line, strict=True), lw=1.2, color=look["color"])
+        ax.plot([], [], ls="", label=kind, **look)
+    sizes = [f"{weights / 1e9:.3g} B" if weights >= 1e9 else f"{weights / 1e6:.3g} M" for weights, _ in models]
+    ax.set_xticks(range(len(models)), [f"{model}\n{size}" for (_, model), size in zip(models, sizes, strict=True)])
+    ax.set(yscale="log", ylabel="perplexity lost (%)", title=title)
+    plots.plain_ticks(ax.yaxis, 100)
+    fig.legend(loc="outside right center", frameon=False)
     return fig
 
 

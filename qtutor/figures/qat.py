@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-COLOR = {"control": "#949494", "QAT": "#de8f05", "QAT, distilled": "#0173b2"}
+COLOR = {"control": "#949494", "control, GPTQ": "#949494", "QAT": "#de8f05", "QAT, LSQ": "#d55e00",
+         "QAT, distilled": "#0173b2", "QAT, distilled, LSQ": "#56b4e9"}  # of arms that train; the others are dark
 
 
 def ptq_picture(table):
@@ -46,14 +47,12 @@ def losses_picture(losses, title: str, smooth: int = 5):
 
 def _arms(axis, rows, x: str, order, places=None):
     """A line of marks for each arm of ``rows``: mean KL divergence, and bars of two standard deviations over seeds."""
-    from .. import plots
-
     for i, arm in enumerate(order):
         if len(part := rows[rows["arm"] == arm]):
             found = part.groupby(x, sort=False)["kld_mean"].agg(["mean", "std"])
-            at = [places[key] + 0.7 * ((i + 0.5) / len(order) - 0.5) for key in found.index] if places else found.index
+            at = [places[key] + 0.8 * ((i + 0.5) / len(order) - 0.5) for key in found.index] if places else found.index
             axis.errorbar(at, found["mean"], yerr=2 * found["std"].fillna(0), fmt="so^Dv<>P*X"[i % 10], ms=6, capsize=3,
-                          lw=1.2, ls="none" if places else "-", color=plots.PALETTE[i % 10], label=arm)  # fmt: skip
+                          lw=1.2, ls="none" if places else "-", color=COLOR.get(arm, "0.2"), label=arm)  # fmt: skip
     axis.set(yscale="log", ylabel="KL from the float model (nats/token)")
 
 
@@ -76,9 +75,12 @@ def recovery_picture(rows):
 def steps_picture(rows):
     """Figure: the KL divergence against the steps of training, a panel for each scheme that was trained for several
     lengths; dashed: the smallest one without training.  None where there is no such scheme."""
+    from matplotlib.ticker import MaxNLocator
+
     from .. import plots
 
-    trained, order = rows[rows["seed"] >= 0], list(rows["arm"].unique())
+    trained = rows[rows["seed"] >= 0]
+    order = list(trained["arm"].unique())
     schemes = [scheme for scheme, part in trained.groupby("scheme", sort=False) if part["steps"].nunique() > 1]
     if not schemes:
         return None
@@ -92,6 +94,7 @@ def steps_picture(rows):
             axis.set_title(f"{scheme} (dashed: {best['arm']})", fontsize=9)
         axis.set(xscale="log", xlabel="steps", ylabel="KL from float (nats/token)")
         plots.plain_ticks(axis.yaxis)
+        axis.yaxis.set_major_locator(MaxNLocator(6))
         axis.set_xticks(sorted(set(trained["steps"])), [f"{n:,}" for n in sorted(set(trained["steps"]))])
         axis.minorticks_off()
     handles = {label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -104,13 +107,14 @@ def gguf_picture(rows):
     from .. import plots
 
     fig, axes = plots.figure(8.5, 3.9, ncols=2)
-    looks = {"PTQ": ("0.35", "s"), "PTQ, head in Q8_0": (plots.PALETTE[3], "D"), "QAT": (plots.PALETTE[0], "^")}
+    looks = {"PTQ": ("0.35", "s"), "PTQ, imatrix": (plots.PALETTE[2], "v"),
+             "PTQ, head in Q8_0": (plots.PALETTE[3], "D"), "QAT": (plots.PALETTE[0], "^")}  # fmt: skip
     for axis, column, factor, offset in zip(axes, ("perplexity_ratio", "kld_mean"), (100, 1), (1, 0), strict=True):
         y = factor * (rows[column] - offset)
         for name, (color, marker) in looks.items():
             one = rows["model"] == name
-            axis.errorbar(rows["file_mb"][one], y[one], yerr=2 * factor * rows[f"{column}_se"][one], fmt=marker, ms=7,
-                          capsize=3, lw=1.2, color=color, label=name)  # fmt: skip
+            axis.errorbar(rows["file_mb"][one], y[one], yerr=2 * factor * rows[f"{column}_se_windows"][one],
+                          fmt=marker, ms=7, capsize=3, lw=1.2, color=color, label=name)  # fmt: skip
         line = rows[rows["model"] == "PTQ"].sort_values("file_mb")
         axis.plot(line["file_mb"], y[line.index], color="0.35", lw=1, ls=":", zorder=0)
         axis.set(xlabel="size of the file (MB)")

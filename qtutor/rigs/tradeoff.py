@@ -73,13 +73,6 @@ def _phase(name: str, call, tokens: int, seconds: float, where: str, clock=None,
     return row | {joules: spent, f"{joules}_low": spent * ends[0], f"{joules}_high": spent * ends[1]}
 
 
-def _compile_products(model) -> None:
-    """torch.compile for the layers' products: one graph serves all layers, so it takes seconds and not minutes."""
-    torch._dynamo.config.recompile_limit = 64  # beyond the limit (8: a few shapes) it would stay eager without a word
-    for _, _, layer in techniques.body_linears(model):
-        layer.compile(dynamic=False)
-
-
 def pytorch_speed(model, batch: int, sizes: Sizes, phases=("prefill", "decode")) -> dict:
     """Speed and energy columns of a Llama in PyTorch, for one batch size; on a GPU replayed from a CUDA graph."""
     where, n = model.device.type, sizes.tokens
@@ -196,12 +189,13 @@ def _rows_of(technique: Technique, shape: str, batches, sizes: Sizes, reference,
     if technique.emulated:
         return [common | {"batch": batches[0]}]
     if technique.compiled:
-        _compile_products(model)
+        decoding.compile_layers(model)
     for batch in batches:
         free()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        row = pytorch_speed(model, batch, sizes, ("decode",) if technique.compiled else ("prefill", "decode"))
+        alone = technique.compiled and batch != batches[0]  # each shape is compiled anew: one prompt is enough
+        row = pytorch_speed(model, batch, sizes, ("decode",) if alone else ("prefill", "decode"))
         if on_gpu:
             row["peak_gib"] = torch.cuda.max_memory_allocated() / measure.GIB - before
         found.append(common | {"batch": batch} | row)

@@ -43,8 +43,9 @@ def test_recorded_arms(rows, lengths):
 
 def test_other_pictures(rows):
     ptq = rows[rows["arm"] == "PTQ"].assign(bits_per_weight=[8.1, 4.0])
-    same = dict(seed=0, perplexity_ratio=1.02, perplexity_ratio_se=0.002, kld_mean=0.02, kld_mean_se=0.001)
-    sizes = {"PTQ": 4.0, "QAT": 4.1}
+    same = dict(seed=0, perplexity_ratio=1.02, perplexity_ratio_se_windows=0.002, kld_mean=0.02,
+                kld_mean_se_windows=0.001)  # fmt: skip
+    sizes = {"PTQ": 4.0, "PTQ, imatrix": 4.0, "QAT": 4.1}
     files = pd.DataFrame([dict(model=model, type="Q4_0", file_mb=size, **same) for model, size in sizes.items()])
     losses = {"control": [3.0] * 9, "QAT": [4.0] * 9, "QAT, distilled": [1.0] * 9}
     for fig in (figures.ptq_picture(ptq), figures.gguf_picture(files), figures.losses_picture(losses, "9 steps")):

@@ -22,6 +22,18 @@ def test_the_llama_without_its_wrapping_is_the_same_llama():
     assert torch.allclose(step[:, 0], expected[:, -1], atol=1e-4)
 
 
+def test_compiled_layers_are_all_layers_and_look_alike(monkeypatch):
+    """Without the compiler: each layer is compiled for fixed shapes, under one number, and computes what it did."""
+    compiled, model = [], course_model.load()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append(self.self_attn.layer_idx))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = decoding.llama_logits(model, ids)
+        decoding.compile_layers(model)
+        assert torch.equal(decoding.llama_logits(model, ids), expected)
+    assert compiled == [0] * len(model.model.layers)
+
+
 @pytest.mark.gpu
 def test_a_cuda_graph_holds_its_calls():
     from qtutor import measure

@@ -86,15 +86,6 @@ def test_energy_of_a_counter_comes_with_its_steps(monkeypatch):
     assert "joules_per_decode_token" not in short  # a window of one step says nothing
 
 
-def test_compiled_products_compute_the_same(monkeypatch):
-    """Without the compiler: what is compiled are the seven products of each layer, one by one."""
-    compiled = []
-    monkeypatch.setattr(torch.nn.Linear, "compile", lambda self, **how: compiled.append(how))
-    model = techniques.build("BF16", where="cpu")
-    tradeoff._compile_products(model)
-    assert len(compiled) == 7 * len(model.model.layers) and compiled[0] == {"dynamic": False}
-
-
 @pytest.mark.slow
 def test_a_failure_is_a_row_and_the_rest_goes_on(monkeypatch):
     build = techniques.build

@@ -128,6 +128,8 @@ def test_a_dry_run_of_serving(program, tmp_path):
     server, fixed, rates = rows[0], rows[1], rows[2:-1]
     assert server["weights_gib"] == 12.5 and server["kv_tokens"] == 1536 and server["start_s"] > 0
     assert fixed["streams"] == 2 and fixed["decode_tokens_per_s"] > 0 and fixed["failed"] == 0
+    for column in ("decode_tokens_per_s", "ttft_p50_ms"):
+        assert fixed[f"{column}_low"] <= fixed[column] <= fixed[f"{column}_high"]
     assert all(row["requests"] >= 4 and row["runtime"] == "vLLM" and row["type"] == "W4A16" for row in rates)
     assert list(tmp_path.glob("qtutor-*")) == []
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -46,7 +49,11 @@ def exercise(name):
     return [new_markdown_cell("### Exercise (2 minutes, easy)"),
             new_code_cell(f'answer = ...\nqtutor.lesson.check("{name}", answer)', metadata={"tags": ["exercise"]},
                           outputs=[new_output("stream", name="stdout", text=f"{name}: not attempted yet\n")]),
-            new_markdown_cell("<details><summary>Solution</summary>\n\n```python\nanswer = 1\n```\n</details>")]
+            new_markdown_cell("".join(f"<details><summary>{what}</summary>\n\n{text}\n</details>\n" for what, text in (
+                ("Hint 1", "Count."), ("Hint 2", "`answer = ...`"), ("Solution", "```python\nanswer = 1\n```"))))]
+
+
+QUIZ = [{"ask": "What is so?", "right": ["This", "Yes."], "wrong": [["That", "Never."], ["Both", "One."]]}]
 
 
 def good():
@@ -55,6 +62,7 @@ def good():
              *exercise("demo.one"), *exercise("demo.two"),
              new_markdown_cell("Recipe: add two numbers."),
              new_code_cell("import math\nmath.pi + 1", metadata={"tags": ["recipe"]}),
+             new_markdown_cell("## Recall\n\nOpen an option."), new_code_cell('qtutor.lesson.quiz("demo")'),
              new_markdown_cell("## Recap\n\n- so\n\n## Where to go next\n\n- [there](https://example.org)")]
     for count, cell in enumerate([cell for cell in cells if cell.cell_type == "code"], 1):
         cell.execution_count = count
@@ -62,7 +70,15 @@ def good():
 
 
 @pytest.fixture
-def problems(tmp_path):
+def quizzes(tmp_path, monkeypatch):
+    """The quizzes of the notebooks made here."""
+    monkeypatch.setattr(files, "DATA", tmp_path)
+    for name in ("demo", "other"):
+        files.write_text(tmp_path / f"quiz/{name}.json", json.dumps(QUIZ))
+
+
+@pytest.fixture
+def problems(tmp_path, quizzes):
     """Save a notebook as 01_demo.ipynb, restored or as it is, and return what check says."""
     nbformat.write(new_notebook(cells=[new_markdown_cell("# 00 · Start")]), tmp_path / "00_start_here.ipynb")
 
@@ -119,6 +135,13 @@ FAULTS = {
     "exercise of another notebook": (lambda nb: nb.cells.extend(exercise("other.one")), "demo.name"),
     "answered exercise": (change("exercise", outputs=[]), "answered"),
     "no minutes": (change("### Exercise", source="### Exercise"), "minutes"),
+    "no difficulty": (change("### Exercise", source="### Exercise (5 minutes)"), "easy"),
+    "one hint": (change("Hint 2", source="<details><summary>Hint 1</summary>\n\n</details>\n<details><summary>Solution"
+                        "</summary>\n\n```python\nanswer = 1\n```\n</details>"), "Hint 2"),
+    "no quiz": (drop("lesson.quiz"), "quiz"),
+    "another notebook's quiz": (change("lesson.quiz", source='qtutor.lesson.quiz("other")'), 'quiz("demo")'),
+    "quiz without heading": (change("## Recall", source="Recall"), "## Recall"),
+    "quiz far from the recap": (lambda nb: nb.cells.insert(-1, new_markdown_cell("More.")), "recap"),
     "no solution": (drop('"demo.one"', 1), "solution"),
     "no recipe": (change("recipe", metadata={}), "recipe"),
     "recipe with qtutor": (change("recipe", source="import qtutor"), "qtutor"),
@@ -162,18 +185,29 @@ def test_published_figures_with_their_source_are_welcome(text, problems):
     assert problems(nb) == []
 
 
+def test_the_quiz_of_a_notebook_is_that_of_its_file(problems, tmp_path):
+    """Who edits a question needs no run: check sees the old one, restore puts the new one in."""
+    assert problems(good()) == []
+    path = tmp_path / "01_demo.ipynb"
+    assert "<summary>That</summary>No. Never.</details>" in json.dumps(nbformat.read(path, 4)).replace('\\"', '"')
+    files.write_text(tmp_path / "quiz/demo.json", json.dumps(QUIZ).replace("That", "Something else"))
+    assert [line for line in notebooks.check(path) if "canonical" in line]
+    assert notebooks.restore(path) and notebooks.check(path) == []
+    assert "Something else" in path.read_text("utf-8")
+
+
 def test_stderr_and_counts_in_a_file_that_was_not_restored(problems):
     nb = good()
-    nb.cells[-2].outputs = [new_output("stream", name="stderr", text="hm\n")]
-    nb.cells[-2].execution_count = 17
+    nb.cells[-4].outputs = [new_output("stream", name="stderr", text="hm\n")]
+    nb.cells[-4].execution_count = 17
     found = problems(nb, restored=False)
     assert any("stderr" in line for line in found) and any("17" in line for line in found)
 
 
-def test_restore_removes_what_differs_from_run_to_run(tmp_path):
+def test_restore_removes_what_differs_from_run_to_run(tmp_path, quizzes):
     nb = good()
     nb.metadata = nbformat.from_dict({"widgets": {"state": 1}, "kernelspec": {"name": "my-env", "display_name": "x"}})
-    cell = nb.cells[-2]
+    cell = nb.cells[-4]
     cell.metadata["execution"] = {"iopub.status.busy": "2020-01-01"}
     widget = "application/vnd.jupyter.widget-view+json"
     cell.outputs = [
@@ -366,3 +400,33 @@ def test_two_notebooks_about_one_topic_are_one_sentence(tmp_path):
         nbformat.write(new_notebook(), tmp_path / f"{name}.ipynb")
     with pytest.raises(QtutorError, match="Two notebooks are about demo"):
         notebooks.renumber(tmp_path)
+
+
+@pytest.mark.slow
+def test_one_command_makes_a_whole_notebook(tmp_path):
+    """In a copy of the project: notebook, exercises, quiz, maps; in form, with solutions that pass."""
+    for name in ("qtutor", "tools", "tests/exercises"):
+        shutil.copytree(files.ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in notebooks.names()[:2]:
+        (tmp_path / "notebooks").mkdir(exist_ok=True)
+        shutil.copy(notebooks.NOTEBOOKS / f"{name}.ipynb", tmp_path / "notebooks")
+    shutil.copy(files.ROOT / "README.md", tmp_path)
+    shutil.copytree(files.DATA / "quiz", tmp_path / "data/quiz")
+    shutil.copytree(files.DATA / "results", tmp_path / "data/results")
+
+    def run(*argv):
+        return subprocess.run([sys.executable, "-m", *argv], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(tmp_path)})  # fmt: skip
+
+    done = run("tools.notebooks", "new", "00b_my_topic", "My title")
+    assert done.returncode == 0 and "notebooks/01_my_topic.ipynb" in done.stdout, done.stdout + done.stderr
+    done = run("tools.notebooks", "check", "my_topic")
+    assert (done.returncode, done.stdout) == (0, "01_my_topic: ok\n"), done.stdout + done.stderr
+    assert (tmp_path / "notebooks/02_number_formats.ipynb").is_file()
+    assert "| 01 | [My title](notebooks/01_my_topic.ipynb) |" in (tmp_path / "README.md").read_text("utf-8")
+    done = run("pytest", "-q", "-p", "no:cacheprovider", "tests/exercises", "-k", "my_topic")
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+    for argv, said in ((["00b_my_topic", "Again"], "already"), (["topic", "A title"], "04b_my_topic"),
+                       (["04b_one"], "a title"), (["04b_one", " "], "a title")):  # fmt: skip
+        done = run("tools.notebooks", "new", *argv)
+        assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -38,8 +38,8 @@ def test_recorded_steps_are_consistent():
 def test_headline_against_pandas():
     answer = next(text for question, *_, text in report.headlines() if question == "And on several GPUs?")
     frame = results.load("fp8_scaling", GPUS).frame().query("ranks == 4")
-    for part, shown in (("shape == 'Llama-2-70B'", "**{:.2f} ×** the speed of BF16"),
-                        ("shape == 'Llama-2-7B' and layers == 32", "shape **{:.2f} ×**")):  # fmt: skip
+    for part, shown in (("shape == 'Llama-2-70B'", "70B's shape **{:.2f} × ("),
+                        ("shape == 'Llama-2-7B' and layers == 32", "7B's shape **{:.2f} × (")):  # fmt: skip
         rate = frame.query(part).set_index("rung")["train_tokens_per_s"]
         fp8 = rate[rate.index.str.startswith("FP8 delayed + FP8 weights")].max()
         assert shown.format(fp8 / rate[rate.index.str.startswith("BF16")].max()) in answer

@@ -294,10 +294,16 @@ def test_without_a_gpu_recovery_says_what_is_missing():
 @pytest.mark.slow
 @pytest.mark.skipif(not llamacpp.available()[0], reason="llama.cpp is not here")
 def test_gguf_rows_compare_files(base, text):
-    rows = list(record_qat.gguf_rows(base, text[1][:1026], {0: qat.Q4_0_FILE}, types=("Q4_0", "Q8_0")))
+    tokens, types = text[1][:1026], ("Q4_0", "Q4_K_M")
+    rows = list(record_qat.gguf_rows(base, tokens, {0: qat.Q4_0_FILE}, types, llamacpp.imatrix(base, tokens)))
     assert all(set(results.vocabulary_of(row)) == set(row) for row in rows)
     rows = {(r["model"], r["type"]): r for r in rows}
-    assert list(rows) == [("PTQ", "Q4_0"), ("PTQ", "Q8_0"), ("PTQ, head in Q8_0", "Q4_0"), ("QAT", "Q4_0")]
+    assert list(rows) == [(name, kind) for name in ("PTQ", "PTQ, imatrix") for kind in types] + [
+        ("PTQ, head in Q8_0", "Q4_0"), ("QAT", "Q4_0")]  # fmt: skip
     assert rows["QAT", "Q4_0"]["file_mb"] == pytest.approx(rows["PTQ, head in Q8_0", "Q4_0"]["file_mb"], rel=1e-3)
-    assert rows["PTQ", "Q8_0"]["kld_mean"] < rows["PTQ", "Q4_0"]["kld_mean"]
-    assert rows["QAT", "Q4_0"]["kld_mean"] < rows["PTQ, head in Q8_0", "Q4_0"]["kld_mean"]
+    kld = {key: row["kld_mean"] for key, row in rows.items()}
+    assert kld["PTQ", "Q4_K_M"] < kld["PTQ", "Q4_0"] and kld["QAT", "Q4_0"] < kld["PTQ, head in Q8_0", "Q4_0"]
+    assert kld["PTQ, imatrix", "Q4_0"] < kld["PTQ", "Q4_0"]
+    for key, row in list(rows.items())[-2:]:
+        assert row["kld_less_rival"] == pytest.approx(kld[key] - kld["PTQ, imatrix", "Q4_K_M"], abs=2e-6)
+        assert row["perplexity_ratio_se_windows"] > 0 and row["kld_less_rival_se"] > 0
