@@ -202,7 +202,8 @@ def test_gptq_gives_the_codes_of_plain_obq(problem, gptq, bits, group, damp):
     w, H = w.double(), seen.H.double()
     w[:, ::16] *= 0.1  # a group's amax lies half-way between two codes; as its first column it would be a coin to toss
     ours, plain = gptq(w, H, bits, group, damp=damp), obq(w, H, bits, group, damp)
-    torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
+    # processors differ in the last digits of an inverse; one code more or less would be a hundred thousand times that
+    torch.testing.assert_close(ours, plain, rtol=1e-7, atol=1e-7)
     assert not torch.equal(ours, lesson.rtn(w, bits, group))
 
 

@@ -358,6 +358,7 @@ def test_a_notebook_put_in_the_middle_moves_all_numbers_and_nothing_else(tmp_pat
         target = tmp_path / page.relative_to(files.ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(page, target)
+    shutil.copytree(files.DATA / "reference", tmp_path / "data" / "reference")  # a notebook links to a file there
     folder = tmp_path / "notebooks"
     before = {path.stem[3:]: nbformat.read(path, 4).cells for path in folder.glob("*.ipynb")}
     pages = {page: page.read_text("utf-8") for page in notebooks.pages(tmp_path)}
