@@ -1,6 +1,6 @@
 """Editions of the course from one source: ``python -m tools.editions --student OUT | --instructor OUT | --slides OUT``.
 
-- student: solutions and stored outputs out, exercises in;
+- student: solutions and stored outputs out, exercises and hints in;
 - instructor: solutions in, and what a teacher wants to know: minutes of each part, what people answer wrongly and what
   the check replies, questions to ask (docs/questions.json);
 - slides: the headings, prose and pictures of each notebook by nbconvert's reveal, which need no network.
@@ -24,7 +24,7 @@ from . import command, notebooks, topic
 DOCS = files.ROOT / "docs"
 _EXERCISE = re.compile(r"\((\d+) minutes?[,)]")
 _FENCE = re.compile(r"^```.*?^```", re.S | re.M)
-_SOLUTION = re.compile(r"<details>\s*<summary>.*?</details>\s*", re.S)
+_FOLDED = re.compile(r"<details>\s*<summary>.*?</details>\s*", re.S)
 
 #: A part of a notebook, from one heading of the second level to the next: cells from ``first`` to ``last``, included.
 Part = namedtuple("Part", "heading first last minutes")
@@ -55,7 +55,7 @@ def parts(name: str) -> list[Part]:
             found.append([heading[1] if heading else name, number, number, 0, 0])
         part = found[-1]
         part[2] = number
-        weight = len(_SOLUTION.sub("", cell["source"]).split())
+        weight = len(_FOLDED.sub("", cell["source"]).split())
         part[3] += 2 * weight if cell["cell_type"] == "markdown" else weight
         part[4] += sum(map(int, _EXERCISE.findall(prose)))
     words, free = sum(part[3] for part in found), minutes(name) - sum(part[4] for part in found)
@@ -97,10 +97,10 @@ def programmes() -> str:
 
 
 def student(nb, path):
-    """The notebook without solutions and without outputs."""
+    """The notebook without solutions and without outputs; hints stay."""
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            cell.source = _SOLUTION.sub("", cell.source).strip()
+            cell.source = _FOLDED.sub(lambda match: match[0] if ">Hint" in match[0] else "", cell.source).strip()
         else:
             cell.outputs, cell.execution_count = [], None
     nb.cells = [cell for cell in nb.cells if cell.source]

@@ -42,7 +42,9 @@ def test_programmes_are_there_for_two_four_and_eight_hours():
 def test_students_get_exercises_without_solutions(tmp_path):
     for path in editions.write(editions.student, tmp_path):
         nb, original = nbformat.read(path, 4), notebooks.find(path.name)
-        assert "<details>" not in str(nb) and not any(cell.get("outputs") for cell in nb.cells)
+        assert "Solution</summary>" not in str(nb) and not any(cell.get("outputs") for cell in nb.cells)
+        for hint in ("Hint 1</summary>", "Hint 2</summary>"):
+            assert str(nb).count(hint) == len(notebooks.exercises(original))
         asked = [cell for cell in nb.cells if "exercise" in notebooks.tags(cell)]
         assert len(asked) == len({one.cell for one in notebooks.exercises(original)})
         nbformat.validate(nb)
