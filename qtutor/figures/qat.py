@@ -41,7 +41,7 @@ def losses_picture(losses, title: str, smooth: int = 5):
         axis.legend(fontsize=8)
         axis.xaxis.get_major_locator().set_params(integer=True)
     left.set(title=f"{title}: next token", xlabel="step", ylabel="cross-entropy (nats/token)")
-    right.set(title="distilled", xlabel="step", ylabel="KL from float (nats/token)", ylim=(0, None))
+    right.set(title="distilled: KL from the float model", xlabel="step", ylabel="nats/token", ylim=(0, None))
     return fig
 
 
@@ -67,7 +67,7 @@ def recovery_picture(rows):
         axis.axvline(at - 0.5, color="0.85", lw=0.8, zorder=0)
     axis.set_xticks(range(len(schemes)), schemes)
     plots.plain_ticks(axis.yaxis, span=50)
-    axis.set(title="Distance that is left, by scheme and arm", xlabel="scheme", xlim=(-0.5, len(schemes) - 0.5))
+    axis.set(title="KLD from the float model, by scheme and arm", xlabel="scheme", xlim=(-0.5, len(schemes) - 0.5))
     fig.legend(ncols=4, fontsize=8, loc="outside lower center", frameon=False)
     return fig
 
@@ -123,7 +123,7 @@ def gguf_picture(rows):
             at, side = ((-5, 7), "right") if row.file_mb < 4.6 else ((6, 7), "left")
             axis.annotate(row.type, (row.file_mb, height), xytext=at, ha=side, textcoords="offset points", fontsize=8.5)
     axes[0].axhline(0, color="black", lw=0.8)
-    axes[0].set(title="Perplexity", ylabel="more than the float model (%)")
+    axes[0].set(title="Perplexity", ylabel="perplexity above the float model (%)")
     axes[1].set(title="KL divergence", ylabel="mean KL from the float model (nats)", ylim=(0, None))
     axes[0].legend(fontsize=8)
     return fig
