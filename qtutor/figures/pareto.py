@@ -13,7 +13,7 @@ from ..decide.techniques import FAMILIES
 from .live import dropdown, live_picture
 
 LOOKS = {"float": (7, "s"), "fp8": (1, "D"), "torchao": (2, "^"), "qat": (3, "*"), "gguf": (0, "o")}  # colour, marker
-FILLINGS = {"front": "0.2", "open": "0.85", "dominated": "white"}  # on the front: the family's colour
+FILLINGS = {"front": {}, "open": {"fillstyle": "bottom", "mfcalt": "white"}, "dominated": {"mfc": "white"}}
 LIMITS = (("weights_mb", "size", "MB", False), ("kld_mean", "KLD", "nats", False),
           ("decode_tokens_per_s", "decode", "tok/s", True))  # fmt: skip
 
@@ -26,7 +26,7 @@ def _short(technique: str) -> str:
 
 def draw(ax, rows, x: str, y: str) -> list[dict]:
     """Draw rows on two axes with their intervals and the front; returns what :func:`qtutor.decide.pareto.judge` said.
-    Filled: on the front for sure.  Half-tone: open.  Hollow: dominated for sure."""
+    Filled: on the front for sure.  Half filled: open.  Hollow: dominated for sure."""
     found = judge(rows, x, y)
     across, up = AXES[x], AXES[y]
     (xs, x_low, x_high), (ys, y_low, y_high) = across.values(found), up.values(found)
@@ -41,9 +41,8 @@ def draw(ax, rows, x: str, y: str) -> list[dict]:
     for i, row in enumerate(found):
         index, marker = LOOKS[row["family"]]
         color = plots.PALETTE[index]
-        face = color if row["verdict"] == "front" else FILLINGS[row["verdict"]]
         ax.errorbar(xs[i], ys[i], xerr=x_bars[:, [i]], yerr=y_bars[:, [i]], fmt=marker, color=color, mec=color,
-                    mfc=face, mew=1.4, lw=1.1, capsize=2, ms=11 if marker == "*" else 7)  # fmt: skip
+                    mew=1.1, lw=1.1, capsize=2, ms=10 if marker == "*" else 7, **FILLINGS[row["verdict"]])  # fmt: skip
     order = sorted((xs[i], ys[i]) for i, row in enumerate(found) if row["on_front"])
     if len(order) > 1:
         ax.plot(*zip(*order, strict=True), color="0.35", lw=1.2, ls="--", zorder=1)
@@ -68,7 +67,7 @@ def legend(fig, rows) -> None:
     for family in dict.fromkeys(row["family"] for row in rows):
         index, marker = LOOKS[family]
         entries.append(entry(FAMILIES[family], marker, plots.PALETTE[index], ms=8 if marker == "*" else 6))
-    entries += [entry(name.replace("front", "on the front"), mfc=face) for name, face in FILLINGS.items()]
+    entries += [entry(name.replace("front", "on the front"), **look) for name, look in FILLINGS.items()]
     entries.append(entry("front by the values alone", "", "0.35", lw=1.2, ls="--"))
     fig.legend(handles=entries, loc="outside lower center", ncols=5, frameon=False, fontsize=8.5)
 
