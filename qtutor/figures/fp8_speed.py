@@ -16,7 +16,7 @@ from matplotlib.colors import TwoSlopeNorm
 from .. import plots
 from .live import live_picture
 
-_FORMATS = {"over ": "{:.2f}x", "more than|change of time|change, ±": "{:+.1%}", "share|of peak": "{:.0%}",
+_FORMATS = {"over ": "{:.2f}x", "more than|change of time|change, ±": "{:+.1%}", "share|^of peak": "{:.0%}",
             "tokens/s|million|W$|MHz": "{:,.0f}", "1,000 tokens": "{:.1f}"}  # fmt: skip
 PRODUCTS = {"BF16 product": 0, "BF16 product of zeros": 9, "FP8 product, split accumulation": 3, "FP8 product": 1}
 KINDS = {"matrix products": 0, "attention": 4, "norms and activations": 2, "quantization": 3, "optimizer": 5,
