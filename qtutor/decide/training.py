@@ -53,8 +53,8 @@ def _judge(recipe: str, directory) -> tuple[str, str, str]:
         return "", "what it loses has not been measured", "unknown"
     said = between(gap, "{:+.4f}".format)
     if gap.low > MAX_LOSS_NATS:
-        return f"its held-out loss ends {said} nats above BF16's", "", said
-    return "", "" if gap.high <= MAX_LOSS_NATS else f"its held-out loss may end {said} nats above BF16's", said
+        return f"the course model's loss ends {said} nats above BF16's", "", said
+    return "", "" if gap.high <= MAX_LOSS_NATS else f"the course model's loss may end {said} nats above BF16's", said
 
 
 def _frame(rows: list[dict]):
