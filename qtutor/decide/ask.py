@@ -67,7 +67,8 @@ def main(argv: list[str]) -> int:
     decision = decide(Need(**given | {"device": machine, "model": model}))
     print(f"{model} on {machine.name}, {machine.memory_gib:.1f} GiB\n")
     print("\n".join(textwrap.wrap(decision.sentence, 110)))
-    print("\nWhat would change it:", *textwrap.wrap(" ".join(decision.changes()), 108), sep="\n  ")
+    print("\nWhat would change it:", *(textwrap.fill(f"- {text}", 108, subsequent_indent="    ")
+                                       for text in decision.changes()), sep="\n  ")  # fmt: skip
     table = decision.frame().head(rows)
     print(f"\n{table.drop(columns=['why', 'first token, s']).rename_axis(None).to_string()}\n")
     for name, why in table["why"].items():

@@ -102,6 +102,12 @@ class Option:
         return self.technique.name + cache + (f", {self.cards} cards by {self.split}" if self.cards > 1 else "")
 
     @property
+    def guesses(self) -> list[str]:
+        """Numbers that are carried over from other models or cards: a "yes" that rests on them is to be tested."""
+        words = {"interpolated": "loss", "modelled": "tokens/s"}
+        return [f"{key} {word}" for word, key in words.items() if key in self.known and word in self.known[key].source]
+
+    @property
     def verdict(self) -> str:
         """ "yes", "no", or "unknown": nothing speaks against it, but not all of it was measured."""
         return "no" if self.missed else "unknown" if self.unknown else "yes"
@@ -117,7 +123,7 @@ class Option:
         self.known[name] = value
         best, worst, limit = (value.high, value.low, low) if high == math.inf else (-value.low, -value.high, -high)
         if best < limit - abs(limit) * 1e-3:
-            there, asked = say(abs(best)) + unit, say(abs(limit)) + unit
+            there, asked = say(abs(best)) + unit, say(abs(limit))
             ratio = max(abs(limit), 1e-9) / max(abs(best), 1e-9)
             self.miss(name, f"{SAID[name]} {'at most' if low > -math.inf else 'at least'} {there}, asked for: {asked}",
                       f"accept {there}", max(ratio, 1 / ratio))  # fmt: skip
@@ -217,14 +223,15 @@ def _memory(option: Option, need: Need, device: hardware.Device, total: float, d
     if option.technique.runtime == "vLLM" and (
             room := _recorded("llama70b", "served", "kv_tokens", option, need, device, directory)):  # fmt: skip
         tokens, token = need.users * need.context, speed.kv_per_token(need.model, option.kv_type) / GIB
-        needed, source = there - (min(room) - tokens) * token, f"measured: its cache holds {min(room):,} tokens"
+        needed = cards * device.memory_gib - (min(room) - tokens) * token
+        source = f"measured: its cache holds {min(room):,} tokens"
     option.known["memory"] = Known(needed, needed, source)
     if (over := needed - there) > 0:
         per_token = speed.kv_per_token(need.model, option.kv_type, need.context)
-        free = f", of which {need.keep_free_gib:g} are to stay free" if need.keep_free_gib else ""
+        free = f", {need.keep_free_gib:g} of them to stay free" if need.keep_free_gib else ""
         tokens = need.users * need.context - int(over * GIB / per_token) - 1
         cut = f", or keep all users' contexts within {tokens:,} tokens together" if tokens >= 256 else ""
-        option.miss("memory", f"it needs {needed:.1f} GiB and there are {cards * device.memory_gib:.1f}{free}",
+        option.miss("memory", f"it does not fit: {needed:.1f} of {cards * device.memory_gib:.1f} GiB{free}",
                     f"find {over:.1f} GiB more{cut}", needed / max(there, 1e-9))  # fmt: skip
 
 
@@ -245,8 +252,8 @@ def _speed(option: Option, need: Need, device: hardware.Device, read: float, poi
     else:
         low = bytes_ / (speed.together(option.cards, option.split) * device.gb_per_s * 1e9)
         high, used, source = math.inf, [], "bandwidth / bytes: a ceiling, not measured"
-        share = f": it would have to reach {need.tokens_per_s * low:.0%} of that" if need.tokens_per_s else ""
-        option.unknown["tokens/s"] = f"its speed has not been measured (at most {1 / low:.3g} tokens/s a user{share})"
+        share = f" (it needs {percent(need.tokens_per_s * low)} of the ceiling)" if need.tokens_per_s else ""
+        option.unknown["tokens/s"] = f"its speed is not measured{share}"
     wanted = need.tokens_per_s or -math.inf
     option.hold("tokens/s", Known(1 / high, 1 / low, source), low=wanted, unit=" tokens/s a user")
     _bill(option, need, device, low, high, used)
@@ -265,11 +272,13 @@ def _bill(option: Option, need: Need, device: hardware.Device, low: float, high:
                for s in (low, high)]  # fmt: skip
         option.hold("USD", Known(*usd, f"seconds x {what}"), high=need.max_usd_per_million, say="{:.2f}".format,
                     unit=" USD a million tokens")  # fmt: skip
+        if "USD" in option.relax and need.users == 1:
+            option.relax["USD"] += " for one user, or let more users share the card"
     powers = [p.watts / hardware.device(p.device).watts for p in used if p.watts] or [1.0] * (not device.cuda)
     if not (powers and device.watts):
         return
     watts = [edge * device.watts for edge in (min(powers), max(powers))]
-    source = "seconds x " + (f"{device.watts:g} W" if not device.cuda else "measured share of the power limit")
+    source = "seconds x " + ("measured share of the power limit, no PUE" if device.cuda else f"{device.watts:g} W")
     kwh = [w * s / need.users / cost.JOULES_PER_KWH * 1e6 for w, s in zip(watts, (low, high), strict=True)]
     option.known["kWh"] = Known(*kwh, source)
 
@@ -345,11 +354,13 @@ class Decision:
     def sentence(self) -> str:
         """The advice with its numbers; where nothing is known to do, what to measure or to relax."""
         first, device = self.options[0], hardware.device(self.need.device)
-        wrong, unknown = " and ".join(first.missed.values()), " and ".join(first.unknown.values())
+        wrong, unknown, relax = (" and ".join(d.values()) for d in (first.missed, first.unknown, first.relax))
         if first.verdict == "no":
-            return f"Nothing will do. {first.name} comes closest, but {wrong}: {' and '.join(first.relax.values())}."
+            if also := [key for key in first.missed if "memory" in first.missed and key != "memory"]:  # stop there
+                wrong, relax = first.missed["memory"], f"it misses {' and '.join(also)} as well"
+            return f"Nothing will do. {first.name} comes closest, but {wrong}. {relax[0].upper() + relax[1:]}."
         if first.verdict == "unknown":
-            return f"Nothing is known to do. {first.name} may: {unknown}. Measure it first."
+            return f"Nothing is known to do. {first.name} may, but {unknown}. Measure it first."
         axis = PREFER[self.need.prefer]
         tied = [o.name for o in self.front[1:] if axis in o.known and axis in first.known
                 and o.known[axis].low <= first.known[axis].high]  # fmt: skip
@@ -359,7 +370,8 @@ class Decision:
         said += ["an unknown loss"] * ("loss" not in first.known)
         return (f"Preferring {self.need.prefer}: {first.name}, with {', '.join(said).replace('and,', 'and')}, in "
                 f"{first.known['memory'].mid:.1f} of {first.cards * device.memory_gib:.1f} GiB."
-                + (f" The intervals do not tell it from {' or '.join(tied[:2])}." if tied else ""))  # fmt: skip
+                + (f" The intervals do not tell it from {', '.join(tied)}." if tied else "")
+                + (f" Test it first: {' and '.join(first.guesses)}." if first.guesses else ""))  # fmt: skip
 
     def changes(self) -> list[str]:
         """What would change the advice: measurements that are missing, and how far its requirements may move."""
@@ -410,7 +422,6 @@ class Decision:
         return pandas.DataFrame([{
             "option": o.name, "will do": o.verdict,
             **{title: between(o.known[key], say) if key in o.known else "" for key, (title, say) in columns.items()},
-            "why": "; ".join([*o.missed.values(), *o.unknown.values()])
-                   or {"dominated": "another is no worse in anything", "open": "perhaps on the front"}.get(
-                       o.place, "on the front"),
+            "why": "; ".join([*o.missed.values(), *o.unknown.values()] or [{
+                "front": "on the front", "open": "perhaps on the front"}.get(o.place, o.place), *o.guesses]),
         } for o in self.options]).set_index("option")  # fmt: skip

@@ -31,11 +31,12 @@ def left(frame):
 
 
 def table(decision: Decision, rows: int = 10):
-    """The first ``rows`` options of a decision, with the advice as caption (a pandas Styler)."""
+    """The first ``rows`` options, the advice as caption, without columns that nobody asked for (a pandas Styler)."""
+    hide = ["first token, s"] * (decision.need.ttft_ms == math.inf) + ["kWh / 1M"] * (decision.need.prefer != "energy")
     color = COLORS[decision.options[0].verdict]
     caption = [("caption-side", "top"), ("text-align", "left"), ("font-weight", "bold"), ("padding", "0.3em 0.8em"),
                ("border-left", f"4px solid {color}")]  # fmt: skip
-    shown = left(decision.frame().head(rows)).set_caption(html.escape(decision.sentence))
+    shown = left(decision.frame().head(rows).drop(columns=hide)).set_caption(html.escape(decision.sentence))
     shown = shown.map(lambda word: f"color: {DARK[word]}; font-weight: bold", subset=["will do"])
     return shown.set_table_styles([{"selector": "caption", "props": caption}], overwrite=False)
 

@@ -33,6 +33,8 @@ def test_case_one_what_is_not_known_yet():
     found = {option.name: option for option in decide(CHAT).options}
     for name in ("vLLM BF16, 2 cards by tensor", "vLLM FP8, 2 cards by tensor", "GGUF Q8_0, Q8_0 cache"):
         assert "tokens/s" in found[name].unknown, changed("one", f"something of {name}")
+    assert not any(o.cards == 2 and o.verdict == "yes" for o in found.values()), changed("one", "two cards")
+    assert "memory" in found["vLLM FP8"].missed and "loss" in found["vLLM FP8"].unknown, changed("one", "vLLM FP8")
 
 
 @native
@@ -53,10 +55,15 @@ def test_case_two_a_laptop():
 
 def test_case_three_fine_tuning():
     table = training.finetuning("H200")
-    assert table.index[0] == "full FP8 current, TE", changed("three", table.index[0])
+    fastest, passed = table.index[0], table.index[table["will do"] == "yes"]
+    assert fastest == "full FP8 current, TE" and passed[0] == "full BF16, TE", changed("three", table.index[0])
+    assert table.loc[fastest, "will do"] == "speed only", changed("three", "a tested FP8")
     assert table.loc["full FP8 delayed, TE", "will do"] == "unknown", changed("three", "FP8 delayed")
 
 
 def test_case_four_pretraining():
     table = training.pretraining(64, "Llama-2-70B", tokens=8192)
     assert table.index[0] == "FP8 current + FP8 weights", changed("four", table.index[0])
+    assert list(table.index[table["will do"] == "yes"]) == ["BF16"], changed("four", "a tested FP8")
+    for change in ({"tokens": 16384}, {"tokens": 8192, "between_hosts_gb_per_s": 200}):  # the words beside the table
+        assert training.pretraining(64, "Llama-2-70B", **change).index[0] == "FP8 current", changed("four", str(change))

@@ -130,6 +130,15 @@ def test_a_loss_known_for_other_models_only_says_so():
     assert fp8.known["loss"].low < CHAT.max_loss < fp8.known["loss"].high and "loss" in fp8.unknown
 
 
+def test_a_yes_says_what_it_is_carried_over_from():
+    """On a card that nobody measured, of a type whose loss is another model's."""
+    found = decide(Need("Llama-3-8B", "L40S", users=4, context=8192, max_loss=0.02, prefer="money"))
+    assert found.best.name == "vLLM FP8"
+    assert found.sentence.endswith("Test it first: loss interpolated and tokens/s modelled.")
+    assert found.frame().loc["vLLM FP8", "why"].endswith("front; loss interpolated; tokens/s modelled")
+    assert not options(SEVEN)["GGUF Q6_K"].guesses  # published and measured
+
+
 def test_without_recordings_nothing_passes(tmp_path):
     for need in (CHAT, SEVEN):
         decision = decide(need, tmp_path)
@@ -175,6 +184,11 @@ def test_the_cache_that_vllm_reports_decides_over_the_plan(tmp_path):
     fp8 = options(CHAT, tmp_path)["vLLM FP8"]
     assert "memory" in fp8.missed and "20,000 tokens" in fp8.known["memory"].source
     assert "memory" not in options(replace(CHAT, context=1024, keep_free_gib=0), tmp_path)["vLLM FP8"].missed
+    over = (8 * 4096 - 20_000) * 2 * 2 * 80 * 8 * 128 / 2**30  # keys and values of 80 layers, 8 heads, 16 bits
+    for free in (0, 2):  # what is needed does not depend on what is to stay free; what must be found does
+        found = options(replace(CHAT, keep_free_gib=free), tmp_path)["vLLM FP8"]
+        assert found.known["memory"].mid == pytest.approx(hardware.device("H100 SXM").memory_gib + over)
+        assert found.relax["memory"].startswith(f"find {over + free:.1f} GiB more")
 
 
 def test_goodput_comes_from_rows_of_this_very_model(tmp_path):
@@ -280,6 +294,15 @@ def test_what_is_impossible_says_what_to_relax_with_numbers(change, said):
     words = " ".join(relax for option in decision.options for relax in option.relax.values())
     assert said in words
     assert decision.options[0].name in decision.sentence and "\n" not in decision.sentence
+
+
+def test_what_does_not_fit_stops_there():
+    """Nobody accepts a speed of what has no room; the price of one user is no price of a service."""
+    said = decide(replace(CHAT, device="RTX 4090", tokens_per_s=300, max_loss=0.02)).sentence
+    assert "does not fit" in said and "as well" in said and "ccept" not in said
+    said = decide(replace(SEVEN, max_usd_per_million=0.01)).sentence
+    assert "for one user, or let more users share the card" in said
+    assert "one user" not in decide(replace(SEVEN, max_usd_per_million=0.01, users=8)).sentence
 
 
 def test_relaxing_as_told_makes_it_possible():
