@@ -88,9 +88,9 @@ links: $(VENV)/.test ## ask for every address that the notebooks cite: a dated r
 editions: $(VENV)/.test ## notebooks for students and for teachers, and slides: build/student, build/instructor, build/slides
 	$(PY) -m tools.editions --student build/student --instructor build/instructor --slides build/slides
 
-axe: $(VENV)/.test ## the site in a browser with axe, which npm brings: no serious complaint about accessibility
+axe: $(VENV)/.test ## site and notebooks in a browser with axe, which npm brings: no serious complaint about accessibility
 	npm install --silent --prefix build/axe axe-core
-	$(PY) -m pytest tests/tools/test_site.py -k browser
+	$(PY) -m pytest tests/tools/test_site.py tests/test_browser.py -k "in_a_browser or axe"
 
 update: $(VENV)/.test ## propose newer pins in constraints.txt, within pyproject.toml's bounds; make test decides
 	$(PY) -m tools.pins

@@ -218,8 +218,8 @@ def hide_sidebar(page) -> None:
     page.wait_for_timeout(400)
 
 
-def screenfuls(page, folder: Path, prefix: str, limit: int = 80) -> list[Path]:
-    """Scroll down the notebook one screen at a time; write ``prefix_NN.png`` for each; return the paths."""
+def screenfuls(page, folder: Path, prefix: str, limit: int = 80, look=lambda: None) -> list[Path]:
+    """Scroll down one screen at a time; write ``prefix_NN.png`` for each, and ``look``; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     scroll = """([top]) => {
         const panel = window.jupyterapp.shell.currentWidget.node;
@@ -235,6 +235,7 @@ def screenfuls(page, folder: Path, prefix: str, limit: int = 80) -> list[Path]:
         path = folder / f"{prefix}_{number:02d}.png"
         page.screenshot(path=str(path))
         paths.append(path)
+        look()
         if at + height >= total - 4 or (number and at < top):
             break
         top = at + height - 60  # a little overlap, so that no line is cut in two

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 ARTIFACTS = files.ROOT / "test-artifacts"
 NOTEBOOK = notebooks.find("number_formats")
 
+AXE = files.ROOT / "build" / "axe" / "node_modules" / "axe-core" / "axe.min.js"  # `make axe` brings it
 PICTURE = """async img => {
     const bytes = new Uint8Array(await (await fetch(img.src)).arrayBuffer());
     const digest = new Uint8Array(await crypto.subtle.digest('SHA-256', bytes));
@@ -181,3 +182,23 @@ def test_the_planner_the_fronts_and_the_guide_answer_in_jupyterlab(tmp_path):
             screenshots.wait_for(page, lambda state: state["kernel"] == "idle", 300, "the widget")
         assert not script_errors
         assert page.refused == [], "JupyterLab asked another host for something"
+
+
+@pytest.mark.skipif(not AXE.is_file(), reason="axe is not here: make axe")
+@pytest.mark.parametrize("name", notebooks.names())
+def test_axe_has_no_serious_complaint_about_what_we_show(name, tmp_path):
+    """Prose and stored outputs of each notebook in JupyterLab, screen by screen: it draws no other cells."""
+    found = {}
+
+    def look():
+        shown = "{include: [['.jp-OutputArea-output'], ['.jp-RenderedMarkdown']]}"
+        for one in page.evaluate(f"axe.run({shown}, {{resultTypes: ['violations']}})")["violations"]:
+            if one["impact"] in ("serious", "critical"):
+                found[one["id"]] = one["nodes"][0]["html"][:200]
+
+    need_browser()
+    with screenshots.Lab([notebooks.find(name)]) as lab, screenshots.browser_page() as page:
+        screenshots.open_notebook(page, lab, f"{name}.ipynb")
+        page.add_script_tag(path=str(AXE))
+        screenshots.screenfuls(page, tmp_path, "axe", look=look)
+    assert not found
