@@ -34,7 +34,7 @@ from . import command, engines, keep
 from .engines import FRESH
 
 TYPES = ("F16", "Q8_0", "Q4_K_M")
-RATES, STREAMS, SLOTS, REPEATS, REQUESTS = (2.0, 5.0, 10.0, 20.0), (4,), 4, 3, 40
+RATES, STREAMS, SLOTS, REPEATS, REQUESTS = (2.0, 5.0, 10.0, 20.0, 40.0), (4,), 4, 3, 40
 TTFT_MS, ITL_MS = 500.0, 50.0  # the limits of goodput
 
 # On a GPU.  Prompts and answers as in a chat; llama-server divides its cache among its slots, vLLM does not.
