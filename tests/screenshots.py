@@ -31,6 +31,7 @@ CHROMIUM_FLAGS = """
     --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage
     --disable-background-networking --disable-component-update --disable-sync""".split()
 ROOT = Path(__file__).resolve().parent.parent
+AXE = ROOT / "build" / "axe" / "node_modules" / "axe-core" / "axe.min.js"  # `make axe` brings it
 
 # A question about news would cover the page on first start.
 SETTINGS = {
@@ -53,10 +54,10 @@ STATE = """() => {
 }"""
 
 
-def chromium() -> str | None:
-    """Return the path of a Chromium or Chrome on this machine (``CHROMIUM`` overrides), or None."""
-    names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+def serious(page, context: str = "document") -> list[tuple[str, str]]:
+    """(rule, first place) of axe's serious and critical complaints about ``context``, on a page with AXE."""
+    said = page.evaluate(f"axe.run({context}, {{resultTypes: ['violations']}})")["violations"]
+    return [(one["id"], one["nodes"][0]["html"][:200]) for one in said if one["impact"] in ("serious", "critical")]
 
 
 class Lab:
@@ -148,6 +149,8 @@ def handler(folder: Path):
 def browser_page(width: int = 1366, height: int = 768):
     """Yield a playwright page in headless Chromium that can reach this machine only."""
     from playwright.sync_api import sync_playwright
+
+    from tools.site import chromium
 
     executable = chromium()
     if executable is None:
@@ -277,4 +280,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # tools; beside this file there is another folder of that name
     sys.exit(main())

@@ -10,13 +10,12 @@ import pytest
 import screenshots
 
 from qtutor import files
-from tools import notebooks
+from tools import notebooks, site
 
 pytestmark = pytest.mark.slow
 ARTIFACTS = files.ROOT / "test-artifacts"
 NOTEBOOK = notebooks.find("number_formats")
 
-AXE = files.ROOT / "build" / "axe" / "node_modules" / "axe-core" / "axe.min.js"  # `make axe` brings it
 PICTURE = """async img => {
     const bytes = new Uint8Array(await (await fetch(img.src)).arrayBuffer());
     const digest = new Uint8Array(await crypto.subtle.digest('SHA-256', bytes));
@@ -27,7 +26,7 @@ PICTURE = """async img => {
 
 def need_browser() -> None:
     """Skip where a person has no Chromium; in CI that is a failure, or the test would quietly never run."""
-    if screenshots.chromium() is None:
+    if site.chromium() is None:
         reason = "there is no Chromium: install it (Debian: apt-get install chromium) or set CHROMIUM to its path"
         (pytest.fail if os.environ.get("CI", "").lower() in ("1", "true") else pytest.skip)(reason)
 
@@ -184,21 +183,18 @@ def test_the_planner_the_fronts_and_the_guide_answer_in_jupyterlab(tmp_path):
         assert page.refused == [], "JupyterLab asked another host for something"
 
 
-@pytest.mark.skipif(not AXE.is_file(), reason="axe is not here: make axe")
+@pytest.mark.skipif(not screenshots.AXE.is_file(), reason="axe is not here: make axe")
 @pytest.mark.parametrize("name", notebooks.names())
 def test_axe_has_no_serious_complaint_about_what_we_show(name, tmp_path):
     """Prose and stored outputs of each notebook in JupyterLab, screen by screen: it draws no other cells."""
     found = {}
 
     def look():
-        shown = "{include: [['.jp-OutputArea-output'], ['.jp-RenderedMarkdown']]}"
-        for one in page.evaluate(f"axe.run({shown}, {{resultTypes: ['violations']}})")["violations"]:
-            if one["impact"] in ("serious", "critical"):
-                found[one["id"]] = one["nodes"][0]["html"][:200]
+        found.update(screenshots.serious(page, "{include: [['.jp-OutputArea-output'], ['.jp-RenderedMarkdown']]}"))
 
     need_browser()
     with screenshots.Lab([notebooks.find(name)]) as lab, screenshots.browser_page() as page:
         screenshots.open_notebook(page, lab, f"{name}.ipynb")
-        page.add_script_tag(path=str(AXE))
+        page.add_script_tag(path=str(screenshots.AXE))
         screenshots.screenfuls(page, tmp_path, "axe", look=look)
     assert not found

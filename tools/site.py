@@ -35,8 +35,9 @@ def anchor(heading: str) -> str:
 
 
 def chromium() -> str | None:
-    """The path of a Chromium or Chrome on this machine, or None."""
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    """Return the path of a Chromium or Chrome on this machine (``CHROMIUM`` overrides), or None."""
+    names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def _table(head: list[str], rows) -> str:

@@ -17,7 +17,6 @@ from qtutor import QtutorError, files, results
 from tools import notebooks, report, site
 
 DOCS = files.ROOT / "docs"
-AXE = files.ROOT / "build" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +91,9 @@ def test_in_a_browser(built, width):
                 browser.goto(f"{root}/{name}.html")
                 wide = browser.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
                 found += [f"{name}: {wide} pixels too wide"] if wide > 0 else []
-                if AXE.is_file():
-                    browser.add_script_tag(path=str(AXE))
-                    said = browser.evaluate("axe.run({resultTypes: ['violations']})")["violations"]
-                    found += [f"{name}: {v['id']}: {v['nodes'][0]['html'][:200]}" for v in said
-                              if v["impact"] in ("serious", "critical")]  # fmt: skip
+                if screenshots.AXE.is_file():
+                    browser.add_script_tag(path=str(screenshots.AXE))
+                    found += [f"{name}: {rule}: {place}" for rule, place in screenshots.serious(browser)]
             browser.goto(f"{root}/search.html?q=straight-through")
             browser.locator("#search-results li a").first.wait_for()
             assert not browser.refused, "the site asked another host for something"
