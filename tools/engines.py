@@ -73,6 +73,8 @@ def vllm(program: str, folder, slots: int, ctx: int, *options, cards: int = 1, k
              cards, "--gpu-memory-utilization", SHARE, "--no-enable-prefix-caching", "--cudagraph-capture-sizes",
              *[n for n in CAPTURE if n <= slots], "--kv-cache-dtype", "auto" if kv_type == "BF16" else "fp8",
              "--generation-config", "vllm", "--disable-uvicorn-access-log", *options]  # fmt: skip
+    if cards > 1:  # FlashInfer's fused all-reduce would be compiled at the start, for minutes
+        words += ["--compilation-config", json.dumps({"pass_config": {"fuse_allreduce_rms": False}})]
     return serve.Server(words + (["--load-format", "dummy"] if dummy else []), timeout=timeout)
 
 

@@ -3,7 +3,7 @@
     python -m tools.record_llama70b --folder /dev/shm --types Q6_K,Q4_K_M     # -> data/results/<machine>/llama70b.json
     python -m tools.record_llama70b --tiny --out /tmp/somewhere               # the same code in seconds on any CPU
     python -m tools.record_llama70b --served vLLM --types FP8,W4A16 --vllm "env PYTHONPATH=/site python3 -m vllm..."
-    python -m tools.record_llama70b --served llama.cpp --types F16 --cards 2 --split layer,row --out /tmp/part
+    python -m tools.record_llama70b --served llama.cpp --types F16 --cards 2 --split layer,tensor --out /tmp/part
 
 Each type is written with random weights (:mod:`qtutor.rigs.random_gguf`), measured (:mod:`qtutor.rigs.llama_speed`),
 checked with llama.cpp's own programs and deleted; the rows are saved after each.
@@ -173,7 +173,7 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
                   short=SHORT, long=LONG, users=USERS, most: int = 128, say=print) -> Path | None:  # fmt: skip
     """Serve the shape in each type and cache type, and measure; rows are saved as they come; return the path.
 
-    ``budget_s``: nothing is begun that would end later.  ``splits``: of llama.cpp over ``cards``, layer and row.
+    ``budget_s``: nothing is begun that would end later.  ``splits``: of llama.cpp over ``cards``: layer, tensor, row.
     """
     end, rows, path, base = time.monotonic() + budget_s, [], None, config or capacity.MODELS[MODEL]
     starts = 0.0  # seconds that the last start took: the next takes as long
@@ -227,7 +227,7 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
                                  write_s=model.write_s, model="dummy weights" if dummy else "random codes")  # fmt: skip
                             engines.warm(server)
                             for n in many:
-                                measured(server, model, meter, here, short, n, max(3, 2 * n))
+                                measured(server, model, meter, here, short, n, max(4, 2 * n))
                             one = measured(server, model, meter, here, long, 1, 3) if last else None
                             if one and fit > 1:  # all of them, or as many as the time allows
                                 n = min(fit, int((left() - 40) / (1.2e-3 * one["ttft_p50_ms"])))
@@ -270,7 +270,7 @@ def main(argv=None) -> int:
     served.add_argument("--served", choices=("vLLM", "llama.cpp"), help="measure a server of this engine under load")
     served.add_argument("--vllm", default=engines.VLLM, help="the command that starts vLLM")
     served.add_argument("--cards", type=int, default=1, help="GPUs that hold the model")
-    served.add_argument("--split", default="", help="llama.cpp over several cards: layer,row")
+    served.add_argument("--split", default="", help="llama.cpp over several cards: layer,tensor,row")
     served.add_argument("--kv", default="", help="types of the cache: BF16,FP8 (vLLM), F16,Q8_0 (llama.cpp)")
     served.add_argument("--join", nargs="+", metavar="PART", help="join parts: the JSON files that --out wrote")
     args = parser.parse_args(argv)
