@@ -110,6 +110,7 @@ VOCABULARY = {
         tflop_per_s, peak_tflop_per_s (of the data sheet), share_of_peak""",
     "serving": """
         loop (open: requests come at a rate; closed: users wait for their answer), rate_per_s (offered, open loop),
+        rate_lost_per_s (the lowest tried above it that broke a limit), options (more words of a server's command),
         streams (users, closed loop), slots (requests computed at once), users_fit (whose caches fit beside the
         weights), kv_tokens (that the cache holds), start_s (until the server answers), requests (of all repeats),
         failed (without an answer), requests_per_s (answered), output_tokens_per_s, ttft_p50_ms, ttft_p95_ms,
@@ -291,7 +292,8 @@ def on_all(name: str, directory=None) -> list[Results]:
     return [load(name, machine, directory) for machine in MACHINES if exists(name, machine, directory)]
 
 
-def on_gpu(name: str, directory=None) -> Results | None:
-    """The results ``name`` of the first GPU in MACHINES that has them (``found.device`` names it), or None."""
-    gpus = (machine for machine in MACHINES if machine != "cpu" and exists(name, machine, directory))
-    return next((load(name, machine, directory) for machine in gpus), None)
+def on_gpu(name: str, directory=None, kind: str | None = None) -> Results | None:
+    """The results ``name`` of the first GPU in MACHINES that has them (``found.device`` names it), or None.  ``kind``:
+    of the first that has rows of this kind."""
+    gpus = (run for run in on_all(name, directory) if "compute_capability" in run.machine)
+    return next((run for run in gpus if kind is None or any(row.get("kind") == kind for row in run.rows)), None)

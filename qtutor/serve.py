@@ -84,6 +84,7 @@ class Server:
         command = [word.replace("{port}", str(self.port)) for word in self.command]
         if _GROUPS:
             command = [sys.executable, "-S", "-c", _WATCH, str(os.getpid()), *command]
+        began = time.monotonic()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - not a pipe: a full one would block the server
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=env,
                                         start_new_session=True)  # fmt: skip
@@ -91,15 +92,17 @@ class Server:
         try:
             if self._answers():
                 return self
-            said = self.log().split("\n")
+            said, ended = self.log().split("\n"), self.process.poll() is not None
         except BaseException:  # an interrupt, too, must leave nothing running
             self.stop()
             raise
         self.stop()
+        seconds = time.monotonic() - began
+        how = f"ended after {seconds:.1f} s instead of starting" if ended else f"did not start within {self.timeout:g} s"
         errors = [line for line in said if "error" in line.lower()] or [line for line in said if line.strip()]
         last = " ".join((errors or ["it gave no reason"])[-1].split())[:160].rstrip(".:")
         name = os.path.basename(self.command[0])
-        raise QtutorError(f"{name} did not start within {self.timeout:g} s ({last}): run it in a terminal to see why.")
+        raise QtutorError(f"{name} {how} ({last}): run it in a terminal to see why.")
 
     def client(self, timeout: float = 60):
         """An ``httpx.Client`` of this server: past any proxy, and with a connection for each request, since

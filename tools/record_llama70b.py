@@ -21,6 +21,7 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -170,10 +171,12 @@ def _short(row: dict) -> str:
 
 def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMORY, directory=None,
                   budget_s: float = 560.0, cards: int = 1, splits=(None,), kv_types=None, config=None, ctx: int = CTX,
-                  short=SHORT, long=LONG, users=USERS, most: int = 128, say=print) -> Path | None:  # fmt: skip
+                  short=SHORT, long=LONG, users=USERS, most: int = 128, options: str = "",
+                  say=print) -> Path | None:  # fmt: skip
     """Serve the shape in each type and cache type, and measure; rows are saved as they come; return the path.
 
-    ``budget_s``: nothing is begun that would end later.  ``splits``: of llama.cpp over ``cards``: layer, tensor, row.
+    ``budget_s``: nothing is begun that would end later.  ``splits``: of llama.cpp over ``cards``, layer and
+    tensor.  ``options``: more words of the server's command line.
     """
     end, rows, path, base = time.monotonic() + budget_s, [], None, config or capacity.MODELS[MODEL]
     starts = 0.0  # seconds that the last start took: the next takes as long
@@ -185,7 +188,8 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
 
     def tell(**row) -> None:
         nonlocal path
-        rows.append({"kind": "served", "runtime": runtime, "shape": MODEL, **row})
+        more = {"options": options} if options else {}
+        rows.append({"kind": "served", "runtime": runtime, "shape": MODEL, **more, **row})
         path = results.save("llama70b", rows, directory=directory)
         say(runtime, {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
 
@@ -205,9 +209,10 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
         with engines.Model(runtime, type, config, folder, cards=cards, dummy=dummy) as model, \
              engines.Meter(cards) as meter:  # fmt: skip
             say(f"{type}: {model.file_bytes:,} bytes, written in {model.write_s:.0f} s")
-            for split, kv_type in itertools.product(splits, kv_types or (("BF16", "FP8") if vllm else ("F16", "Q8_0"))):
+            plans = list(itertools.product(splits, kv_types or (("BF16", "FP8") if vllm else ("F16", "Q8_0"))))
+            for done, (split, kv_type) in enumerate(plans):
                 about = model.about(kv_type=kv_type, split="tensor" if vllm and cards > 1 else split)
-                fit = most if vllm or not meter.boards else min(most, llama_users(model, meter, kv_type, ctx, split))
+                fit = most if vllm or not meter.boards else min(most, llama_users(model, meter, kv_type, ctx))
                 # llama-server divides its cache among its slots when it starts; vLLM when it has to
                 small = -(-(sum(short) + 16) // 256) * 256
                 stages = [(max(users), small, users, False), (fit, ctx, (), True)]
@@ -218,7 +223,8 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
                         say(f"{type}, cache {kv_type}: no time for a server of {slots} slots")
                         continue
                     try:
-                        server = model.server(program, slots, cells, kv_type=kv_type, split=split, timeout=left() - 20)
+                        server = model.server(program, slots, cells, *shlex.split(options), kv_type=kv_type,
+                                              split=split, timeout=left() - 20)  # fmt: skip
                         with engines.running(server, meter) as facts:
                             starts = facts["start_s"]
                             facts.setdefault("kv_tokens", slots * cells)
@@ -230,7 +236,8 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
                                 measured(server, model, meter, here, short, n, max(4, 2 * n))
                             one = measured(server, model, meter, here, long, 1, 3) if last else None
                             if one and fit > 1:  # all of them, or as many as the time allows
-                                n = min(fit, int((left() - 40) / (1.2e-3 * one["ttft_p50_ms"])))
+                                share = (left() - 40) / (len(plans) - done)
+                                n = min(fit, int(share / (1.2e-3 * one["ttft_p50_ms"])))
                                 if n > 1:
                                     measured(server, model, meter, here | {"users_fit": fit}, long, n, n)
                     except QtutorError as error:
@@ -238,11 +245,11 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
     return path
 
 
-def llama_users(model, meter, kv_type: str, ctx: int, split: str | None) -> int:
-    """So many users with ``ctx`` tokens each fit into the GPUs beside the weights and two GiB a card; with rows split,
-    the whole cache lies on one card."""
-    rooms = [board.memory()[1] - 2 * measure.GIB - model.file_bytes / len(meter.boards) for board in meter.boards]
-    room = rooms[0] if split == "row" else sum(rooms)
+def llama_users(model, meter, kv_type: str, ctx: int) -> int:
+    """So many users with ``ctx`` tokens each fit into the GPUs beside the weights and two GiB a card (eight, where
+    there are several: llama.cpp puts work of several batches on each)."""
+    spare = (2 if len(meter.boards) == 1 else 8) * measure.GIB
+    room = sum(board.memory()[1] - spare for board in meter.boards) - model.file_bytes
     return max(1, int(room // capacity.kv_bytes(model.config, ctx, kv_type)))
 
 
@@ -270,8 +277,9 @@ def main(argv=None) -> int:
     served.add_argument("--served", choices=("vLLM", "llama.cpp"), help="measure a server of this engine under load")
     served.add_argument("--vllm", default=engines.VLLM, help="the command that starts vLLM")
     served.add_argument("--cards", type=int, default=1, help="GPUs that hold the model")
-    served.add_argument("--split", default="", help="llama.cpp over several cards: layer,tensor,row")
+    served.add_argument("--split", default="", help="llama.cpp over several cards: layer,tensor")
     served.add_argument("--kv", default="", help="types of the cache: BF16,FP8 (vLLM), F16,Q8_0 (llama.cpp)")
+    served.add_argument("--options", default="", help="more words of the server's command: \"--ubatch-size 2048\"")
     served.add_argument("--join", nargs="+", metavar="PART", help="join parts: the JSON files that --out wrote")
     args = parser.parse_args(argv)
     if args.tiny and not args.out:
@@ -285,7 +293,8 @@ def main(argv=None) -> int:
             elif args.served:
                 record_served(args.served, args.types.split(","), args.vllm, temporary if args.tiny else args.folder,
                               args.out, args.budget, args.cards, args.split.split(",") if args.split else (None,),
-                              args.kv.split(",") if args.kv else None, **(TINY if args.tiny else {}))  # fmt: skip
+                              args.kv.split(",") if args.kv else None, options=args.options,
+                              **(TINY if args.tiny else {}))  # fmt: skip
             else:
                 record(temporary if args.tiny else args.folder, args.types.split(","), budget_s=args.budget,
                        tools=args.tools, directory=args.out, say=lambda text: print(text, flush=True),

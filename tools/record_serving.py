@@ -17,6 +17,7 @@ rates are tried between the last that kept them and the first that did not.
 from __future__ import annotations
 
 import argparse
+import shlex
 import tempfile
 import time
 from pathlib import Path
@@ -123,12 +124,22 @@ def between(rows: list[dict]) -> list[float]:
     return [low + (high - low) * part for part in (0.25, 0.5, 0.75)]
 
 
+def best(tried: list[dict]) -> dict:
+    """Of rows of kind ``rate``: the one with the highest goodput that kept both limits, and the rate that did not."""
+    found = max(filter(kept, tried), key=lambda row: row["goodput_per_s"], default={"rate_per_s": 0.0,
+                                                                                    "goodput_per_s": 0.0})  # fmt: skip
+    lost = [row["rate_per_s"] for row in tried if not kept(row) and row["rate_per_s"] > found["rate_per_s"]]
+    return {name: found[name] for name in found if name in BEST} | {"rate_lost_per_s": min(lost, default=None)}
+
+
 def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", directory=None, budget_s: float = 400.0,
                rates=GPU_RATES, rate_s: float = RATE_S, least: int = LEAST, fixed=FIXED, lengths=GPU_LENGTHS,
-               slots: int | None = None, ctx: int = GPU_CTX, config=None, say=print) -> Path:  # fmt: skip
+               slots: int | None = None, ctx: int = GPU_CTX, config=None, options: str = "",
+               say=print) -> Path:  # fmt: skip
     """Measure one engine and type, such as ``vLLM:FP8``, on one GPU; rows are saved as they come; return the path.
 
-    ``budget_s``: nothing is begun that would end later; what was left out then has no row.
+    ``budget_s``: nothing is begun that would end later; what was left out then has no row.  ``options``: more words of
+    the server's command line.
     """
     end, rows, path = time.monotonic() + budget_s, [], None
     (runtime, _, type), limits = which.partition(":"), GPU_LIMITS
@@ -142,7 +153,7 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
         nonlocal path
         rows.append({"kind": kind, "runtime": runtime, "type": type, "shape": SHAPE if config is None else "tiny",
                      "cards": 1, "kv_type": kv_type, "slots": slots, "ctx": ctx, "ttft_limit_ms": limits[0],
-                     "itl_limit_ms": limits[1], **row})  # fmt: skip
+                     "itl_limit_ms": limits[1], **({"options": options} if options else {}), **row})  # fmt: skip
         path = results.save("serving", rows, directory=directory)
         say(f"{which} {kind}", {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
 
@@ -160,7 +171,8 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
                 break
 
     with engines.Model(runtime, type, config or capacity.MODELS[SHAPE], folder) as model, engines.Meter() as meter:
-        server = model.server(program, slots, ctx, kv_type=kv_type, timeout=max(1.0, left() - 30))
+        server = model.server(program, slots, ctx, *shlex.split(options), kv_type=kv_type,
+                              timeout=max(1.0, left() - 30))  # fmt: skip
         try:
             with engines.running(server, meter) as facts:
                 tell("server", file_bytes=model.file_bytes, write_s=model.write_s, **facts)
@@ -177,8 +189,7 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
         except QtutorError as error:
             tell("server", not_run=str(error))
     if tried := [row for row in rows if row["kind"] == "rate"]:
-        best = max(filter(kept, tried), key=lambda row: row["goodput_per_s"], default={"goodput_per_s": 0.0})
-        tell("best", **{name: best[name] for name in best if name in BEST})
+        tell("best", **best(tried))
     return path
 
 
@@ -196,6 +207,7 @@ def main(arguments: list[str]) -> int:
     gpu = parser.add_argument_group("on a GPU")
     gpu.add_argument("--gpu", metavar="ENGINE:TYPE", help="vLLM:BF16, FP8 or W4A16; llama.cpp: and one of its types")
     gpu.add_argument("--vllm", default=engines.VLLM, help="the command that starts vLLM")
+    gpu.add_argument("--options", default="", help="more words of the server's command: \"--kv-unified\"")
     gpu.add_argument("--folder", default="/dev/shm", help="where the model goes: memory-backed")
     gpu.add_argument("--budget", type=float, default=400.0, help="seconds after which nothing more is begun")
     gpu.add_argument("--tiny", action="store_true", help="a tiny shape and a few requests, to try the code anywhere")
@@ -207,7 +219,7 @@ def main(arguments: list[str]) -> int:
         print(engines.join("serving", found.join, ("runtime", "type", "kv_type"), found.directory))
     elif found.gpu:
         print(keep(record_gpu(found.gpu, found.vllm, found.folder, found.directory, found.budget,
-                              **(TINY if found.tiny else {}))))  # fmt: skip
+                              options=found.options, **(TINY if found.tiny else {}))))  # fmt: skip
     else:
         print(record(found.rates, found.streams, found.repeats, found.requests, found.directory))
     return 0

@@ -32,7 +32,7 @@ ENGINES = {"pytorch": "BSD-3-Clause", "te": "Apache-2.0", "llama.cpp": "MIT", "v
 LICENCES = {"Llama-2": ("Llama 2 Community", False), "Llama-3": ("Llama 3 Community", False),
             "TinyLlama": ("Apache-2.0", True), "Mixtral": ("Apache-2.0", True)}  # fmt: skip
 CACHES = {"llama.cpp": ("F16", "Q8_0"), "vLLM": ("BF16", "FP8")}  # engine -> types of KV cache to choose from
-SPLITS = {"llama.cpp": ("layer", "row"), "vLLM": ("tensor",)}  # engine -> how it uses several cards
+SPLITS = {"llama.cpp": ("layer", "tensor"), "vLLM": ("tensor",)}  # engine -> how it uses several cards
 VLLM_SHARE = 0.92  # of a card's memory that vLLM takes (--gpu-memory-utilization)
 SAID = {"tokens/s": "its speed is", "loss": "its loss is", "USD": "its price is", "goodput": "its goodput is",
         "first token": "the first token comes after"}  # fmt: skip
@@ -294,8 +294,9 @@ def _first_token(option: Option, need: Need, device: hardware.Device, points: di
     if not need.goodput_per_s:
         return
     if best := _recorded("serving", "best", "goodput_per_s", option, need, device, directory):
-        option.hold("goodput", Known(max(best), max(best), "measured: serving"), low=need.goodput_per_s,
-                    unit=" requests/s")  # fmt: skip
+        lost = _recorded("serving", "best", "rate_lost_per_s", option, need, device, directory)
+        option.hold("goodput", Known(max(best), max(*lost, *best) if lost else math.inf, "measured: kept at this rate, "
+                    "lost at the next that was tried"), low=need.goodput_per_s, unit=" requests/s")  # fmt: skip
     else:
         option.unknown["goodput"] = "its goodput has not been measured for this model, device and cache"
 
