@@ -97,8 +97,8 @@ class Server:
             self.stop()
             raise
         self.stop()
-        seconds = time.monotonic() - began
-        how = f"ended after {seconds:.1f} s instead of starting" if ended else f"did not start within {self.timeout:g} s"
+        how = (f"ended after {time.monotonic() - began:.1f} s instead of starting" if ended else
+               f"did not start within {self.timeout:g} s")  # fmt: skip
         errors = [line for line in said if "error" in line.lower()] or [line for line in said if line.strip()]
         last = " ".join((errors or ["it gave no reason"])[-1].split())[:160].rstrip(".:")
         name = os.path.basename(self.command[0])

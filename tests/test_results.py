@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from recorded_rows import H100, H200, saved
 
 from qtutor import QtutorError, measure, results
 
@@ -90,11 +91,13 @@ def test_committed_results_follow_the_schema(path):
 
 def test_on_gpu_takes_the_first_gpu_that_has_the_results(tmp_path):
     assert results.on_gpu("speed", tmp_path) is None
-    text = results.save("speed", [{"decode_tokens_per_s": 1.0}], directory=tmp_path).read_text()
-    for folder, value in (("cpu", "3.0"), ("h100", "4.0")):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / "speed.json").write_text(text.replace("1.0", value))
-    assert results.on_gpu("speed", tmp_path).rows == [{"decode_tokens_per_s": 4.0}]
+    for device, value, kind in ((H100, 4.0, "b"), (H200, 5.0, "a")):
+        path = saved(tmp_path, "speed", device, [{"decode_tokens_per_s": value, "kind": kind}])
+    (tmp_path / "cpu").mkdir()
+    text = path.read_text().replace('"compute_capability"', '"cpu"').replace("5.0", "3.0").replace('"a"', '"c"')
+    (tmp_path / "cpu" / "speed.json").write_text(text)
+    found = [results.on_gpu("speed", tmp_path, kind).rows[0]["decode_tokens_per_s"] for kind in (None, "a", "b")]
+    assert found == [5.0, 5.0, 4.0] and results.on_gpu("speed", tmp_path, "c") is None
 
 
 def test_an_ending_belongs_to_a_column_that_is_there():

@@ -307,11 +307,23 @@ def _llama70b(data) -> str:
             most = max(many, key=lambda r: r["batch"])
             line += f" ({most['decode_tokens_per_s']:.0f} tokens/s at batch {most['batch']})"
         said.append(line)
-    for row in data.rows:  # one stream and a short prompt
-        if (row["kind"], row.get("streams"), row.get("prefill_tokens")) == ("served", 1, 128) and row["cards"] == 1:
-            said.append(f"vLLM {row['type']} {row['decode_tokens_per_s']:.1f} tokens/s "
-                        f"({row['requests']} requests, no interval)".replace("(1 requests", "(1 request"))  # fmt: skip
-    return "; ".join(said) + " (its shape, random weights; llama.cpp where no engine is named)" if said else ""
+    return "; ".join(said) + " (llama.cpp, its shape, random weights)" if said else ""
+
+
+def _served70b(data) -> str:
+    """Of each engine, type and number of cards: decoding for one user and for the most that send short prompts."""
+    short = [row for row in data.rows if row["kind"] == "served" and row.get("prefill_tokens") == 128
+             and row.get("kv_type") in ("BF16", "F16") and row.get("split") != "layer"]  # fmt: skip
+    most, found = max((row["streams"] for row in short), default=0), {}
+    for row in short:
+        if row["streams"] in (1, most):
+            name = f"{row['runtime']} {row['type']}" + f" on {row['cards']} cards" * (row["cards"] > 1)
+            found.setdefault(name, {})[row["streams"]] = row
+    said = [f"**{name}** " + " and ".join(f"{row['decode_tokens_per_s']:.0f}" for _, row in sorted(rows.items()))
+            + f" ({rows[most]['joules_per_decode_token']:.1f} J a token)"
+            for name, rows in found.items() if len(rows) == 2]  # fmt: skip
+    return (f"its shape behind a server, decoding for 1 and {most:.0f} users, tokens/s together (joules at "
+            f"{most:.0f}): " + "; ".join(said) + " (one run each, no intervals)") if said else ""
 
 
 #: (question, name of the results that answer it, function: Results -> Markdown)
@@ -326,6 +338,7 @@ HEADLINES = (
     ("And in a llama.cpp file?", "qat_gguf", _qat_gguf),
     ("What do llama.cpp's types cost?", "gguf_quality", _types),
     ("Llama-2-70B on one GPU?", "llama70b", _llama70b),
+    ("Or in 16 bits on two, or in another engine?", "llama70b", _served70b),
     ("Which llama.cpp type is fast?", "tradeoff", lambda data: _engine(
         [row for row in pareto.measured(data) if row["shape"] == side_by_side.SHAPE], "llama.cpp")),
 )
@@ -334,10 +347,11 @@ HEADLINES = (
 def headlines(directory=None) -> list[tuple[str, str, results.Results, str]]:
     """(question, folder of the machine, results, answer) for each question that recorded results can answer.
 
-    The first GPU that has the results answers, else the CPU: two machines never meet in one answer.
+    The first GPU whose results can answers, else the CPU: two machines never meet in one answer.
     """
-    found, first = [], {data.name: (machine, data) for machine, data in reversed(recorded(directory))}
-    for question, (machine, data), function in [(q, first[name], f) for q, name, f in HEADLINES if name in first]:
+    found, everything = [], recorded(directory)
+    for question, machine, data, function in [(q, machine, data, f) for q, name, f in HEADLINES
+                                              for machine, data in everything if data.name == name]:  # fmt: skip
         try:
             answer = function(data)
         except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:

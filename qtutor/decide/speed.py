@@ -100,6 +100,7 @@ class Point:
     watts: float | None  # of all cards
     first_s: float | None  # until the first token of a prompt of ``prompt`` tokens, one user
     prompt: int | None
+    served: bool = False  # between two tokens that a server sent, others' prompts included; else a step alone
 
     @property
     def bandwidth(self) -> float:
@@ -147,7 +148,7 @@ def _point(row: dict, model: str, device: str, technique: Technique, directory) 
     return Point(model, device, int(row.get("cards") or 1), row.get("split"), kv_type, users,
                  size[1] + users * cached * kv_per_token(model, kv_type, cached), cached,
                  users / speed if speed else None, joules and joules * (row.get("output_tokens_per_s") or speed or 0),
-                 first if users == 1 else None, prompt)  # fmt: skip
+                 first if users == 1 else None, prompt, row.get("loop") is not None)  # fmt: skip
 
 
 def step(measured: list[Point], read: float, device: hardware.Device, cards: int = 1,

@@ -30,11 +30,11 @@ def options(need, directory=None):
 
 def copy_of_results(folder: Path) -> Path:
     """A copy without rows of servers, so that a test may add its own."""
-    shutil.copytree(results.RESULTS, folder / "results")
+    shutil.copytree(results.RESULTS, folder / "results", ignore=shutil.ignore_patterns("serving.json"))
     for path in folder.glob("results/*/llama70b.json"):
         data = json.loads(path.read_text("utf-8"))
         data["rows"] = [row for row in data["rows"] if row["kind"] != "served"]
-        path.write_text(results.dumps(data), "utf-8")
+        path.write_text(results.dumps(data), "utf-8") if data["rows"] else path.unlink()
     return folder / "results"
 
 
@@ -193,10 +193,11 @@ def test_the_cache_that_vllm_reports_decides_over_the_plan(tmp_path):
 
 def test_goodput_comes_from_rows_of_this_very_model(tmp_path):
     row = {"kind": "best", "runtime": "vLLM", "type": "FP8", "shape": "Llama-2-7B", "cards": 1, "kv_type": "BF16",
-           "goodput_per_s": 20.0}  # fmt: skip
+           "goodput_per_s": 20.0, "rate_lost_per_s": 28.0}  # fmt: skip
     saved(tmp_path, "serving", H100, [row])
     asked = replace(SEVEN, goodput_per_s=10)
-    assert options(asked, tmp_path)["vLLM FP8"].known["goodput"].mid == 20
+    assert options(asked, tmp_path)["vLLM FP8"].known["goodput"].low == 20
+    assert "20 to 28 requests/s" in options(replace(asked, goodput_per_s=25), tmp_path)["vLLM FP8"].unknown["goodput"]
     assert "goodput" in options(replace(asked, goodput_per_s=30), tmp_path)["vLLM FP8"].missed
     assert "goodput" in options(replace(asked, model="Llama-2-13B"), tmp_path)["vLLM FP8"].unknown
 

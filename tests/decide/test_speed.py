@@ -87,8 +87,8 @@ def test_the_measured_speed_lies_in_its_own_interval(users):
 def without_one_card(points: dict, card: str):
     """(technique, measured point of the card, interval from all other cards) of all points that others can predict."""
     for name, known in points.items():
-        others = [p for p in known if hardware.device(p.device).name != card]
         for p in known:
+            others = [q for q in known if hardware.device(q.device).name != card and q.served == p.served]
             if p.step_s and hardware.device(p.device).name == card and (groups := speed.choose_points(
                     others, p.model, card, p.users, p.kv_type, p.cards, p.split)):  # fmt: skip
                 yield name, p, speed.predict(groups, p.read, hardware.device(card), p.users, p.cards, p.split)
@@ -145,7 +145,8 @@ def test_a_first_token_takes_time_in_proportion_to_tokens_and_weights():
     points = speed.points()["GGUF Q6_K"]
     h100 = hardware.device("H100 SXM")
     low, high = speed.first_token(points, "Llama-2-70B", 4096, h100, 1, None)
-    (row,) = (r for r in results.on_gpu("llama70b").rows if (r["kind"], r.get("type")) == ("model", "Q6_K"))
+    rows = results.on_gpu("llama70b", kind="model").rows
+    (row,) = (r for r in rows if (r["kind"], r.get("type")) == ("model", "Q6_K"))
     assert low < 4096 / row["prefill_tokens_per_s"] < high
     assert speed.first_token(points, "Llama-2-70B", 8192, h100, 1, None)[0] == pytest.approx(2 * low)
     assert speed.first_token(points, "Llama-2-70B", 4096, hardware.device("L4"), 1, None) is None

@@ -187,8 +187,9 @@ def test_headlines_of_what_a_gpu_records_later(tmp_path):
     batch = {"kind": "batch", "type": "Q6_K", "batch": 32, "fits": True, "decode_tokens_per_s": 301.0}
     rows = [run, batch, {"kind": "model", "type": "Q8_0", "fits": False, "not_run": "too large"},
             batch | {"batch": 64, "fits": False}, {"kind": "tool", "type": "Q6_K"},
-            *[{"kind": "served", "cards": cards, "type": "FP8", "streams": 1, "prefill_tokens": 128, "requests": 2,
-               "decode_tokens_per_s": 37.0 * cards} for cards in (1, 2)]]  # fmt: skip
+            *[{"kind": "served", "runtime": "vLLM", "cards": cards, "type": "FP8", "kv_type": "BF16", "streams": users,
+               "prefill_tokens": 128, "decode_tokens_per_s": 37.0 * cards * users,
+               "joules_per_decode_token": 0.7 * cards} for cards, users in ((1, 1), (1, 32), (2, 1))]]  # fmt: skip
     save_for(tmp_path, "h100", "llama70b", rows, "NVIDIA H100 80GB HBM3")
     def speed(technique, runtime, value, joules, **more):
         ends = {"decode_tokens_per_s_low": value * 0.99, "decode_tokens_per_s_high": value * 1.01,
@@ -209,10 +210,13 @@ def test_headlines_of_what_a_gpu_records_later(tmp_path):
         fixed | {"type": kind, "decode_tokens_per_s": value, "decode_tokens_per_s_low": value - 2,
                  "decode_tokens_per_s_high": value + 2})]  # fmt: skip
     save_for(tmp_path, "h200", "serving", rows, "NVIDIA H200")
-    found = {data.name: (machine, answer) for _, machine, data, answer in report.headlines(tmp_path)}
+    served = [answer for question, *_, answer in report.headlines(tmp_path) if "in 16 bits on two" in question]
+    assert len(served) == 1 and "for 1 and 32 users" in served[0] and "FP8** 37 and 1184 (0.7 J a token) (" in served[0]
+    found = {data.name: (machine, answer) for question, machine, data, answer in report.headlines(tmp_path)
+             if "two" not in question}  # fmt: skip
     machine, answer = found["llama70b"]
     assert machine == "h100" and "**Q6_K: 54.5 GiB, 30.0 tokens/s**, 20.0 J a token (301 tokens/s at batch" in answer
-    assert "Q8_0 does not fit" in answer and "; vLLM FP8 37.0 tokens/s (2 requests, no interval) (its" in answer
+    assert "Q8_0 does not fit; **Q6_K" in answer
     machine, answer = found["tradeoff"]
     assert machine == "h200" and "Q8_0 1.03 (1.01 to 1.05); Q4_K_M **1.50** (1.47 to 1.53)" in answer
     assert "Fastest with 1: Q4_K_M; least energy: Q4_K_M or Q8_0 or F16 (" in answer and "BF16" not in answer
@@ -224,7 +228,7 @@ def test_headlines_of_what_a_gpu_records_later(tmp_path):
 
 def test_every_headline_names_one_machine():
     asked = [question for question, *_ in report.headlines()]
-    assert set(asked) == {question for question, *_ in report.HEADLINES} and len(set(asked)) == len(asked) <= 10
+    assert set(asked) == {question for question, *_ in report.HEADLINES} and len(set(asked)) == len(asked) <= 11
     for _, machine, data, answer in report.headlines():
         assert data.device == results.load(data.name, machine).device
         assert "nan" not in answer and "None" not in answer and "|" not in answer
