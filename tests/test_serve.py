@@ -141,7 +141,7 @@ def test_missing_and_damaged_files(path, tmp_path):
     (tmp_path / "x.gguf").write_bytes(path.read_bytes()[:1000])
     refused("x.gguf", lambda: serve.llama_server(tmp_path / "x.gguf"))
     refused("no file", lambda: serve.llama_server(tmp_path / "none.gguf"))
-    refused("did not start", serve.llama_server(path, 32, 1, 1, "--no-such-option").start)
+    refused("instead of starting", serve.llama_server(path, 32, 1, 1, "--no-such-option").start)
 
 
 @needs_server
