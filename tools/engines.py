@@ -24,7 +24,8 @@ from qtutor.rigs import random_checkpoint, random_gguf, serving
 VLLM = "vllm"  # the program; where it has an environment of its own: "env PYTHONPATH=/site python3 -m vllm..."
 FRESH = ("--no-cache-prompt", "--cache-ram", 0)  # repeated prompts would measure the cache
 GREEDY = {"temperature": 0}
-CAPTURE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # batches with a CUDA graph; few, for a short start
+#: tokens of a step with a CUDA graph; few, for a short start, and some for prompts
+CAPTURE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 SHARE = 0.92  # of the GPU's memory that vLLM takes
 WORKERS = min(4, max(1, (os.cpu_count() or 2) // 4))  # processes that send requests
 
@@ -71,7 +72,7 @@ def vllm(program: str, folder, slots: int, ctx: int, *options, cards: int = 1, k
     words = [*shlex.split(program), "serve", folder, "--served-model-name", "model", "--host", "127.0.0.1", "--port",
              "{port}", "--dtype", "bfloat16", "--max-model-len", ctx, "--max-num-seqs", slots, "--tensor-parallel-size",
              cards, "--gpu-memory-utilization", SHARE, "--no-enable-prefix-caching", "--cudagraph-capture-sizes",
-             *[n for n in CAPTURE if n <= slots], "--kv-cache-dtype", "auto" if kv_type == "BF16" else "fp8",
+             *[n for n in CAPTURE if n <= slots or n > 256], "--kv-cache-dtype", "auto" if kv_type == "BF16" else "fp8",
              "--generation-config", "vllm", "--disable-uvicorn-access-log", *options]  # fmt: skip
     if cards > 1:  # FlashInfer's fused all-reduce would be compiled at the start, for minutes
         words += ["--compilation-config", json.dumps({"pass_config": {"fuse_allreduce_rms": False}})]

@@ -10,8 +10,8 @@ with other prompts and arrivals: intervals are Student's t over the repeats; p95
 
 On a GPU, models have Llama-2-7B's shape and random weights, and there is a row of kind ``server`` for each engine and
 type, one of kind ``fixed`` for each of FIXED (all requests of one length, a closed loop), one of kind ``rate`` for each
-rate (an open loop), and ``best``: the rate with the highest goodput of those whose p95 kept both limits.  Three more
-rates are tried between the last that kept them and the first that did not.
+rate (an open loop), and ``best``: the rate with the highest goodput of those whose p95 kept both limits.  Rates double
+until one breaks a limit; then the gap between the last that kept them and the first that did not is halved.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ TTFT_MS, ITL_MS = 500.0, 50.0  # the limits of goodput
 # On a GPU.  Prompts and answers as in a chat; llama-server divides its cache among its slots, vLLM does not.
 SHAPE, GPU_CTX, GPU_SLOTS = "Llama-2-7B", 1280, {"vLLM": 256, "llama.cpp": 64}
 GPU_LENGTHS = serving.Lengths(512, 200, 64, 1024, 128, 48, 16, 256)
-GPU_RATES, RATE_S, LEAST = (6.0, 12.0, 24.0, 48.0, 96.0), 12.0, 100  # seconds and requests of each, at least
+GPU_RATES, RATE_S, LEAST = (6.0, 12.0, 24.0, 48.0, 96.0, 192.0), 12.0, 100  # seconds and requests of each, at least
 GPU_LIMITS = (200.0, 50.0)  # milliseconds to the first token, and for each further one; at p95
 BEST = {"rate_per_s", "requests_per_s", "output_tokens_per_s", "goodput_per_s", "ttft_p95_ms", "itl_p95_ms",
         "joules_per_decode_token"}  # fmt: skip
 FIXED = ((32, 128, 1, 8), (32, 128, 32, 96), (1024, 2, 1, 12))  # prompt, answer, streams, requests
-TINY = {"rates": (3.0, 30.0), "rate_s": 1.0, "least": 4, "fixed": ((32, 8, 1, 2), (64, 2, 2, 4)),
+TINY = {"rates": (3.0, 6.0), "rate_s": 1.0, "least": 4, "fixed": ((32, 8, 1, 2), (64, 2, 2, 4)),
         "lengths": serving.Lengths(32, 8, 16, 64, 8, 4, 4, 16), "slots": 4, "ctx": 128,
         "config": random_gguf.TINY | {"vocab_size": 8192}}  # fmt: skip
 
@@ -115,13 +115,14 @@ def kept(row: dict) -> bool:
     return row["ttft_p95_ms"] <= row["ttft_limit_ms"] and (row["itl_p95_ms"] or 0) <= row["itl_limit_ms"]
 
 
-def between(rows: list[dict]) -> list[float]:
-    """Three more rates: between the last that kept the limits and the first that did not, or beyond."""
-    held = [row["rate_per_s"] for row in rows if kept(row)]
-    lost = [row["rate_per_s"] for row in rows if not kept(row)]
-    low = max(held, default=0.0)
-    high = min((rate for rate in lost if rate > low), default=3 * low)
-    return [low + (high - low) * part for part in (0.25, 0.5, 0.75)]
+def next_rate(tried: list[dict], rates) -> float | None:
+    """The next rate to try: of ``rates``, until one breaks a limit; then between it and the last that kept them.  None:
+    all are tried, or the two are within a tenth."""
+    low = max((row["rate_per_s"] for row in tried if kept(row)), default=0.0)
+    lost = [row["rate_per_s"] for row in tried if not kept(row) and row["rate_per_s"] > low]
+    if not lost:
+        return min((rate for rate in rates if rate > low), default=None)
+    return np.sqrt(max(low, min(lost) / 4) * min(lost)) if min(lost) > 1.1 * low else None
 
 
 def best(tried: list[dict]) -> dict:
@@ -157,18 +158,8 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
         path = results.save("serving", rows, directory=directory)
         say(f"{which} {kind}", {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
 
-    def open_loop(values) -> None:
-        """A rate after the other, until fewer than half of the requests keep the limits."""
-        for rate in values:
-            n = max(least, round(rate_s * rate))
-            if left() < n / rate + 25:
-                break
-            (row,) = engines.loads(server, model.home, lengths, meter, limits, timeout=left(), rates=(rate,),
-                                   requests=n, seconds=1.25 * n / rate + 3)  # fmt: skip
-            tell("rate", **row)
-            engines.warm(server)  # answered when what was given up has left the engine's queue
-            if row["within"] < 0.5:
-                break
+    def tried() -> list[dict]:
+        return [row for row in rows if row["kind"] == "rate"]
 
     with engines.Model(runtime, type, config or capacity.MODELS[SHAPE], folder) as model, engines.Meter() as meter:
         server = model.server(program, slots, ctx, *shlex.split(options), kv_type=kv_type,
@@ -183,13 +174,18 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
                                                min(streams, requests // 3), left(), streams=(streams,),
                                                requests=requests, seconds=30)  # fmt: skip
                         tell("fixed", prefill_tokens=prompt, decode_tokens=new, **row)
-                open_loop(rates)
-                if tried := [row for row in rows if row["kind"] == "rate"]:
-                    open_loop(between(tried))
+                while rate := next_rate(tried(), rates):
+                    n = max(least, round(rate_s * rate))
+                    if left() < n / rate + 25:
+                        break
+                    (row,) = engines.loads(server, model.home, lengths, meter, limits, timeout=left(), rates=(rate,),
+                                           requests=n, seconds=1.25 * n / rate + 3)  # fmt: skip
+                    tell("rate", **row)
+                    engines.warm(server)  # answered when what was given up has left the engine's queue
         except QtutorError as error:
             tell("server", not_run=str(error))
-    if tried := [row for row in rows if row["kind"] == "rate"]:
-        tell("best", **best(tried))
+    if tried():
+        tell("best", **best(tried()))
     return path
 
 

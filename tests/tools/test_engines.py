@@ -90,9 +90,15 @@ def test_where_the_limits_are_lost():
 
     assert record_serving.kept(row(6, 200)) and not record_serving.kept(row(6, 201))
     assert not record_serving.kept(row(6, 90, failed=6)) and not record_serving.kept(row(6, None))
-    assert record_serving.between([row(6, 90), row(12, 150), row(24, 900)]) == [15, 18, 21]
-    assert record_serving.between([row(8, 900), row(16, 900)]) == [2, 4, 6]
-    assert record_serving.between([row(8, 90)]) == [12, 16, 20]  # none lost: beyond
+    grid = (4, 16, 64)
+    assert record_serving.next_rate([], grid) == 4 and record_serving.next_rate([row(4, 90)], grid) == 16
+    assert record_serving.next_rate([row(4, 90), row(16, 900)], grid) == 8
+    assert record_serving.next_rate([row(4, 90), row(16, 900), row(8, 900)], grid) == pytest.approx(4 * 2**0.5)
+    assert record_serving.next_rate([row(4, 900)], grid) == 2  # none kept: further down
+    assert record_serving.next_rate([row(4, 90), row(4.3, 900)], grid) is None is record_serving.next_rate(
+        [row(64, 90)], grid)  # fmt: skip
+    found = record_serving.best([row(4, 90) | {"goodput_per_s": 4}, row(16, 900) | {"goodput_per_s": 9}])
+    assert (found["goodput_per_s"], found["rate_per_s"], found["rate_lost_per_s"]) == (4, 4, 16)
 
 
 def test_users_of_llama_server():
