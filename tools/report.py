@@ -311,19 +311,21 @@ def _llama70b(data) -> str:
 
 
 def _served70b(data) -> str:
-    """Of each engine, type and number of cards: decoding for one user and for the most that send short prompts."""
+    """Of each engine, type and number of cards: what comes out for one user, and for the most with short prompts."""
     short = [row for row in data.rows if row["kind"] == "served" and row.get("prefill_tokens") == 128
-             and row.get("kv_type") in ("BF16", "F16") and row.get("split") != "layer"]  # fmt: skip
+             and row.get("kv_type") in ("BF16", "F16")]  # fmt: skip
     most, found = max((row["streams"] for row in short), default=0), {}
     for row in short:
         if row["streams"] in (1, most):
-            name = f"{row['runtime']} {row['type']}" + f" on {row['cards']} cards" * (row["cards"] > 1)
-            found.setdefault(name, {})[row["streams"]] = row
-    said = [f"**{name}** " + " and ".join(f"{row['decode_tokens_per_s']:.0f}" for _, row in sorted(rows.items()))
-            + f" ({rows[most]['joules_per_decode_token']:.1f} J a token)"
-            for name, rows in found.items() if len(rows) == 2]  # fmt: skip
-    return (f"its shape behind a server, decoding for 1 and {most:.0f} users, tokens/s together (joules at "
-            f"{most:.0f}): " + "; ".join(said) + " (one run each, no intervals)") if said else ""
+            name = row["type"] + f" on {row['cards']} cards, by {row['split']}," * (row["cards"] > 1)
+            found.setdefault(row["runtime"], {}).setdefault(name, {})[row["streams"]] = row
+    said = [f"**{engine}** " + ", ".join(
+        f"{name} " + " and ".join(f"{row['output_tokens_per_s']:.0f}" for _, row in sorted(rows.items()))
+        + f" ({rows[most]['joules_per_decode_token']:.1f} J)" for name, rows in types.items() if len(rows) == 2)
+        for engine, types in found.items()]  # fmt: skip
+    return (f"tokens/s that a server gave to 1 and to {most:.0f} users, 128 tokens in and 64 out (joules of a token "
+            f"with {most:.0f}): " + "; ".join(said)
+            + " (its shape, random weights; engines not tuned, one run each)") if said else ""
 
 
 #: (question, name of the results that answer it, function: Results -> Markdown)

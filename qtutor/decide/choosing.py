@@ -220,11 +220,17 @@ def _memory(option: Option, need: Need, device: hardware.Device, total: float, d
     else:
         taken = (1 - VLLM_SHARE) * device.memory_gib if option.technique.runtime == "vLLM" else 0
         needed = (total + cache) / GIB + cards * (device.reserve_gib + taken)
-    if option.technique.runtime == "vLLM" and (
-            room := _recorded("llama70b", "served", "kv_tokens", option, need, device, directory)):  # fmt: skip
-        tokens, token = need.users * need.context, speed.kv_per_token(need.model, option.kv_type) / GIB
-        needed = cards * device.memory_gib - (min(room) - tokens) * token
-        source = f"measured: its cache holds {min(room):,} tokens"
+    if option.technique.runtime == "vLLM":
+        found = [("", _recorded("llama70b", "served", "kv_tokens", option, need, device, directory))]
+        if option.kv_type == "FP8":  # half the bytes a token: twice what a cache in 16 bits was measured to hold
+            same = replace(option, kv_type="BF16")
+            found.append((" (twice a measured cache in BF16)", [
+                2 * n for n in _recorded("llama70b", "served", "kv_tokens", same, need, device, directory)]))  # fmt: skip
+        for how, room in found:
+            if room and not source.startswith("measured"):
+                tokens, token = need.users * need.context, speed.kv_per_token(need.model, option.kv_type) / GIB
+                needed = cards * device.memory_gib - (min(room) - tokens) * token
+                source = f"measured: its cache holds {min(room):,} tokens{how}"
     option.known["memory"] = Known(needed, needed, source)
     if (over := needed - there) > 0:
         per_token = speed.kv_per_token(need.model, option.kv_type, need.context)
@@ -378,13 +384,14 @@ class Decision:
         """What would change the advice: measurements that are missing, and how far its requirements may move."""
         best, need, axis = self.best, self.need, PREFER[self.need.prefer]
 
-        def at_best(option: Option) -> float:
-            return option.known[axis].low if axis in option.known else math.inf
+        def far(option: Option) -> tuple:  # from being known to do: what must be measured; a ceiling promises anything
+            value = option.known.get(axis, Known(math.inf, math.inf, ""))
+            return len(option.unknown), value.high == math.inf, value.low
 
         rivals = [o for o in self.options if o.verdict == "unknown" and (
-            best is None or at_best(o) < rank(best, need.prefer)[0] or axis not in o.known)]  # fmt: skip
-        one_each = {o.technique.runtime: o for o in sorted(rivals, key=at_best, reverse=True)}  # engine -> its best
-        rivals = sorted(one_each.values(), key=at_best)
+            best is None or far(o)[2] < rank(best, need.prefer)[0] or axis not in o.known)]  # fmt: skip
+        one_each = {o.technique.runtime: o for o in sorted(rivals, key=far, reverse=True)}  # engine -> its nearest
+        rivals = sorted(one_each.values(), key=far)
         found = [f"A measurement of {o.name}: {' and '.join(o.unknown.values())}." for o in rivals]
         if best is not None:
             free = best.cards * hardware.device(need.device).memory_gib - need.keep_free_gib - best.known["memory"].mid

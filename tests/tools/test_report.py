@@ -188,7 +188,7 @@ def test_headlines_of_what_a_gpu_records_later(tmp_path):
     rows = [run, batch, {"kind": "model", "type": "Q8_0", "fits": False, "not_run": "too large"},
             batch | {"batch": 64, "fits": False}, {"kind": "tool", "type": "Q6_K"},
             *[{"kind": "served", "runtime": "vLLM", "cards": cards, "type": "FP8", "kv_type": "BF16", "streams": users,
-               "prefill_tokens": 128, "decode_tokens_per_s": 37.0 * cards * users,
+               "split": "tensor", "prefill_tokens": 128, "output_tokens_per_s": 37.0 * cards * users,
                "joules_per_decode_token": 0.7 * cards} for cards, users in ((1, 1), (1, 32), (2, 1))]]  # fmt: skip
     save_for(tmp_path, "h100", "llama70b", rows, "NVIDIA H100 80GB HBM3")
     def speed(technique, runtime, value, joules, **more):
@@ -211,7 +211,7 @@ def test_headlines_of_what_a_gpu_records_later(tmp_path):
                  "decode_tokens_per_s_high": value + 2})]  # fmt: skip
     save_for(tmp_path, "h200", "serving", rows, "NVIDIA H200")
     served = [answer for question, *_, answer in report.headlines(tmp_path) if "in 16 bits on two" in question]
-    assert len(served) == 1 and "for 1 and 32 users" in served[0] and "FP8** 37 and 1184 (0.7 J a token) (" in served[0]
+    assert len(served) == 1 and "to 1 and to 32 users" in served[0] and "vLLM** FP8 37 and 1184 (0.7 J) (" in served[0]
     found = {data.name: (machine, answer) for question, machine, data, answer in report.headlines(tmp_path)
              if "two" not in question}  # fmt: skip
     machine, answer = found["llama70b"]
