@@ -225,7 +225,7 @@ def _memory(option: Option, need: Need, device: hardware.Device, total: float, d
         if option.kv_type == "FP8":  # half the bytes a token: twice what a cache in 16 bits was measured to hold
             same = replace(option, kv_type="BF16")
             found.append((" (twice a measured cache in BF16)", [
-                2 * n for n in _recorded("llama70b", "served", "kv_tokens", same, need, device, directory)]))  # fmt: skip
+                2 * n for n in _recorded("llama70b", "served", "kv_tokens", same, need, device, directory)]))
         for how, room in found:
             if room and not source.startswith("measured"):
                 tokens, token = need.users * need.context, speed.kv_per_token(need.model, option.kv_type) / GIB
