@@ -115,8 +115,7 @@ VOCABULARY = {
         weights), kv_tokens (that the cache holds), start_s (until the server answers), requests (of all repeats),
         failed (without an answer), requests_per_s (answered), output_tokens_per_s, ttft_p50_ms, ttft_p95_ms,
         ttft_p99_ms (time to first token, percentiles of requests), itl_p50_ms, itl_p95_ms, itl_p99_ms (inter-token
-        latency, a request's mean),
-        ttft_limit_ms, itl_limit_ms, goodput_per_s (requests that kept both limits), within (their share)""",
+        latency of a request), ttft_limit_ms, itl_limit_ms, goodput_per_s (within both limits), within (their share)""",
     "energy": """
         joules_per_step, joules_per_train_token (of all GPUs), joules_per_prefill_token, joules_per_decode_token (of the
         whole device), energy_source (NVML or RAPL counter, or estimate), watts, prefill_watts, decode_watts, idle_watts
@@ -293,7 +292,6 @@ def on_all(name: str, directory=None) -> list[Results]:
 
 
 def on_gpu(name: str, directory=None, kind: str | None = None) -> Results | None:
-    """The results ``name`` of the first GPU in MACHINES that has them (``found.device`` names it), or None.  ``kind``:
-    of the first that has rows of this kind."""
+    """The results ``name`` of the first GPU in MACHINES that has them, with rows of this ``kind``, or None."""
     gpus = (run for run in on_all(name, directory) if "compute_capability" in run.machine)
     return next((run for run in gpus if kind is None or any(row.get("kind") == kind for row in run.rows)), None)

@@ -209,8 +209,8 @@ def _loss(option: Option, need: Need, directory) -> None:
 
 def _memory(option: Option, need: Need, device: hardware.Device, total: float, directory) -> None:
     base, gguf, cards = speed.shape(need.model)[0], option.technique.gguf, option.cards
-    cache = capacity.kv_bytes(base, need.context, "F16" if option.kv_type in ("BF16", "FP8") else option.kv_type,
-                              need.users) / (2 if option.kv_type == "FP8" else 1)  # fmt: skip
+    per_token = speed.kv_per_token(need.model, option.kv_type, need.context)
+    cache, tokens = need.users * need.context * per_token, need.users * need.context
     there, source = cards * device.memory_gib - need.keep_free_gib, "computed to the byte: weights, cache, reserve"
     if gguf and device.cuda:  # llama.cpp leaves the embedding in the computer's memory, and says what else it takes
         on_cards = speed.weights(option.technique, need.model, 10**6, directory)[1]  # so many users read all experts
@@ -221,22 +221,16 @@ def _memory(option: Option, need: Need, device: hardware.Device, total: float, d
         taken = (1 - VLLM_SHARE) * device.memory_gib if option.technique.runtime == "vLLM" else 0
         needed = (total + cache) / GIB + cards * (device.reserve_gib + taken)
     if option.technique.runtime == "vLLM":
-        found = [("", _recorded("llama70b", "served", "kv_tokens", option, need, device, directory))]
-        if option.kv_type == "FP8":  # half the bytes a token: twice what a cache in 16 bits was measured to hold
-            same = replace(option, kv_type="BF16")
-            found.append((" (twice a measured cache in BF16)", [
-                2 * n for n in _recorded("llama70b", "served", "kv_tokens", same, need, device, directory)]))
-        for how, room in found:
-            if room and not source.startswith("measured"):
-                tokens, token = need.users * need.context, speed.kv_per_token(need.model, option.kv_type) / GIB
-                needed = cards * device.memory_gib - (min(room) - tokens) * token
-                source = f"measured: its cache holds {min(room):,} tokens{how}"
+        here, wide = (_recorded("llama70b", "served", "kv_tokens", one, need, device, directory)
+                      for one in (option, replace(option, kv_type="BF16")))  # fmt: skip
+        if room := here or [2 * n for n in wide if option.kv_type == "FP8"]:  # half the bytes a token
+            needed = cards * device.memory_gib - (min(room) - tokens) * per_token / GIB
+            source = f"measured: its cache holds {min(room):,} tokens" + ("" if here else ", twice those in BF16")
     option.known["memory"] = Known(needed, needed, source)
     if (over := needed - there) > 0:
-        per_token = speed.kv_per_token(need.model, option.kv_type, need.context)
         free = f", {need.keep_free_gib:g} of them to stay free" if need.keep_free_gib else ""
-        tokens = need.users * need.context - int(over * GIB / per_token) - 1
-        cut = f", or keep all users' contexts within {tokens:,} tokens together" if tokens >= 256 else ""
+        fit = tokens - int(over * GIB / per_token) - 1
+        cut = f", or keep all users' contexts within {fit:,} tokens together" if fit >= 256 else ""
         option.miss("memory", f"it does not fit: {needed:.1f} of {cards * device.memory_gib:.1f} GiB{free}",
                     f"find {over:.1f} GiB more{cut}", needed / max(there, 1e-9))  # fmt: skip
 

@@ -79,9 +79,8 @@ def _per_weight(technique: Technique, directory) -> float | None:
 
 def kv_per_token(model, kv_type: str, cached: float = 0) -> float:
     """Bytes that one token of one user keeps; vLLM's FP8 is one byte a value."""
-    base = shape(model)[0]
-    return capacity.kv_bytes_per_token(base, "F16", cached) / 2 if kv_type == "FP8" else (
-        capacity.kv_bytes_per_token(base, kv_type, cached))  # fmt: skip
+    half = kv_type == "FP8"
+    return capacity.kv_bytes_per_token(shape(model)[0], "F16" if half else kv_type, cached) / (1 + half)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ import numpy as np
 
 from .. import plots
 
-STYLE = {name: (plots.PALETTE[i % 3], "os^"[i % 3])
-         for i, name in enumerate(("F16", "Q8_0", "Q4_K_M", "BF16", "FP8", "W4A16"))}  # fmt: skip
+STYLE = dict(zip("F16 Q8_0 Q4_K_M BF16 FP8 W4A16".split(), [*zip(plots.PALETTE, "os^", strict=False)] * 2, strict=True))
 
 
 def timeline(table, slots: int, most: int = 16):

@@ -40,7 +40,7 @@ def test_case_one_what_is_not_known_yet():
     assert "memory" in found["vLLM FP8"].missed and "loss" in found["vLLM FP8"].unknown, changed("one", "vLLM FP8")
     eight, both = found["vLLM FP8, FP8 cache"], found["vLLM BF16, 2 cards by tensor"].known["USD"]
     assert list(eight.unknown) == ["loss"] and eight.known["USD"].high < both.low, changed("one", "8 bits throughout")
-    assert "memory" in eight.missed and "twice a measured cache" in eight.known["memory"].source
+    assert "memory" in eight.missed and "twice those in BF16" in eight.known["memory"].source
     less = {option.name: option for option in decide(Need(**vars(CHAT) | {"keep_free_gib": 1})).options}
     assert not less[eight.name].missed, changed("one", "8 bits throughout, with 1 GiB free")
 
