@@ -24,8 +24,7 @@ from qtutor.rigs import random_checkpoint, random_gguf, serving
 VLLM = "vllm"  # the program; where it has an environment of its own: "env PYTHONPATH=/site python3 -m vllm..."
 FRESH = ("--no-cache-prompt", "--cache-ram", 0)  # repeated prompts would measure the cache
 GREEDY = {"temperature": 0}
-#: tokens of a step with a CUDA graph; few, for a short start, and some for prompts
-CAPTURE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
+CAPTURE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)  # tokens of a step with a CUDA graph; few
 SHARE = 0.92  # of the GPU's memory that vLLM takes
 WORKERS = min(4, max(1, (os.cpu_count() or 2) // 4))  # processes that send requests
 

@@ -188,8 +188,7 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
 
     def tell(**row) -> None:
         nonlocal path
-        more = {"options": options} if options else {}
-        rows.append({"kind": "served", "runtime": runtime, "shape": MODEL, **more, **row})
+        rows.append({"kind": "served", "runtime": runtime, "shape": MODEL, "options": options or None, **row})
         path = results.save("llama70b", rows, directory=directory)
         say(runtime, {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
 

@@ -142,7 +142,7 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
     ``budget_s``: nothing is begun that would end later; what was left out then has no row.  ``options``: more words of
     the server's command line.
     """
-    end, rows, path = time.monotonic() + budget_s, [], None
+    end, rows, tried, path = time.monotonic() + budget_s, [], [], None
     (runtime, _, type), limits = which.partition(":"), GPU_LIMITS
     slots = slots or GPU_SLOTS[runtime]
     kv_type = "BF16" if runtime == "vLLM" else "F16"
@@ -154,12 +154,9 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
         nonlocal path
         rows.append({"kind": kind, "runtime": runtime, "type": type, "shape": SHAPE if config is None else "tiny",
                      "cards": 1, "kv_type": kv_type, "slots": slots, "ctx": ctx, "ttft_limit_ms": limits[0],
-                     "itl_limit_ms": limits[1], **({"options": options} if options else {}), **row})  # fmt: skip
+                     "itl_limit_ms": limits[1], "options": options or None, **row})  # fmt: skip
         path = results.save("serving", rows, directory=directory)
         say(f"{which} {kind}", {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
-
-    def tried() -> list[dict]:
-        return [row for row in rows if row["kind"] == "rate"]
 
     with engines.Model(runtime, type, config or capacity.MODELS[SHAPE], folder) as model, engines.Meter() as meter:
         server = model.server(program, slots, ctx, *shlex.split(options), kv_type=kv_type,
@@ -174,18 +171,19 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
                                                min(streams, requests // 3), left(), streams=(streams,),
                                                requests=requests, seconds=30)  # fmt: skip
                         tell("fixed", prefill_tokens=prompt, decode_tokens=new, **row)
-                while rate := next_rate(tried(), rates):
+                while rate := next_rate(tried, rates):
                     n = max(least, round(rate_s * rate))
                     if left() < n / rate + 25:
                         break
                     (row,) = engines.loads(server, model.home, lengths, meter, limits, timeout=left(), rates=(rate,),
                                            requests=n, seconds=1.25 * n / rate + 3)  # fmt: skip
                     tell("rate", **row)
+                    tried.append(rows[-1])
                     engines.warm(server)  # answered when what was given up has left the engine's queue
         except QtutorError as error:
             tell("server", not_run=str(error))
-    if tried():
-        tell("best", **best(tried()))
+    if tried:
+        tell("best", **best(tried))
     return path
 
 

@@ -227,20 +227,6 @@ def _loss(data) -> str:
             "paired)")  # fmt: skip
 
 
-def _inference(data) -> str:
-    def row(technique, batch):
-        return one(data, model="Llama-2-7B shape", technique=technique, batch=batch, compiled=True)
-
-    def gain(what, batch=1):
-        fp8, bf16 = (row(name, batch)[f"{what}_tokens_per_s"] for name in ("torchao FP8 dynamic", "BF16"))
-        return times(fp8 / bf16)
-
-    fp8, bf16 = (row(name, 1)["weights_gib"] for name in ("torchao FP8 dynamic", "BF16"))
-    return ("FP8 weights and activations (torchao, torch.compile), Llama-2-7B's shape, against compiled BF16: "
-            f"{percent(fp8 / bf16 - 1)} memory, prefill **{gain('prefill')}**, decode **{gain('decode')}** at "
-            f"batch 1 and {gain('decode', 32)} at 32 (CUDA graphs, no serving engine; no intervals recorded)")
-
-
 def _qat(data) -> str:
     said, steps = [], max(row["steps"] for row in data.rows if row["seed"] > 0)
     for scheme, what in (("W4A16", "4-bit"), ("W3", "3-bit"), ("W2", "2-bit")):
@@ -335,7 +321,6 @@ HEADLINES = (
     ("From which size on?", "fp8_breakeven", _breakeven),
     ("Is the loss the same?", "fp8_loss", _loss),
     ("Does FP8 help inference?", "serving", lambda data: _engine(side_by_side.served(data), "vLLM")),
-    ("Does FP8 help inference?", "fp8_inference", _inference),  # until a GPU has recorded vLLM
     ("What does training through the rounding bring back?", "qat_recovery", _qat),
     ("And in a llama.cpp file?", "qat_gguf", _qat_gguf),
     ("What do llama.cpp's types cost?", "gguf_quality", _types),

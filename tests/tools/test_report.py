@@ -235,17 +235,6 @@ def test_every_headline_names_one_machine():
         assert f"| {answer} | {data.device} |" in (ROOT / "README.md").read_text("utf-8")
 
 
-def test_inference_headline_against_pandas():
-    data = results.load("fp8_inference", "h100")
-    answer, frame = report._inference(data), data.frame()
-    rate = frame[(frame.model == "Llama-2-7B shape") & (frame.compiled == 1)].set_index(["technique", "batch"])
-    fp8, bf16 = rate.loc["torchao FP8 dynamic"], rate.loc["BF16"]
-    assert f"prefill **{bf16.time_to_first_token_ms[1] / fp8.time_to_first_token_ms[1]:.2f} ×**" in answer
-    for batch, shown in ((1, "**{:.2f} ×** at batch 1"), (32, "{:.2f} × at 32")):
-        assert shown.format(fp8.decode_tokens_per_s[batch] / bf16.decode_tokens_per_s[batch]) in answer
-    assert f"−{100 * (1 - fp8.weights_gib[1] / bf16.weights_gib[1]):.0f} % memory" in answer
-
-
 def test_helpers():
     assert report.percent(0.064) == "+6 %" and report.percent(-0.4) == "−40 %"
     assert report.percent(-0.0001, 2) == "−0.01 %" and report.percent(-0.000001) == "0 %"
