@@ -270,7 +270,7 @@ def _engine(rows: list[dict], engine: str) -> str:
     lead = [" or ".join(name.split(maxsplit=1)[1] for name in pareto.leaders(alone, axis))
             if any(row.get(column) for row in alone) else "not measured"
             for axis, column in (("decode speed", "decode_tokens_per_s"), ("decode energy", "joules_per_decode_token"))]
-    return (f"{engine}, Llama-2-7B's shape, decoding 1 and 32 sequences, speed over that of its own 16 bits: "
+    return (f"{engine}, Llama-2-7B's shape, random weights, decoding 1 and 32 sequences, speed over that of its own 16 bits: "
             + "; ".join(f"{name} {' and '.join(shown)}" for name, shown in said.items())
             + f" (bold: apart by more than intervals and {pareto.AXES['decode speed'].tolerance:.0%}). Fastest with 1: "
             f"{lead[0]}; least energy: {lead[1]} (named together: not told apart)")  # fmt: skip
@@ -309,7 +309,7 @@ def _served70b(data) -> str:
         f"{name} " + " and ".join(f"{row['output_tokens_per_s']:.0f}" for _, row in sorted(rows.items()))
         + f" ({rows[most]['joules_per_decode_token']:.1f} J)" for name, rows in types.items() if len(rows) == 2)
         for engine, types in found.items()]  # fmt: skip
-    return (f"tokens/s that a server gave to 1 and to {most:.0f} users, 128 tokens in and 64 out (joules of a token "
+    return (f"tokens/s of whole answers to 1 and to {most:.0f} users, 128 tokens in and 64 out (joules of a token "
             f"with {most:.0f}): " + "; ".join(said)
             + " (its shape, random weights; engines not tuned, one run each)") if said else ""
 
