@@ -270,8 +270,8 @@ def _engine(rows: list[dict], engine: str) -> str:
     lead = [" or ".join(name.split(maxsplit=1)[1] for name in pareto.leaders(alone, axis))
             if any(row.get(column) for row in alone) else "not measured"
             for axis, column in (("decode speed", "decode_tokens_per_s"), ("decode energy", "joules_per_decode_token"))]
-    return (f"{engine}, Llama-2-7B's shape, random weights, decoding 1 and 32 sequences, speed over that of its own 16 bits: "
-            + "; ".join(f"{name} {' and '.join(shown)}" for name, shown in said.items())
+    return (f"{engine}, Llama-2-7B's shape, random weights, decoding 1 and 32 sequences, speed over that of its own 16 "
+            "bits: " + "; ".join(f"{name} {' and '.join(shown)}" for name, shown in said.items())
             + f" (bold: apart by more than intervals and {pareto.AXES['decode speed'].tolerance:.0%}). Fastest with 1: "
             f"{lead[0]}; least energy: {lead[1]} (named together: not told apart)")  # fmt: skip
 
