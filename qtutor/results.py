@@ -293,5 +293,5 @@ def on_all(name: str, directory=None) -> list[Results]:
 
 def on_gpu(name: str, directory=None, kind: str | None = None) -> Results | None:
     """The results ``name`` of the first GPU in MACHINES that has them, with rows of this ``kind``, or None."""
-    gpus = (run for run in on_all(name, directory) if "compute_capability" in run.machine)
-    return next((run for run in gpus if kind is None or any(row.get("kind") == kind for row in run.rows)), None)
+    there = (load(name, machine, directory) for machine in MACHINES[:-1] if exists(name, machine, directory))
+    return next((run for run in there if kind is None or any(row.get("kind") == kind for row in run.rows)), None)

@@ -42,7 +42,7 @@ def test_every_notebook_has_a_row(project, monkeypatch, capsys):
     rows = {row["notebook"]: row for row in files.read_json(written)["rows"]}
     assert list(rows) == ["start_here", "fails", "slow", "other"]
     first = rows["start_here"]
-    assert first["seconds"] > 0 and first["peak_gib"] > 0.2 and first["jobs"] == 2
+    assert first["seconds"] > 0 and first["peak_gib"] > 0.1 and first["jobs"] == 2
     assert rows["fails"]["not_run"].startswith("cell 1: ValueError: first line") and "seconds" not in rows["fails"]
     assert rows["other"]["not_run"] == "it was not asked for"
     assert {path.name: path.read_bytes() for path in (project / "notebooks").iterdir()} == before
