@@ -336,17 +336,17 @@ def headlines(directory=None) -> list[tuple[str, str, results.Results, str]]:
 
     The first GPU whose results can answers, else the CPU: two machines never meet in one answer.
     """
-    found, everything = [], recorded(directory)
-    for question, machine, data, function in [(q, machine, data, f) for q, name, f in HEADLINES
-                                              for machine, data in everything if data.name == name]:  # fmt: skip
+    found, everything = {}, recorded(directory)
+    for question, machine, data, function in ((q, machine, data, f) for q, name, f in HEADLINES for machine, data in
+                                              everything if data.name == name and q not in found):  # fmt: skip
         try:
             answer = function(data)
         except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
             raise QtutorError(f"Results '{machine}/{data.name}' do not answer '{question}' ({type(error).__name__}: "
                               f"{error}): bring tools/report.py in step with them.") from None  # fmt: skip
-        if answer and question not in [asked for asked, *_ in found]:
-            found.append((question, machine, data, answer))
-    return found
+        if answer:
+            found[question] = (question, machine, data, answer)
+    return list(found.values())
 
 
 def _notebook_link(about: About, way: str, folder=None) -> str:
