@@ -115,7 +115,9 @@ VOCABULARY = {
         weights), kv_tokens (that the cache holds), start_s (until the server answers), requests (of all repeats),
         failed (without an answer), requests_per_s (answered), output_tokens_per_s, ttft_p50_ms, ttft_p95_ms,
         ttft_p99_ms (time to first token, percentiles of requests), itl_p50_ms, itl_p95_ms, itl_p99_ms (inter-token
-        latency of a request), ttft_limit_ms, itl_limit_ms, goodput_per_s (within both limits), within (their share)""",
+        latency of a request), ttft_limit_ms, itl_limit_ms, goodput_per_s (within both limits), within (their share),
+        server_ttft_ms (from arrival to first token, by vLLM's clock), engine_prefill_ms (its part from the first step
+        on; means of a load)""",
     "energy": """
         joules_per_step, joules_per_train_token (of all GPUs), joules_per_prefill_token, joules_per_decode_token (of the
         whole device), energy_source (NVML or RAPL counter, or estimate), watts, prefill_watts, decode_watts, idle_watts

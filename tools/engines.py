@@ -26,6 +26,8 @@ FRESH = ("--no-cache-prompt", "--cache-ram", 0)  # repeated prompts would measur
 GREEDY = {"temperature": 0}
 CAPTURE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)  # tokens of a step with a CUDA graph; few
 SHARE = 0.92  # of the GPU's memory that vLLM takes
+CLOCKS = {"server_ttft_ms": "vllm:time_to_first_token_seconds",  # from a request's arrival, by vLLM's own clock
+          "engine_prefill_ms": "vllm:request_prefill_time_seconds"}  # from its first step on
 WORKERS = min(4, max(1, (os.cpu_count() or 2) // 4))  # processes that send requests
 
 
@@ -162,10 +164,27 @@ def warm(server: serve.Server) -> None:
         raise QtutorError(f"The server does not answer ({type(error).__name__}): read its log.") from None
 
 
+def clocks(server: serve.Server) -> dict[str, np.ndarray]:
+    """(Milliseconds, requests) since vLLM started, by the names of CLOCKS; {} of another engine."""
+    import httpx
+
+    found = {}
+    with contextlib.suppress(httpx.HTTPError), server.client(10) as client:
+        text = client.get("/metrics").text
+        for name, metric in CLOCKS.items():
+            ends = [re.search(rf"^{metric}_{end}\{{.*\}} (\S+)$", text, re.MULTILINE) for end in ("sum", "count")]
+            if all(ends):
+                found[name] = np.array([1000 * float(ends[0][1]), float(ends[1][1])])
+    return found
+
+
 def loads(server: serve.Server, tokenizer, lengths: serving.Lengths, meter: Meter, limits: tuple[float, float],
           warmup: int = 0, timeout: float = 300, **how) -> list[dict]:  # fmt: skip
-    """Rows of :func:`serving.summary` with joules, one for each rate or number of streams in ``how``."""
+    """Rows of :func:`serving.summary` with joules and means of CLOCKS, one for each rate or number of streams."""
+    before = clocks(server)
     table = serving.load(server.url, tokenizer, lengths, body=GREEDY, workers=WORKERS, timeout=timeout, **how)
+    passed = {name: now - before[name] for name, now in clocks(server).items() if name in before}
+    own = {name: ms / n for name, (ms, n) in passed.items() if n}
     rows = []
     for row in serving.summary(table, *limits, warmup=warmup).to_dict("records"):
         load, loop = row.pop("load"), row["loop"]
@@ -175,7 +194,7 @@ def loads(server: serve.Server, tokenizer, lengths: serving.Lengths, meter: Mete
         tokens = kept["output_tokens"].sum()
         step = energy.NVML_STEP_S / (kept["last"].max() - kept["start"].min())  # so much of the joules is in doubt
         good = kept[kept["state"] == "successful"]
-        row["rate_per_s" if loop == "open" else "streams"] = load
+        row |= {"rate_per_s" if loop == "open" else "streams": load} | own
         for end, share, part in (("", 50, 1), ("_low", 90, 1 - step), ("_high", 10, 1 + step)):
             row[f"joules_per_decode_token{end}"] = part * used / tokens if used and tokens else None
             itl, ttft = (good[name].dropna() for name in ("itl_ms", "ttft_ms"))

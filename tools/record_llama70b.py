@@ -172,11 +172,11 @@ def _short(row: dict) -> str:
 def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMORY, directory=None,
                   budget_s: float = 560.0, cards: int = 1, splits=(None,), kv_types=None, config=None, ctx: int = CTX,
                   short=SHORT, long=LONG, users=USERS, most: int = 128, options: str = "",
-                  say=print) -> Path | None:  # fmt: skip
+                  short_options: str = "", say=print) -> Path | None:  # fmt: skip
     """Serve the shape in each type and cache type, and measure; rows are saved as they come; return the path.
 
     ``budget_s``: nothing is begun that would end later.  ``splits``: of llama.cpp over ``cards``, layer and
-    tensor.  ``options``: more words of the server's command line.
+    tensor.  ``options``: more words of the server's command line; ``short_options``: of llama-server's for short ones.
     """
     end, rows, path, base = time.monotonic() + budget_s, [], None, config or capacity.MODELS[MODEL]
     starts = 0.0  # seconds that the last start took: the next takes as long
@@ -188,7 +188,7 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
 
     def tell(**row) -> None:
         nonlocal path
-        rows.append({"kind": "served", "runtime": runtime, "shape": MODEL, "options": options or None, **row})
+        rows.append({"kind": "served", "runtime": runtime, "shape": MODEL, **row})
         path = results.save("llama70b", rows, directory=directory)
         say(runtime, {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
 
@@ -217,12 +217,13 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
                 stages = [(max(users), small, users, False), (fit, ctx, (), True)]
                 stages = [(most, ctx, users, True)] if vllm else stages
                 for slots, cells, many, last in stages:
-                    here = about | {"slots": slots, "ctx": cells}
+                    words = options if vllm or last else f"{options} {short_options}".strip()
+                    here = about | {"slots": slots, "ctx": cells, "options": words or None}
                     if left() < 40 + starts:
                         say(f"{type}, cache {kv_type}: no time for a server of {slots} slots")
                         continue
                     try:
-                        server = model.server(program, slots, cells, *shlex.split(options), kv_type=kv_type,
+                        server = model.server(program, slots, cells, *shlex.split(words), kv_type=kv_type,
                                               split=split, timeout=left() - 20)  # fmt: skip
                         with engines.running(server, meter) as facts:
                             starts = facts["start_s"]
@@ -279,6 +280,7 @@ def main(argv=None) -> int:
     served.add_argument("--split", default="", help="llama.cpp over several cards: layer,tensor")
     served.add_argument("--kv", default="", help="types of the cache: BF16,FP8 (vLLM), F16,Q8_0 (llama.cpp)")
     served.add_argument("--options", default="", help="more words of the server's command: \"--ubatch-size 2048\"")
+    served.add_argument("--short-options", default="", help="of llama-server's for short prompts: \"--kv-unified\"")
     served.add_argument("--join", nargs="+", metavar="PART", help="join parts: the JSON files that --out wrote")
     args = parser.parse_args(argv)
     if args.tiny and not args.out:
@@ -293,7 +295,7 @@ def main(argv=None) -> int:
                 record_served(args.served, args.types.split(","), args.vllm, temporary if args.tiny else args.folder,
                               args.out, args.budget, args.cards, args.split.split(",") if args.split else (None,),
                               args.kv.split(",") if args.kv else None, options=args.options,
-                              **(TINY if args.tiny else {}))  # fmt: skip
+                              short_options=args.short_options, **(TINY if args.tiny else {}))  # fmt: skip
             else:
                 record(temporary if args.tiny else args.folder, args.types.split(","), budget_s=args.budget,
                        tools=args.tools, directory=args.out, say=lambda text: print(text, flush=True),

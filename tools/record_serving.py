@@ -10,7 +10,7 @@ with other prompts and arrivals: intervals are Student's t over the repeats; p95
 
 On a GPU, models have Llama-2-7B's shape and random weights, and there is a row of kind ``server`` for each engine and
 type, one of kind ``fixed`` for each of FIXED (all requests of one length, a closed loop), one of kind ``rate`` for each
-rate (an open loop), and ``best``: the rate with the highest goodput of those whose p95 kept both limits.  Rates double
+rate (an open loop), and ``best``: the highest rate whose p95 kept both limits.  Rates double
 until one breaks a limit; then the gap between the last that kept them and the first that did not is halved.
 """
 
@@ -115,22 +115,23 @@ def kept(row: dict) -> bool:
     return row["ttft_p95_ms"] <= row["ttft_limit_ms"] and (row["itl_p95_ms"] or 0) <= row["itl_limit_ms"]
 
 
-def next_rate(tried: list[dict], rates) -> float | None:
+def best(rows: list[dict]) -> dict:
+    """Of rows of kind ``rate``: the highest that kept both limits, and the lowest rate above it that did not."""
+    rates = [row for row in rows if row["kind"] == "rate"]
+    found = max(filter(kept, rates), key=lambda row: row["rate_per_s"], default={"rate_per_s": 0.0,
+                                                                                 "goodput_per_s": 0.0})  # fmt: skip
+    lost = [row["rate_per_s"] for row in rates if not kept(row) and row["rate_per_s"] > found["rate_per_s"]]
+    return {name: found[name] for name in found if name in BEST} | {"rate_lost_per_s": min(lost, default=None)}
+
+
+def next_rate(rows: list[dict], rates) -> float | None:
     """The next rate to try: of ``rates``, until one breaks a limit; then between it and the last that kept them.  None:
     all are tried, or the two are within a tenth."""
-    low = max((row["rate_per_s"] for row in tried if kept(row)), default=0.0)
-    lost = [row["rate_per_s"] for row in tried if not kept(row) and row["rate_per_s"] > low]
-    if not lost:
+    found = best(rows)
+    low, lost = found["rate_per_s"], found["rate_lost_per_s"]
+    if lost is None:
         return min((rate for rate in rates if rate > low), default=None)
-    return np.sqrt(max(low, min(lost) / 4) * min(lost)) if min(lost) > 1.1 * low else None
-
-
-def best(tried: list[dict]) -> dict:
-    """Of rows of kind ``rate``: the one with the highest goodput that kept both limits, and the rate that did not."""
-    found = max(filter(kept, tried), key=lambda row: row["goodput_per_s"], default={"rate_per_s": 0.0,
-                                                                                    "goodput_per_s": 0.0})  # fmt: skip
-    lost = [row["rate_per_s"] for row in tried if not kept(row) and row["rate_per_s"] > found["rate_per_s"]]
-    return {name: found[name] for name in found if name in BEST} | {"rate_lost_per_s": min(lost, default=None)}
+    return np.sqrt(max(low, lost / 4) * lost) if lost > 1.1 * low else None
 
 
 def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", directory=None, budget_s: float = 400.0,
@@ -142,7 +143,7 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
     ``budget_s``: nothing is begun that would end later; what was left out then has no row.  ``options``: more words of
     the server's command line.
     """
-    end, rows, tried, path = time.monotonic() + budget_s, [], [], None
+    end, rows, path = time.monotonic() + budget_s, [], None
     (runtime, _, type), limits = which.partition(":"), GPU_LIMITS
     slots = slots or GPU_SLOTS[runtime]
     kv_type = "BF16" if runtime == "vLLM" else "F16"
@@ -171,19 +172,18 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
                                                min(streams, requests // 3), left(), streams=(streams,),
                                                requests=requests, seconds=30)  # fmt: skip
                         tell("fixed", prefill_tokens=prompt, decode_tokens=new, **row)
-                while rate := next_rate(tried, rates):
+                while rate := next_rate(rows, rates):
                     n = max(least, round(rate_s * rate))
                     if left() < n / rate + 25:
                         break
                     (row,) = engines.loads(server, model.home, lengths, meter, limits, timeout=left(), rates=(rate,),
                                            requests=n, seconds=1.25 * n / rate + 3)  # fmt: skip
                     tell("rate", **row)
-                    tried.append(rows[-1])
                     engines.warm(server)  # answered when what was given up has left the engine's queue
         except QtutorError as error:
             tell("server", not_run=str(error))
-    if tried:
-        tell("best", **best(tried))
+    if any(row["kind"] == "rate" for row in rows):
+        tell("best", **best(rows))
     return path
 
 

@@ -1,11 +1,13 @@
 """Engines under load: command lines, joules, parts that are joined, and both recorders tried on a tiny shape."""
 
+import contextlib
 import importlib.util
 import json
 import sys
 import time
 import types
 
+import httpx
 import pytest
 
 from qtutor import QtutorError, llamacpp, results
@@ -83,10 +85,25 @@ def test_parts_take_the_place_of_older_rows(tmp_path):
         engines.join("llama70b", [one], ("runtime",), tmp_path)
 
 
+@contextlib.contextmanager
+def answers(text):
+    """A client that gets ``text`` from every address."""
+    with httpx.Client(base_url="http://a", transport=httpx.MockTransport(lambda _: httpx.Response(200, text=text))) as c:
+        yield c
+
+
+def test_clocks_of_vllm():
+    said = "".join(f'{name}_{end}{{engine="0",model_name="model"}} {value}\n' for name in engines.CLOCKS.values()
+                   for end, value in (("sum", 1.5), ("count", 3.0), ("created", 1.7e9)))  # fmt: skip
+    found = engines.clocks(types.SimpleNamespace(client=lambda _: answers(said)))
+    assert {name: list(pair) for name, pair in found.items()} == dict.fromkeys(engines.CLOCKS, [1500, 3])
+    assert engines.clocks(types.SimpleNamespace(client=lambda _: answers('{"error": "not enabled"}'))) == {}
+
+
 def test_where_the_limits_are_lost():
     def row(rate, ttft, failed=0):
-        return {"rate_per_s": rate, "ttft_p95_ms": ttft, "itl_p95_ms": 9.0, "requests": 100, "failed": failed,
-                "ttft_limit_ms": 200.0, "itl_limit_ms": 50.0}  # fmt: skip
+        return {"kind": "rate", "rate_per_s": rate, "ttft_p95_ms": ttft, "itl_p95_ms": 9.0, "requests": 100,
+                "failed": failed, "ttft_limit_ms": 200.0, "itl_limit_ms": 50.0, "goodput_per_s": rate}  # fmt: skip
 
     assert record_serving.kept(row(6, 200)) and not record_serving.kept(row(6, 201))
     assert not record_serving.kept(row(6, 90, failed=6)) and not record_serving.kept(row(6, None))
@@ -97,7 +114,7 @@ def test_where_the_limits_are_lost():
     assert record_serving.next_rate([row(4, 900)], grid) == 2  # none kept: further down
     assert record_serving.next_rate([row(4, 90), row(4.3, 900)], grid) is None is record_serving.next_rate(
         [row(64, 90)], grid)  # fmt: skip
-    found = record_serving.best([row(4, 90) | {"goodput_per_s": 4}, row(16, 900) | {"goodput_per_s": 9}])
+    found = record_serving.best([row(4, 90), row(16, 900), {"kind": "fixed"}])
     assert (found["goodput_per_s"], found["rate_per_s"], found["rate_lost_per_s"]) == (4, 4, 16)
 
 
