@@ -88,7 +88,8 @@ def test_parts_take_the_place_of_older_rows(tmp_path):
 @contextlib.contextmanager
 def answers(text):
     """A client that gets ``text`` from every address."""
-    with httpx.Client(base_url="http://a", transport=httpx.MockTransport(lambda _: httpx.Response(200, text=text))) as c:
+    everywhere = httpx.MockTransport(lambda _: httpx.Response(200, text=text))
+    with httpx.Client(base_url="http://a", transport=everywhere) as c:
         yield c
 
 
