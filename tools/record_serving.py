@@ -193,7 +193,7 @@ RECORDS = {"serving": lambda full: record()}
 def main(arguments: list[str]) -> int:
     """The command line; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rates", type=float, nargs="*", default=RATES)
+    parser.add_argument("--rates", type=float, nargs="*", help="requests a second")
     parser.add_argument("--streams", type=int, nargs="*", default=STREAMS)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--requests", type=int, default=REQUESTS)
@@ -212,10 +212,12 @@ def main(arguments: list[str]) -> int:
     if found.join:
         print(engines.join("serving", found.join, ("runtime", "type", "kv_type"), found.directory))
     elif found.gpu:
+        how = {"rates": found.rates or GPU_RATES} | (TINY if found.tiny else {})
         print(keep(record_gpu(found.gpu, found.vllm, found.folder, found.directory, found.budget,
-                              options=found.options, **(TINY if found.tiny else {}))))  # fmt: skip
+                              options=found.options, **how)))  # fmt: skip
     else:
-        print(record(found.rates, found.streams, found.repeats, found.requests, found.directory))
+        rates = RATES if found.rates is None else found.rates
+        print(record(rates, found.streams, found.repeats, found.requests, found.directory))
     return 0
 
 
