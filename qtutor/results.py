@@ -89,12 +89,11 @@ VOCABULARY = {
         ended its answer by itself), repetition (share of the answer's 4-grams that occurred before), prompt_tokens,
         answer_tokens, gate_checks, gate_failed (of decide.gate, numbers), gate_says (which failed)""",
     "memory": """
-        bits_per_weight (stored, scales included), stored_bytes (of a tensor), weights_mb, weights_gib (as stored; 1 MB
-        is 10**6 bytes, 1 GiB is 2**30), file_mb, file_bytes, peak_gib (of the device), read_bytes_per_token (weights
-        and cache), gpu_used_gib,
-        gpu_used_loaded_gib (in use by everybody: peak, and once loaded), device_model_mib, host_model_mib,
-        device_kv_mib, host_kv_mib, device_compute_mib, host_compute_mib (llama.cpp's account), fits (it ran in the
-        memory there is)""",
+        bits_per_weight (stored, scales included), stored_bytes (of a tensor), weights_mb, weights_gib (as stored; 1
+        MB is 10**6 bytes, a GiB 2**30), file_mb, file_bytes, peak_gib (of the device), read_bytes_per_token
+        (weights and cache), gpu_used_gib, gpu_used_loaded_gib (in use by everybody: peak, and once loaded),
+        device_model_mib, host_model_mib, device_kv_mib, host_kv_mib, device_compute_mib, host_compute_mib
+        (llama.cpp's account), fits (ran)""",
     "speed": """
         ms_per_step (median time of a step, a call or a product), ms_bf16, ms_fp8 (the same, side by side), ms (time of
         a group of kernels), seconds (wall-clock time), load_s, write_s, speedup (time of the other over time of this),
@@ -116,8 +115,7 @@ VOCABULARY = {
         failed (without an answer), requests_per_s (answered), output_tokens_per_s, ttft_p50_ms, ttft_p95_ms,
         ttft_p99_ms (time to first token, percentiles of requests), itl_p50_ms, itl_p95_ms, itl_p99_ms (inter-token
         latency of a request), ttft_limit_ms, itl_limit_ms, goodput_per_s (within both limits), within (their share),
-        server_ttft_ms (from arrival to first token, by vLLM's clock), engine_prefill_ms (its part from the first step
-        on; means of a load)""",
+        server_ttft_ms (arrival to first token, vLLM's clock), engine_prefill_ms (from its first step on; means)""",
     "energy": """
         joules_per_step, joules_per_train_token (of all GPUs), joules_per_prefill_token, joules_per_decode_token (of the
         whole device), energy_source (NVML or RAPL counter, or estimate), watts, prefill_watts, decode_watts, idle_watts

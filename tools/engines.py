@@ -206,6 +206,11 @@ def loads(server: serve.Server, tokenizer, lengths: serving.Lengths, meter: Mete
     return rows
 
 
+def brief(row: dict) -> str:
+    """A row for the terminal: what is known, to four digits."""
+    return " ".join(f"{k}={f'{v:.4g}' if isinstance(v, float) else v}" for k, v in row.items() if v is not None)
+
+
 def join(name: str, parts, key, directory=None) -> Path:
     """Join recordings of one kind of machine, made side by side, with what is on file of it; return the path.
 

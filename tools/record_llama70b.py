@@ -97,7 +97,7 @@ def record(folder=MEMORY, types=TYPES, config=MODEL, budget_s: float = 420.0, to
         finally:
             model.unlink(missing_ok=True)
         for row in measured:
-            say("  " + _short(row))
+            say(engines.brief(row))
         rows += measured
         longest = max(longest, time.perf_counter() - start)
         kept = _on_file({row["type"] for row in rows}, directory)
@@ -161,22 +161,14 @@ def _tool_columns(found: dict) -> dict:
             "tool_decode_tokens_per_s": found["speed_tg"]}  # fmt: skip
 
 
-def _short(row: dict) -> str:
-    """One line of a terminal: what somebody who waits wants to see of a row."""
-    keys = ("kind", "batch", "depth", "prefill_tokens_per_s", "decode_tokens_per_s", "gpu_used_gib",
-            "joules_per_decode_token", "ceiling_share", "load_s", "not_run")  # fmt: skip
-    shown = {key: row[key] for key in keys if row.get(key) is not None}
-    return " ".join(f"{key}={f'{v:.4g}' if isinstance(v, float) else v}" for key, v in shown.items())
-
-
 def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMORY, directory=None,
                   budget_s: float = 560.0, cards: int = 1, splits=(None,), kv_types=None, config=None, ctx: int = CTX,
                   short=SHORT, long=LONG, users=USERS, most: int = 128, options: str = "",
-                  short_options: str = "", say=print) -> Path | None:  # fmt: skip
+                  say=print) -> Path | None:  # fmt: skip
     """Serve the shape in each type and cache type, and measure; rows are saved as they come; return the path.
 
     ``budget_s``: nothing is begun that would end later.  ``splits``: of llama.cpp over ``cards``, layer and
-    tensor.  ``options``: more words of the server's command line; ``short_options``: of llama-server's for short ones.
+    tensor.  ``options``: more words of the server's command line.
     """
     end, rows, path, base = time.monotonic() + budget_s, [], None, config or capacity.MODELS[MODEL]
     starts = 0.0  # seconds that the last start took: the next takes as long
@@ -188,9 +180,9 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
 
     def tell(**row) -> None:
         nonlocal path
-        rows.append({"kind": "served", "runtime": runtime, "shape": MODEL, **row})
+        rows.append({"kind": "served", "runtime": runtime, "shape": MODEL, "options": options or None, **row})
         path = results.save("llama70b", rows, directory=directory)
-        say(runtime, {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
+        say(runtime, engines.brief(row))
 
     def measured(server, model, meter, about, tokens, streams, requests) -> dict | None:
         if left() < 25:
@@ -217,13 +209,12 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
                 stages = [(max(users), small, users, False), (fit, ctx, (), True)]
                 stages = [(most, ctx, users, True)] if vllm else stages
                 for slots, cells, many, last in stages:
-                    words = options if vllm or last else f"{options} {short_options}".strip()
-                    here = about | {"slots": slots, "ctx": cells, "options": words or None}
+                    here = about | {"slots": slots, "ctx": cells}
                     if left() < 40 + starts:
                         say(f"{type}, cache {kv_type}: no time for a server of {slots} slots")
                         continue
                     try:
-                        server = model.server(program, slots, cells, *shlex.split(words), kv_type=kv_type,
+                        server = model.server(program, slots, cells, *shlex.split(options), kv_type=kv_type,
                                               split=split, timeout=left() - 20)  # fmt: skip
                         with engines.running(server, meter) as facts:
                             starts = facts["start_s"]
@@ -280,7 +271,6 @@ def main(argv=None) -> int:
     served.add_argument("--split", default="", help="llama.cpp over several cards: layer,tensor")
     served.add_argument("--kv", default="", help="types of the cache: BF16,FP8 (vLLM), F16,Q8_0 (llama.cpp)")
     served.add_argument("--options", default="", help="more words of the server's command: \"--ubatch-size 2048\"")
-    served.add_argument("--short-options", default="", help="of llama-server's for short prompts: \"--kv-unified\"")
     served.add_argument("--join", nargs="+", metavar="PART", help="join parts: the JSON files that --out wrote")
     args = parser.parse_args(argv)
     if args.tiny and not args.out:
@@ -295,7 +285,7 @@ def main(argv=None) -> int:
                 record_served(args.served, args.types.split(","), args.vllm, temporary if args.tiny else args.folder,
                               args.out, args.budget, args.cards, args.split.split(",") if args.split else (None,),
                               args.kv.split(",") if args.kv else None, options=args.options,
-                              short_options=args.short_options, **(TINY if args.tiny else {}))  # fmt: skip
+                              **(TINY if args.tiny else {}))  # fmt: skip
             else:
                 record(temporary if args.tiny else args.folder, args.types.split(","), budget_s=args.budget,
                        tools=args.tools, directory=args.out, say=lambda text: print(text, flush=True),

@@ -157,7 +157,7 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
                      "cards": 1, "kv_type": kv_type, "slots": slots, "ctx": ctx, "ttft_limit_ms": limits[0],
                      "itl_limit_ms": limits[1], "options": options or None, **row})  # fmt: skip
         path = results.save("serving", rows, directory=directory)
-        say(f"{which} {kind}", {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
+        say(which, kind, engines.brief(row))
 
     with engines.Model(runtime, type, config or capacity.MODELS[SHAPE], folder) as model, engines.Meter() as meter:
         server = model.server(program, slots, ctx, *shlex.split(options), kv_type=kv_type,
@@ -167,7 +167,7 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
                 tell("server", file_bytes=model.file_bytes, write_s=model.write_s, **facts)
                 engines.warm(server)
                 for prompt, new, streams, requests in fixed:
-                    if left() > 25:
+                    if left() > 25 and streams <= slots:
                         (row,) = engines.loads(server, model.home, serving.fixed(prompt, new), meter, (np.inf, np.inf),
                                                min(streams, requests // 3), left(), streams=(streams,),
                                                requests=requests, seconds=30)  # fmt: skip
@@ -194,13 +194,13 @@ def main(arguments: list[str]) -> int:
     """The command line; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rates", type=float, nargs="*", help="requests a second")
-    parser.add_argument("--streams", type=int, nargs="*", default=STREAMS)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--out", dest="directory", help="folder for the results instead of data/results")
     gpu = parser.add_argument_group("on a GPU")
     gpu.add_argument("--gpu", metavar="ENGINE:TYPE", help="vLLM:BF16, FP8 or W4A16; llama.cpp: and one of its types")
     gpu.add_argument("--vllm", default=engines.VLLM, help="the command that starts vLLM")
+    gpu.add_argument("--slots", type=int, help="users at once")
     gpu.add_argument("--options", default="", help="more words of the server's command: \"--kv-unified\"")
     gpu.add_argument("--folder", default="/dev/shm", help="where the model goes: memory-backed")
     gpu.add_argument("--budget", type=float, default=400.0, help="seconds after which nothing more is begun")
@@ -210,14 +210,14 @@ def main(arguments: list[str]) -> int:
     if found.repeats < 1 or found.requests < 1:
         raise QtutorError("At least one repeat and one request are needed.")
     if found.join:
-        print(engines.join("serving", found.join, ("runtime", "type", "kv_type"), found.directory))
+        print(engines.join("serving", found.join, ("runtime", "type", "kv_type", "slots", "options"), found.directory))
     elif found.gpu:
-        how = {"rates": found.rates or GPU_RATES} | (TINY if found.tiny else {})
+        how = {"rates": found.rates or GPU_RATES, "slots": found.slots} | (TINY if found.tiny else {})
         print(keep(record_gpu(found.gpu, found.vllm, found.folder, found.directory, found.budget,
                               options=found.options, **how)))  # fmt: skip
     else:
         rates = RATES if found.rates is None else found.rates
-        print(record(rates, found.streams, found.repeats, found.requests, found.directory))
+        print(record(rates, STREAMS, found.repeats, found.requests, found.directory))
     return 0
 
 

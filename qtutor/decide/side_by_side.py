@@ -46,8 +46,8 @@ def served(data) -> list[dict]:
     are those of the whole requests."""
     found = {}
     for row in data.rows:
-        if (row.get("shape"), row.get("cards"), row.get("not_run")) != (MODEL, 1, None):
-            continue
+        if (row.get("shape"), row.get("cards")) != (MODEL, 1) or row.get("not_run") or row.get("options"):
+            continue  # rows with options are trials of other settings
         engine = row["runtime"].replace("llama.cpp", "llama-server")
         cache = "" if row["kv_type"] in ("BF16", "F16") else f", {row['kv_type']} cache"
         name = f"{engine} {row['type']}{cache}"

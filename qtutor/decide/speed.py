@@ -120,7 +120,8 @@ def points(directory=None) -> dict[str, list[Point]]:
         for row in run.rows:
             model = {"tradeoff": "Llama-2-7B", "llama70b": "Llama-2-70B"}.get(file, row.get("shape"))
             kind = row.get("kind", "llama2_7b" if row.get("shape") == "llama2_7b" else None)
-            if row.get("not_run") or kind not in ("llama2_7b", "model", "batch", "depth", "served", "fixed"):
+            known = ("llama2_7b", "model", "batch", "depth", "served", "fixed")
+            if kind not in known or row.get("not_run") or row.get("options"):  # which are trials of other settings
                 continue
             engine = row.get("runtime", "llama.cpp")
             name = row.get("technique") or (f"GGUF {row['type']}" if engine == "llama.cpp" else f"vLLM {row['type']}")
