@@ -89,11 +89,10 @@ VOCABULARY = {
         ended its answer by itself), repetition (share of the answer's 4-grams that occurred before), prompt_tokens,
         answer_tokens, gate_checks, gate_failed (of decide.gate, numbers), gate_says (which failed)""",
     "memory": """
-        bits_per_weight (stored, scales included), stored_bytes (of a tensor), weights_mb, weights_gib (as stored; 1
-        MB is 10**6 bytes, a GiB 2**30), file_mb, file_bytes, peak_gib (of the device), read_bytes_per_token
-        (weights and cache), gpu_used_gib, gpu_used_loaded_gib (in use by everybody: peak, and once loaded),
-        device_model_mib, host_model_mib, device_kv_mib, host_kv_mib, device_compute_mib, host_compute_mib
-        (llama.cpp's account), fits (ran)""",
+        bits_per_weight (stored, scales included), stored_bytes (of a tensor), weights_mb, weights_gib (as stored; 1 MB
+        is 10**6 bytes, a GiB 2**30), file_mb, file_bytes, peak_gib (of the device), read_bytes_per_token (weights and
+        cache), gpu_used_gib, gpu_used_loaded_gib (by everybody: peak, once loaded), device_model_mib, host_model_mib,
+        device_kv_mib, host_kv_mib, device_compute_mib, host_compute_mib (llama.cpp's account), fits (ran)""",
     "speed": """
         ms_per_step (median time of a step, a call or a product), ms_bf16, ms_fp8 (the same, side by side), ms (time of
         a group of kernels), seconds (wall-clock time), load_s, write_s, speedup (time of the other over time of this),

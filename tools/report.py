@@ -311,7 +311,7 @@ def _served70b(data) -> str:
         for engine, types in found.items()]  # fmt: skip
     return (f"tokens/s of whole answers to 1 and to {most:.0f} users, 128 tokens in and 64 out (joules of a token "
             f"with {most:.0f}): " + "; ".join(said)
-            + " (its shape, random weights; engines not tuned, one run each)") if said else ""
+            + " (its shape, random weights; one setting of each engine, one run each)") if said else ""
 
 
 #: (question, name of the results that answer it, function: Results -> Markdown)
