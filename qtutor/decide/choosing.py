@@ -218,14 +218,14 @@ def _memory(option: Option, need: Need, device: hardware.Device, total: float, d
         needed = (on_cards + cache + buffers) / GIB + capacity.Fit.overhead_gib * cards
         source = "computed: llama.cpp's own plan"
     else:
-        taken = (1 - VLLM_SHARE) * device.memory_gib if option.technique.runtime == "vLLM" else 0
-        needed = (total + cache) / GIB + cards * (device.reserve_gib + taken)
+        needed = (total + cache) / GIB + cards * device.reserve_gib
     if option.technique.runtime == "vLLM":
         here, wide = (_recorded("llama70b", "served", "kv_tokens", one, need, device, directory)
                       for one in (option, replace(option, kv_type="BF16")))  # fmt: skip
         if room := here or [2 * n for n in wide if option.kv_type == "FP8"]:  # half the bytes a token
-            needed = cards * device.memory_gib - (min(room) - tokens) * per_token / GIB
-            source = f"measured: its cache holds {min(room):,} tokens" + ("" if here else ", twice those in BF16")
+            needed = VLLM_SHARE * cards * device.memory_gib - (min(room) - tokens) * per_token / GIB
+            source = (f"measured: in {VLLM_SHARE:.0%} of the memory its cache holds {min(room):,} tokens"
+                      + ("" if here else ", twice those in BF16"))
     option.known["memory"] = Known(needed, needed, source)
     if (over := needed - there) > 0:
         free = f", {need.keep_free_gib:g} of them to stay free" if need.keep_free_gib else ""
@@ -359,9 +359,10 @@ class Decision:
         if first.verdict == "no":
             if also := [key for key in first.missed if "memory" in first.missed and key != "memory"]:  # stop there
                 wrong, relax = first.missed["memory"], f"it misses {' and '.join(also)} as well"
-            return f"Nothing will do. {first.name} comes closest, but {wrong}. {relax[0].upper() + relax[1:]}."
+            wrong += f". {relax[0].upper()}{relax[1:]}"
+            return f"No option meets the requirements. {first.name} comes closest, but {wrong}."
         if first.verdict == "unknown":
-            return f"Nothing is known to do. {first.name} may, but {unknown}. Measure it first."
+            return f"No option is known to meet the requirements. {first.name} may, but {unknown}. Measure it first."
         axis = PREFER[self.need.prefer]
         tied = [o.name for o in self.front[1:] if axis in o.known and axis in first.known
                 and o.known[axis].low <= first.known[axis].high]  # fmt: skip
@@ -371,7 +372,7 @@ class Decision:
         said += ["an unknown loss"] * ("loss" not in first.known)
         return (f"Preferring {self.need.prefer}: {first.name}, with {', '.join(said).replace('and,', 'and')}, in "
                 f"{first.known['memory'].mid:.1f} of {first.cards * device.memory_gib:.1f} GiB."
-                + (f" The intervals do not tell it from {', '.join(tied)}." if tied else "")
+                + (f" The intervals do not tell it from {'; '.join(tied)}." if tied else "")
                 + (f" Test it first: {' and '.join(first.guesses)}." if first.guesses else ""))  # fmt: skip
 
     def changes(self) -> list[str]:
