@@ -82,6 +82,8 @@ def bos_of(source) -> int | None:
 def check_ids(model, ids) -> None:
     """Raise QtutorError where ``model`` has no row for one of ``ids``: on a GPU that costs the process its CUDA."""
     rows = getattr(getattr(model, "config", None), "vocab_size", None)
+    if np.asarray(ids).dtype.kind == "f":
+        raise QtutorError("Token ids must be whole numbers: these are floats.")
     if rows and len(ids) and (ids.min() < 0 or ids.max() >= rows):
         raise QtutorError(f"Token ids must lie in 0..{rows - 1}: check the tokenizer, and cut out padding.")
 

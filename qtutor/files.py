@@ -1,7 +1,7 @@
 """Where the course lies, and how it writes a file: whole, or not at all.
 
-A file that is half written looks like a result.  So everything here writes beside its place, as ``name.partial``, and
-moves the file into place when it is complete: whoever reads the name finds the old file or the new one, never a half.
+A file that is half written looks like a result.  So everything here is written beside its place, to a ``.partial``
+file, and moved into place when it is complete: whoever reads the name finds the old file or the new one, never a half.
 
     with files.whole("model.gguf") as partial:
         write_to(partial)
@@ -10,8 +10,11 @@ moves the file into place when it is complete: whoever reads the name finds the 
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,10 +36,12 @@ def whole(path, remedy: str = "choose another folder, or free some space") -> It
     path = Path(path)
     if path.is_dir():
         raise QtutorError(f"'{path}' is a folder: give the name of the file to write.")
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # of this writer alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink(missing_ok=True)
         yield partial
         os.replace(partial, path)
     except OSError as error:

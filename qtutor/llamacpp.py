@@ -212,6 +212,13 @@ def quantize(src, dst, type: str, imatrix=None, tensor_types: dict | None = None
         if np.size(values) != columns.get(name, np.size(values)):
             raise QtutorError(f"The importance matrix of {name} has {np.size(values)} values for {columns[name]} "
                               "columns: it belongs to another model, compute it from this one.")  # fmt: skip
+    if imatrix and not set(imatrix) & set(columns):
+        raise QtutorError(f"The importance matrix names no tensor of {src.name}: its keys are names such as "
+                          "blk.0.attn_q.weight.")  # fmt: skip
+    for pattern in tensor_types or {}:
+        with contextlib.suppress(re.error, TypeError):  # which are refused below
+            if not any(re.search(pattern, name) for name in columns):
+                raise QtutorError(f"No tensor of {src.name} is called {pattern!r}: GGUF's names are like attn_v.")
     if dst.exists() and dst.samefile(src):
         raise QtutorError(f"'{dst}' is the source itself: give the result another name.")
     with files.whole(dst) as partial:
@@ -392,8 +399,10 @@ class Model:
         self.close()
 
     def __del__(self):
-        with contextlib.suppress(Exception):  # the interpreter may be shutting down
+        try:
             self.close()
+        except Exception:  # noqa: S110 - the interpreter may be shutting down, and modules be gone
+            pass
 
     def close(self) -> None:
         """Free the native memory; harmless when repeated."""

@@ -33,6 +33,7 @@ def convert(model):
                 raise QtutorError(f"Layer {name!r} would not store what it was trained with: leave it unconverted.")
         if isinstance(module, FakeQuantNorm):
             return QuantizedNorm(module, stored)
+        _plain_table(name, module)
         return (QuantizedEmbedding if isinstance(module, FakeQuantEmbedding) else QuantizedLinear)(module, stored)
 
     return _replaced(model, stored_layer, FAKE_QUANTIZED)
@@ -55,6 +56,7 @@ def bake(model):
         if isinstance(module, FakeQuantNorm | QuantizedNorm):
             module.norm.weight = weight
             return module.norm
+        _plain_table(name, module)
         if isinstance(module, FakeQuantEmbedding | QuantizedEmbedding):
             plain = nn.Embedding(*weight.shape, module.padding_idx, device="meta")
         else:
@@ -64,6 +66,11 @@ def bake(model):
         return plain
 
     return _replaced(model, float_layer, (*FAKE_QUANTIZED, _Stored))
+
+
+def _plain_table(name: str, module: nn.Module) -> None:
+    if getattr(module, "max_norm", None) is not None:
+        raise QtutorError(f"Embedding {name!r} has max_norm, which stored codes cannot follow: leave it out.")
 
 
 def _seen(name: str, module: nn.Module) -> torch.Tensor:
@@ -191,7 +198,10 @@ class QuantizedNorm(_Stored):
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack codes below 2**bits, (rows, n) -> uint8 (rows, ceil(n / 8) * bits): eight codes fill ``bits`` bytes."""
-    codes = F.pad(codes.long(), (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    codes = codes.long()
+    if codes.numel() and not 0 <= codes.min() <= codes.max() < 2**bits:
+        raise QtutorError(f"Codes of {bits} bits lie in 0..{2**bits - 1}: add {2 ** (bits - 1)} to signed ones.")
+    codes = F.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
     word = sum(codes[..., i] << (bits * i) for i in range(8))
     return torch.stack([(word >> (8 * k)) & 255 for k in range(bits)], dim=-1).to(torch.uint8).flatten(-2)
 

@@ -48,10 +48,14 @@ def input_squares(model, batches) -> dict:
 
     hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0].flatten(0, -2).double()))
              for name, layer in layers.items() if source(name) == name]  # fmt: skip
-    for batch in batches:
-        model(batch, use_cache=False)
-    for hook in hooks:
-        hook.remove()
+    try:
+        for batch in batches:
+            model(batch, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not sums:
+        raise QtutorError("There is nothing to calibrate on: give at least one batch of token ids.")
     return {name: sums[source(name)] for name in layers}
 
 
@@ -76,8 +80,14 @@ def gptq(w, H, bits: int, group: int, damp: float = 0.01, clip: bool = False, or
     ``H`` (columns, columns) is the sum of x x^T over the inputs x; ``damp`` times its mean diagonal is added to the
     diagonal.  ``group`` columns share a scale, found when the first of them is reached: from their largest magnitude,
     or with ``clip`` by :func:`clip_scale`.  ``order`` takes the columns by falling diagonal of ``H``.
-    ``onto`` and ``search``: functions like :func:`nearest` and :func:`clip_scale`, of another grid.
+    ``onto`` and ``search``: functions like :func:`nearest` and :func:`clip_scale`, of another grid.  QtutorError where
+    sizes do not fit, or a number is not finite.
     """
+    if bits < 2 or group < 1 or w.dim() != 2 or H.shape != (w.shape[1], w.shape[1]):
+        raise QtutorError(f"GPTQ needs 2 bits or more, groups of 1 or more, and H (columns, columns): not {bits} bits, "
+                          f"groups of {group}, and H {tuple(H.shape)} for weights {tuple(w.shape)}.")  # fmt: skip
+    if not (w.is_floating_point() and w.isfinite().all() and H.isfinite().all()):
+        raise QtutorError("GPTQ needs finite floats: the weights or H hold NaN, infinity or integers.")
     if order:
         by = H.diag().argsort(descending=True)
         return gptq(w[:, by], H[by][:, by], bits, group, damp, clip, False, onto, search)[:, by.argsort()]

@@ -74,8 +74,11 @@ class Server:
 
     def start(self) -> Server:
         """Start the program and wait until it answers."""
-        if self.process is not None:
+        if self.process is not None and self.process.poll() is None:
             return self
+        self.stop()  # what is left of one that was killed
+        if not 0 <= int(self.port or 0) < 2**16:
+            raise QtutorError(f"A port is a number below 65,536: {self.port} is not.")
         self.port = self.port or free_port()
         if _listens(self.port):
             raise QtutorError(f"Port {self.port} is taken: leave port out, and a free one is found.")
@@ -111,7 +114,9 @@ class Server:
                             limits=httpx.Limits(max_keepalive_connections=0))  # fmt: skip
 
     def log(self) -> str:
-        """What the program has printed so far."""
+        """What the program has printed so far; nothing where it does not run."""
+        if self._log is None:
+            return ""
         self._log.seek(0)
         return self._log.read().decode("utf-8", "replace")
 

@@ -26,8 +26,20 @@ def test_what_stops_halfway_leaves_the_old_file_and_nothing_else(tmp_path):
         partial.write_text("half")
         1 / 0  # noqa: B018
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["b.txt"]
-    (tmp_path / "b.txt.partial").write_text("left behind by a process that was killed")
+    left = tmp_path / "b.txt.0.partial"
+    left.write_text("left behind by a process that was killed")
+    os.utime(left, (0, 0))
     assert files.write_text(target, "new").read_text() == "new" and os.listdir(tmp_path) == ["b.txt"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    with files.whole(tmp_path / "t") as first:
+        first.write_text("first")
+        with files.whole(tmp_path / "t") as second:
+            second.write_text("sec")
+            assert first.read_text() == "first"
+        assert (tmp_path / "t").read_text() == "sec"
+    assert (tmp_path / "t").read_text() == "first" and os.listdir(tmp_path) == ["t"]
 
 
 def test_what_the_file_system_refuses_is_one_sentence(tmp_path):

@@ -45,6 +45,16 @@ def test_convert_never_silently_does_nothing():
         packed.convert(packed.convert(fq.prepare(Tiny(), "int4")))
 
 
+def test_what_codes_cannot_hold_is_refused():
+    for codes in ([[-3, 5, 7, -8]], [[20, 3]]):
+        with pytest.raises(qtutor.QtutorError, match="Codes of 4 bits lie in 0..15: add 8"):
+            packed.pack_codes(torch.tensor(codes), 4)
+    for change in (packed.convert, packed.bake):
+        table = nn.Sequential(nn.Embedding(10, 32, max_norm=1.0), nn.Linear(32, 4))
+        with pytest.raises(qtutor.QtutorError, match="'0' has max_norm"):
+            change(fq.prepare(table, "int8", overrides={"0": "int8"}))
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("n", [1, 8, 61])
 def test_packing_round_trip(bits, n):

@@ -346,6 +346,25 @@ def test_int8_of_zeros_is_zeros(per_token):
     assert torch.equal(lesson.int8(x, top)[0], x[0]) and lesson.int8(x, top).isfinite().all()
 
 
+def test_what_gptq_cannot_round_is_one_sentence():
+    w, H = torch.randn(4, 32), torch.eye(32)
+    for bits, group, h in ((4, -32, H), (4, 0, H), (0, 32, H), (4, 32, torch.eye(8))):
+        with pytest.raises(QtutorError, match="GPTQ needs 2 bits or more"):
+            ptq.gptq(w, h, bits, group)
+    w[1, 2] = torch.nan
+    for bad in (w, w.int()):
+        with pytest.raises(QtutorError, match="finite floats"):
+            ptq.gptq(bad, H, 4, 32)
+
+
+def test_input_squares_leave_no_hook_behind():
+    model = tiny_llama.model()
+    for batches, error in (([], QtutorError), ([torch.full((1, 8), 10**6)], IndexError)):
+        with pytest.raises(error):
+            ptq.input_squares(model, batches)
+    assert not any(layer._forward_pre_hooks for layer in ptq.linears(model).values())
+
+
 def test_watch_sees_what_the_layers_get():
     model = tiny_llama.model()
     windows = np.random.default_rng(0).integers(0, 512, (3, 32))

@@ -114,6 +114,8 @@ def test_any_program_can_be_served_and_killed():
         pids, port = family(server.process), server.port
         server.kill()
         assert soon(lambda: all(map(gone, pids))) and nobody_listens(port)
+        assert server.start().client().get("/health").status_code == 200  # once more
+    assert server.log() == ""
 
 
 def refused(match, function):
@@ -130,6 +132,7 @@ def test_what_cannot_be_started_is_one_sentence(monkeypatch):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
+        refused("number below 65,536", serve.Server(["nothing"], port=99999).start)
         refused("is taken", serve.Server(["nothing"], port=sock.getsockname()[1]).start)
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     refused("llama-server is not installed", lambda: llamacpp.tool("llama-server"))

@@ -96,7 +96,7 @@ class Model:
         self.runtime, self.type, self.config, self.cards, self.dummy = runtime, type, config, cards, dummy
         self.home = Path(folder) / f"qtutor-{os.getpid()}-{type}"
 
-    def __enter__(self) -> Model:
+    def _write(self) -> Model:
         start = time.perf_counter()
         if self.runtime == "vLLM":
             make = random_checkpoint.write_head if self.dummy else random_checkpoint.write
@@ -108,6 +108,13 @@ class Model:
             self.file_bytes = self.path.stat().st_size
         self.write_s = time.perf_counter() - start
         return self
+
+    def __enter__(self) -> Model:
+        try:
+            return self._write()
+        except BaseException:  # what is written lies in memory
+            self.__exit__()
+            raise
 
     def __exit__(self, *_) -> None:
         shutil.rmtree(self.home, ignore_errors=True)

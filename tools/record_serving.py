@@ -145,7 +145,9 @@ def record_gpu(which: str, program: str = engines.VLLM, folder="/dev/shm", direc
     """
     end, rows, path = time.monotonic() + budget_s, [], None
     (runtime, _, type), limits = which.partition(":"), GPU_LIMITS
-    slots = slots or GPU_SLOTS[runtime]
+    slots = GPU_SLOTS.get(runtime) if slots is None else slots
+    if not (type and slots and slots > 0 and min(rates, default=1) > 0):
+        raise QtutorError("Give an engine and a type such as vLLM:FP8 or llama.cpp:Q8_0, and slots and rates above 0.")
     kv_type = "BF16" if runtime == "vLLM" else "F16"
 
     def left() -> float:
@@ -212,7 +214,8 @@ def main(arguments: list[str]) -> int:
     if found.join:
         print(engines.join("serving", found.join, ("runtime", "type", "kv_type", "slots", "options"), found.directory))
     elif found.gpu:
-        how = {"rates": found.rates or GPU_RATES, "slots": found.slots} | (TINY if found.tiny else {})
+        given = {name: value for name in ("rates", "slots") if (value := getattr(found, name)) is not None}
+        how = (TINY if found.tiny else {}) | given
         print(keep(record_gpu(found.gpu, found.vllm, found.folder, found.directory, found.budget,
                               options=found.options, **how)))  # fmt: skip
     else:

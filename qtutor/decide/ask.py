@@ -23,7 +23,7 @@ HELP = {"model": "a name (any case), or a folder with a config.json", "max_loss"
 
 def gib(text: str) -> float:
     """GiB of "80GiB", "16GB" (10^9 bytes) or "80" (GiB)."""
-    found = re.fullmatch(r"([\d.]+)\s*(GiB|GB|)", text.strip(), re.I)
+    found = re.fullmatch(r"(\d+\.?\d*)\s*(GiB|GB|)", text.strip(), re.I)
     if not found:
         raise QtutorError(f"A memory of {text!r} cannot be read: write it as 80GiB or 16GB.")
     return float(found[1]) * (1e9 / 2**30 if found[2].lower() == "gb" else 1)
@@ -31,7 +31,10 @@ def gib(text: str) -> float:
 
 def share(text: str) -> float:
     """0.005 of "0.005" or "0.5%"."""
-    return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    found = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= found < 0.5:
+        raise QtutorError(f"A loss of {text} is {100 * found:g} % of perplexity: write half a percent as 0.5%.")
+    return found
 
 
 def known(name: str, names) -> str:
@@ -46,6 +49,8 @@ def device(name: str, memory: str | None, bandwidth: float | None, watts: float 
             raise QtutorError("A machine without a GPU needs --memory (what is free) and --bandwidth (GB/s): two "
                               "channels of DDR5 have about 60 to 90.")  # fmt: skip
         return hardware.Device("CPU", gib(memory), bandwidth, watts)
+    if bandwidth or watts:
+        raise QtutorError("--bandwidth and --watts describe a machine without a GPU: add --device cpu.")
     found = hardware.device(known(name, hardware.DEVICES))
     return replace(found, memory_gib=gib(memory)) if memory else found
 

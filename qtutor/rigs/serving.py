@@ -165,7 +165,8 @@ def summary(table: pd.DataFrame, ttft_ms: float = np.inf, itl_ms: float = np.inf
     for (loop, load), runs in table.groupby(["loop", "load"], sort=True):
         kept = runs.iloc[warmup:]
         good = kept[kept["state"] == "successful"]
-        seconds = kept["last"].max() - kept["start"].min()
+        ends = kept[["start", "last"]].max().max()  # of those without an answer, too
+        seconds = max(1e-9, ends - kept["start"].min())
         within = int(((good["ttft_ms"] <= ttft_ms) & (good["itl_ms"].fillna(0) <= itl_ms)).sum())
         found = {"loop": loop, "load": load, "requests": len(kept), "failed": len(kept) - len(good),
                  "requests_per_s": len(good) / seconds, "output_tokens_per_s": good["output_tokens"].sum() / seconds,

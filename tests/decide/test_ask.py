@@ -33,7 +33,8 @@ def test_memory_is_read(text, gib):
     assert ask.gib(text) == pytest.approx(gib)
 
 
-@pytest.mark.parametrize("argv", ["--memory 80XB", "--device cpu", "--device abacus", "--model nobody"])
+@pytest.mark.parametrize("argv", ["--memory 80XB", "--device cpu", "--device abacus", "--model nobody",
+                                  "--memory 1.2.3GiB", "--max-loss 0.5", "--bandwidth 60 --model llama-3-8b"])
 def test_a_command_that_cannot_be_answered_is_one_sentence(argv):
     with pytest.raises(QtutorError):
         ask.main(argv.split())

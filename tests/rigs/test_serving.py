@@ -37,6 +37,15 @@ def test_report_and_summary(tmp_path):
     assert row["goodput_per_s"] == pytest.approx(row["requests_per_s"] / 2)
 
 
+def test_a_server_that_died_early_has_no_goodput(tmp_path):
+    """Who got no answer was sent for, too: the time does not end with the last answer."""
+    lost = request(119.0, 0, 0) | {"time_to_first_token_ms": None, "inter_token_latency_ms": None}
+    lost["info"]["timings"] |= {"first_token_iteration": None, "last_token_iteration": None}
+    table = serving.read(report(tmp_path / "r.json", [lost]))
+    row = serving.summary(table, 500, 50).set_index("loop").loc["open"]
+    assert row["requests_per_s"] == pytest.approx(4 / 19, rel=0.01)
+
+
 def test_nobody_was_answered(tmp_path):
     lost = request(1.0, 0, 0) | {"time_to_first_token_ms": None, "inter_token_latency_ms": None}
     lost["info"]["timings"] |= {"first_token_iteration": None, "last_token_iteration": None}
