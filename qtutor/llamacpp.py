@@ -215,10 +215,10 @@ def quantize(src, dst, type: str, imatrix=None, tensor_types: dict | None = None
     if imatrix and not set(imatrix) & set(columns):
         raise QtutorError(f"The importance matrix names no tensor of {src.name}: its keys are names such as "
                           "blk.0.attn_q.weight.")  # fmt: skip
-    for pattern in tensor_types or {}:
-        with contextlib.suppress(re.error, TypeError):  # which are refused below
-            if not any(re.search(pattern, name) for name in columns):
-                raise QtutorError(f"No tensor of {src.name} is called {pattern!r}: GGUF's names are like attn_v.")
+    with contextlib.suppress(re.error, TypeError):  # which are refused below
+        if tensor_types and not any(re.search(pattern, name) for pattern in tensor_types for name in columns):
+            raise QtutorError(f"No tensor of {src.name} is called {' or '.join(tensor_types)}: GGUF's names are like "
+                              "blk.0.attn_v.weight.")  # fmt: skip
     if dst.exists() and dst.samefile(src):
         raise QtutorError(f"'{dst}' is the source itself: give the result another name.")
     with files.whole(dst) as partial:

@@ -362,7 +362,7 @@ def test_types_and_sources_that_cannot_be(f32, q4, tmp_path):
     refused("already quantized", llamacpp.quantize, q4, target, "Q4_0")
     refused("importance matrix", llamacpp.quantize, f32, target, "IQ2_XS")
     refused("importance matrix", llamacpp.quantize, f32, target, "Q2_K_S")
-    refused("called 'v_proj'", llamacpp.quantize, f32, target, "Q4_0", tensor_types={"v_proj": "Q8_0"})
+    refused("called v_proj", llamacpp.quantize, f32, target, "Q4_0", tensor_types={"v_proj": "Q8_0"})
     refused("names no tensor", llamacpp.quantize, f32, target, "Q4_0", imatrix={"q_proj": np.ones(8, np.float32)})
     refused("no tensor type", llamacpp.quantize, f32, target, "Q4_0", tensor_types={"attn_v": "Q9"})
     refused("regular expression", llamacpp.quantize, f32, target, "Q4_0", tensor_types={"(": "Q8_0"})
