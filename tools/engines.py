@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from qtutor import QtutorError, energy, files, llamacpp, measure, results, serve
+from qtutor.decide.choosing import VLLM_SHARE
 from qtutor.rigs import random_checkpoint, random_gguf, serving
 
 VLLM = "vllm"  # the program; where it has an environment of its own: "env PYTHONPATH=/site python3 -m vllm..."
 FRESH = ("--no-cache-prompt", "--cache-ram", 0)  # repeated prompts would measure the cache
 GREEDY = {"temperature": 0}
 CAPTURE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)  # tokens of a step with a CUDA graph; few
-SHARE = 0.92  # of the GPU's memory that vLLM takes
 CLOCKS = {"server_ttft_ms": "vllm:time_to_first_token_seconds",  # from a request's arrival, by vLLM's own clock
           "engine_prefill_ms": "vllm:request_prefill_time_seconds"}  # from its first step on
 WORKERS = min(4, max(1, (os.cpu_count() or 2) // 4))  # processes that send requests
@@ -72,7 +72,7 @@ def vllm(program: str, folder, slots: int, ctx: int, *options, cards: int = 1, k
                       VLLM_ALLREDUCE_USE_SYMM_MEM="0")  # fmt: skip
     words = [*shlex.split(program), "serve", folder, "--served-model-name", "model", "--host", "127.0.0.1", "--port",
              "{port}", "--dtype", "bfloat16", "--max-model-len", ctx, "--max-num-seqs", slots, "--tensor-parallel-size",
-             cards, "--gpu-memory-utilization", SHARE, "--no-enable-prefix-caching", "--cudagraph-capture-sizes",
+             cards, "--gpu-memory-utilization", VLLM_SHARE, "--no-enable-prefix-caching", "--cudagraph-capture-sizes",
              *[n for n in CAPTURE if n <= slots or n > 256], "--kv-cache-dtype", "auto" if kv_type == "BF16" else "fp8",
              "--generation-config", "vllm", "--disable-uvicorn-access-log", *options]  # fmt: skip
     if cards > 1:  # FlashInfer's fused all-reduce would be compiled at the start, for minutes
