@@ -14,6 +14,7 @@ The emulation rounds the numbers as the hardware does; it is not faster than BF1
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import types
 from dataclasses import dataclass
@@ -47,6 +48,12 @@ def _why_not_real() -> str:
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) < (8, 9):
         return f"this GPU has compute capability {major}.{minor} and FP8 needs 8.9 or more"
+    try:
+        import nvidia.cudnn as cudnn  # torch's own: Transformer Engine takes the system's first, and two do not mix
+
+        os.environ.setdefault("CUDNN_PATH", cudnn.__path__[0])
+    except ImportError:
+        pass  # a torch that was built with the system's
     try:
         te = import_module("transformer_engine.pytorch")
     except ImportError:

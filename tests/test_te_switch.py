@@ -46,6 +46,21 @@ def test_activate_survives_an_installation_without_its_gpu_library(tmp_path):
         assert result.stdout.split() == ["False", "qtutor.emulation.modules"]
 
 
+@pytest.mark.gpu
+def test_torch_and_transformer_engine_load_one_cudnn():
+    """After torch has loaded parts of its own: a system's cuDNN beside it gave undefined symbols, or other results."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA GPU here")
+    code = ("import torch; x = torch.randn(2, 8, 8, 8, device='cuda'); torch.nn.functional.conv2d(x, x)\n"
+            "from qtutor import te_switch; print(te_switch.activate().reason)\n"
+            "print(*{line.split()[-1].rpartition('/')[0] for line in open('/proc/self/maps') if 'libcudnn_' in line})")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    reason, folders = done.stdout.splitlines()
+    if "not installed" in reason:
+        pytest.skip(reason)
+    assert not reason and len(folders.split()) == 1, done.stdout + done.stderr
+
+
 def test_what_is_not_emulated_is_named_and_not_merely_missing():
     if te_switch.activate().real:
         return
