@@ -13,12 +13,15 @@ The emulation rounds the numbers as the hardware does; it is not faster than BF1
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import os
 import sys
 import types
 from dataclasses import dataclass
 from importlib import import_module, machinery, metadata
+from pathlib import Path
 
 from . import QtutorError
 
@@ -48,12 +51,12 @@ def _why_not_real() -> str:
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) < (8, 9):
         return f"this GPU has compute capability {major}.{minor} and FP8 needs 8.9 or more"
-    try:
+    with contextlib.suppress(ImportError):  # a torch that was built with the system's cuDNN
         import nvidia.cudnn as cudnn  # torch's own: Transformer Engine takes the system's first, and two do not mix
 
         os.environ.setdefault("CUDNN_PATH", cudnn.__path__[0])
-    except ImportError:
-        pass  # a torch that was built with the system's
+        for library in sorted(Path(cudnn.__path__[0], "lib").glob("lib*.so.*")):
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     try:
         te = import_module("transformer_engine.pytorch")
     except ImportError:

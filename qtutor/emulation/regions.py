@@ -47,8 +47,9 @@ class Region:
             states = [state for state in states if isinstance(state, DelayedState)]
             if states and recipe.reduce_amax:
                 rows = [state.amax_history[0] for state in states]
-                for row, amax in zip(rows, largest_anywhere(torch.cat(rows), group).split([len(row) for row in rows]),
-                                     strict=True):  # fmt: skip
+                where = next((row.device for row in rows if row.is_cuda), rows[0].device)  # attention's is on the CPU
+                amaxes = largest_anywhere(torch.cat([row.to(where) for row in rows]), group)
+                for row, amax in zip(rows, amaxes.split([len(row) for row in rows]), strict=True):
                     row.copy_(amax)
             for state in states:
                 state.update(recipe)

@@ -30,9 +30,14 @@ def llama_logits(model, ids, cache=None, last_only: bool = False):
 def compile_layers(model) -> None:
     """torch.compile each decoder layer of a LlamaForCausalLM, in place: compiled once, since all look alike, and
     without the search of kernel sizes that torchao switches on, which takes minutes for each shape."""
+    import torch
     import torch._inductor.config as inductor
 
     inductor.coordinate_descent_tuning = False
+    # whose patterns in torch 2.11 map INT8 weights onto a kernel that takes twice as long as no compiling
+    inductor.pattern_matcher = not any("Int8Tensor" in type(layer.weight).__name__ for layer in model.modules()
+                                       if isinstance(layer, torch.nn.Linear))  # fmt: skip
+    torch.compiler.reset()  # after eight versions of a function, of other models too, torch runs it uncompiled
     for layer in model.model.layers:
         layer.self_attn.layer_idx = 0  # FixedCache needs no number, and torch.compile would compile for each
         layer.compile(dynamic=False)
