@@ -156,5 +156,7 @@ def time_to_run(about: str, directory=None) -> str:
 
 def time_for_all(directory=None) -> str:
     """A sentence on all notebooks together; "" where no machine has run every one of them."""
-    said = [f"{spoken(sum(taken.values()))} {where}" for where, taken in recorded(directory) if all(taken.values())]
+    topics = [topic(path) for path in (files.ROOT / "notebooks").glob("[0-9]*.ipynb")]
+    said = [f"{spoken(sum(map(taken.get, topics)))} {where}" for where, taken in recorded(directory)
+            if all(map(taken.get, topics))]  # fmt: skip
     return f"All of them, one after another, take {' and '.join(said)}." if said else ""

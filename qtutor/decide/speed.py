@@ -165,12 +165,12 @@ def step(measured: list[Point], read: float, device: hardware.Device, cards: int
 
 @lru_cache(maxsize=4096)
 def _range(known, seconds, here) -> tuple[float, float]:
-    """The least and the most of ``here @ x`` over x >= 0 with ``known @ x`` within a share of ``seconds``: the smallest
-    share that any x reaches, at least NOISE."""
+    """The least and the most of ``here @ x`` over x >= 0 with ``known @ x`` within a share of ``seconds``: NOISE, or
+    twice the smallest that any x reaches, so that each of ``seconds`` lies in the range at its own place."""
     known, seconds, here = map(np.array, (known, seconds, here))
     off = linprog([0, 0, 0, 1], np.block([[known, -seconds[:, None]], [-known, -seconds[:, None]]]),
                   np.r_[seconds, -seconds]).x[3]  # fmt: skip
-    share = max(NOISE, 1.001 * off)
+    share = max(NOISE, 2.002 * off / (1 - off))
     limits = np.r_[known, -known], np.r_[seconds * (1 + share), -seconds * (1 - share)]
     return tuple(sign * linprog(sign * here, *limits).fun for sign in (1, -1))
 

@@ -23,20 +23,22 @@ def changed(case: str, advice: str) -> str:
 @native
 @pytest.mark.parametrize("prefer", ["money", "energy", "quality"])
 def test_case_one_70b_for_eight_users(prefer):
-    """16 bits on two cards that work at once cost less a token than six bits on one in llama.cpp."""
+    """16 bits on two cards that work at once cost less a token than six bits on one in llama.cpp.  With one card, who
+    prefers quality gets eight bits, for weights and cache."""
     decision = decide(Need(**vars(CHAT) | {"prefer": prefer}))
     assert decision.best and decision.best.name == "vLLM BF16, 2 cards by tensor", changed("one", decision.sentence)
     one = decide(Need(**vars(CHAT) | {"prefer": prefer, "cards": 1}))
-    assert one.best and one.best.name == "GGUF Q6_K", changed("one, a single card", one.sentence)
+    kind = "GGUF Q8_0, Q8_0 cache" if prefer == "quality" else "GGUF Q6_K"
+    assert one.best and one.best.name == kind, changed("one, a single card", one.sentence)
 
 
 @native
 def test_case_one_what_is_not_known_yet():
-    """A cache of 8 bits in llama.cpp: no rows, so no pass.  FP8 on one card would cost less than all that is known to
-    do: what it loses at 70B decides, and with a cache in FP8 what that loses."""
+    """FP8 on two cards: no rows, so no pass.  FP8 on one card would cost less than all that is known to do: what it
+    loses at 70B decides, and with a cache in FP8 what that loses."""
     found = {option.name: option for option in decide(CHAT).options}
-    for name in ("vLLM FP8, 2 cards by tensor", "GGUF Q8_0, Q8_0 cache"):
-        assert "tokens/s" in found[name].unknown, changed("one", f"something of {name}")
+    two = "vLLM FP8, 2 cards by tensor"
+    assert "tokens/s" in found[two].unknown, changed("one", f"something of {two}")
     both = found["vLLM BF16, 2 cards by tensor"].known["USD"]
     for name in ("vLLM FP8", "vLLM FP8, FP8 cache"):
         eight = found[name]

@@ -66,6 +66,10 @@ def save(tmp_path, machine, device, seconds, profile):
 
 
 def test_what_is_said_of_the_runs(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    for name in ("01_qat", "02_choosing"):
+        (tmp_path / "notebooks" / f"{name}.ipynb").touch()
+    monkeypatch.setattr(files, "ROOT", tmp_path)
     assert runs.time_to_run("qat", tmp_path) == "" and runs.time_for_all(tmp_path) == ""
     save(tmp_path, "cpu", "a CPU", {"qat": 33.0, "choosing": 4.0}, "quick")
     assert runs.time_to_run("qat", tmp_path) == "about 35 seconds to run on 2 CPU cores"
@@ -74,6 +78,8 @@ def test_what_is_said_of_the_runs(tmp_path, monkeypatch):
         "about 35 seconds to run on 2 CPU cores, about 1.5 minutes at full size on an NVIDIA H200")
     assert runs.time_to_run("choosing", tmp_path) == "a few seconds to run on 2 CPU cores"
     assert runs.time_for_all(tmp_path) == "All of them, one after another, take about 35 seconds on 2 CPU cores."
+    (tmp_path / "notebooks" / "03_new.ipynb").touch()
+    assert runs.time_for_all(tmp_path) == "", "one has no time"
 
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     path = tmp_path / "99_qat.ipynb"
