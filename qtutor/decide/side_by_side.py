@@ -1,8 +1,7 @@
 """The engines that people use at Llama-2-7B's shape on one kind of card, as rows for one table.
 
-Three recordings of the same card meet here, and nothing else: ``tradeoff`` (Hugging Face, Transformer Engine, torchao
-under torch.compile, llama.cpp), ``fp8_inference`` (the compiled rows, as long as ``tradeoff`` has none) and ``serving``
-(vLLM and llama-server, asked over HTTP).  The weights are random, so there is no quality in it.  The recordings read
+Two recordings of the same card meet here, and nothing else: ``tradeoff`` (Hugging Face, Transformer Engine, torchao
+under torch.compile, llama.cpp) and ``serving`` (vLLM and llama-server, asked over HTTP).  The weights are random, so there is no quality in it.  The recordings read
 prompts and caches of different lengths, and each row says which; :func:`qtutor.decide.pareto.judge` compares rows of
 one length only.
 
@@ -25,20 +24,9 @@ def rows(machine: str, directory=None) -> list[dict]:
     torchao without torch.compile is left out.  Raises QtutorError where the machine has no ``tradeoff``."""
     found = [row for row in pareto.measured(results.load("tradeoff", machine, directory)) if row["shape"] == SHAPE
              and (TECHNIQUES[row["technique"]].compiled or not TECHNIQUES[row["technique"]].torchao)]  # fmt: skip
-    if results.exists("fp8_inference", machine, directory):
-        there = {row["technique"] for row in found}
-        found += [row for row in _compiled(results.load("fp8_inference", machine, directory))
-                  if row["technique"] not in there]  # fmt: skip
     if results.exists("serving", machine, directory):
         found += served(results.load("serving", machine, directory))
     return found
-
-
-def _compiled(data) -> list[dict]:
-    found = [row | {"technique": f"{row['technique']}, compiled", "shape": SHAPE, "runtime": "pytorch",
-                    "weights_mb": row["weights_gib"] * 2**30 / 1e6, "decode_context": row["length"]}
-             for row in data.rows if row["model"].startswith(MODEL) and row["compiled"]]  # fmt: skip
-    return pareto.measured(found)
 
 
 def served(data) -> list[dict]:
