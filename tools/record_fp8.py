@@ -298,7 +298,6 @@ def record_inference(full: bool):
     work += [(speed, (name, 1.0, False)) for name in EAGER if full]
     for measured, arguments in tqdm(work, leave=False):
         rig.free()
-        torch._dynamo.reset()
         try:
             with torch.no_grad():
                 rows += measured(*arguments)

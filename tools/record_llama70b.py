@@ -238,7 +238,7 @@ def record_served(runtime: str, types, program: str = engines.VLLM, folder=MEMOR
 
 def llama_users(model, meter, kv_type: str, ctx: int) -> int:
     """So many users with ``ctx`` tokens each fit into the GPUs beside the weights and two GiB a card (eight, where
-    there are several: llama.cpp puts work of several batches on each)."""
+    there are several: llama.cpp puts work of several batches on each; a cache in Q8_0, copied to F16, takes four)."""
     spare = (2 if len(meter.boards) == 1 else 8) * measure.GIB + (0 if kv_type == "F16" else 4 * measure.GIB)
     room = sum(board.memory()[1] - spare for board in meter.boards) - model.file_bytes
     return max(1, int(room // capacity.kv_bytes(model.config, ctx, kv_type)))

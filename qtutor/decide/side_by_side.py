@@ -1,9 +1,9 @@
 """The engines that people use at Llama-2-7B's shape on one kind of card, as rows for one table.
 
 Two recordings of the same card meet here, and nothing else: ``tradeoff`` (Hugging Face, Transformer Engine, torchao
-under torch.compile, llama.cpp) and ``serving`` (vLLM and llama-server, asked over HTTP).  The weights are random, so there is no quality in it.  The recordings read
-prompts and caches of different lengths, and each row says which; :func:`qtutor.decide.pareto.judge` compares rows of
-one length only.
+under torch.compile, llama.cpp) and ``serving`` (vLLM and llama-server, asked over HTTP).  The weights are random, so
+there is no quality in it.  The recordings read prompts and caches of different lengths, and each row says which;
+:func:`qtutor.decide.pareto.judge` compares rows of one length only.
 
     rows = side_by_side.rows("h100")
     pareto.table(pareto.with_cost(rows, usd_per_hour=3.99, grams_per_kwh=475))

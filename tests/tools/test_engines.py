@@ -124,7 +124,7 @@ def test_users_of_llama_server():
     model = types.SimpleNamespace(file_bytes=57 * 10**9, config="Llama-2-70B")
     one = types.SimpleNamespace(boards=[card])
     assert record_llama70b.llama_users(model, one, "F16", 4352) == 18
-    assert record_llama70b.llama_users(model, one, "Q8_0", 4352) == 35
+    assert record_llama70b.llama_users(model, one, "Q8_0", 4352) == 29
     two, model.file_bytes = types.SimpleNamespace(boards=[card] * 2), 138 * 10**9
     assert record_llama70b.llama_users(model, two, "F16", 4352) == 11
 
