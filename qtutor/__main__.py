@@ -18,7 +18,7 @@ import textwrap
 from importlib import metadata
 from pathlib import Path
 
-from . import QtutorError, __version__, files
+from . import QtutorError, __version__, files, profile
 
 NOTEBOOKS = files.ROOT / "notebooks"
 START_PAGE = "00_start_here.ipynb"
@@ -158,6 +158,7 @@ CHECKS = {  # what -> (check, remedy for what it raises)
                   "llama-cpp-python, with docs/install.md's CMAKE_ARGS"),
     "JupyterLab": (check_jupyter, REINSTALL),
     "disk": (check_disk, ""),
+    "profile": (lambda: [("profile", f"the notebooks run at the {profile()} size")], ""),
     "course model": (check_model, "git checkout data/model, or set QTUTOR_MODEL to a whole model folder"),
     "notebooks": (check_notebooks, "git checkout notebooks"),
 }  # fmt: skip

@@ -67,8 +67,8 @@ def test_doctor_finds_a_damaged_model(tmp_path):
     shutil.copytree(ROOT / "data" / "model", model)
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    done = qtutor("doctor", env={"QTUTOR_MODEL": str(model)})
-    assert done.returncode == 1
+    done = qtutor("doctor", env={"QTUTOR_MODEL": str(model), "QTUTOR_PROFILE": "fast"})
+    assert done.returncode == 1 and "QTUTOR_PROFILE is 'fast'" in done.stdout
     assert "FAIL" in done.stdout and "Traceback" not in done.stdout + done.stderr
 
 
