@@ -73,6 +73,8 @@ def scaling_picture(frame):
         ax.set(title=f"{shape}, {part['layers'].iloc[0]} layers", xlabel="GPUs that train together",
                ylabel="thousand tokens/s of one GPU", ylim=(0, top), xlim=(0.93, 4 * most))  # fmt: skip
         ax.grid(False, axis="x")
+    ax.plot([], [], "--", color="0.4", label="dashed: weights gathered once")
+    ax.legend(loc="lower left")
     return fig
 
 

@@ -53,8 +53,8 @@ def bits_picture(value: float = 2.7, names=WITH_BITS):
     for row, name in enumerate(names):
         code, fmt = code_of(FORMATS[name], value), FORMATS[name]
         for place, (bit, field) in enumerate(zip(f"{code:0{fmt.bits}b}", places(fmt), strict=True)):
-            axis.add_patch(Rectangle((place, row - 0.4), 0.9, 0.8, color=COLORS[field]))
-            axis.text(place + 0.45, row, bit, color="white", ha="center", va="center", fontsize=9)
+            axis.add_patch(Rectangle((place, row - 0.4), 1, 0.8, fc=COLORS[field], ec="white"))
+            axis.text(place + 0.5, row, bit, color="white", ha="center", va="center", fontsize=9)
         stored, formula = explain(fmt, code)
         axis.text(fmt.bits + 0.5, row, f"{formula} = {stored:.8g}", va="center", fontsize=9)
     axis.set(title=f"What each format stores for {value:g}", xlim=(-0.5, 58), ylim=(len(names) - 0.4, -0.6), xticks=[])

@@ -40,8 +40,9 @@ def losses_picture(losses, title: str, smooth: int = 5):
         axis.plot(np.arange(len(mean)) + (smooth + 1) / 2, mean, color=COLOR[name], lw=2, label=name, ls=style)
         axis.legend(fontsize=8)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    left.set(title=f"{title}: next token", xlabel="step", ylabel="cross-entropy (nats/token)")
-    right.set(title="distilled: KL from the float model", xlabel="step", ylabel="nats/token", ylim=(0, None))
+    fig.suptitle(title, x=0.01, ha="left")
+    left.set(title="next token", xlabel="step", ylabel="cross-entropy (nats/token)")
+    right.set(title="distilled: KL from float", xlabel="step", ylabel="nats/token", ylim=(0, None))
     return fig
 
 
