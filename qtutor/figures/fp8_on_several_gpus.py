@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipywidgets
 import numpy as np
+from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from .. import QtutorError, plots
@@ -73,8 +74,7 @@ def scaling_picture(frame):
         ax.set(title=f"{shape}, {part['layers'].iloc[0]} layers", xlabel="GPUs that train together",
                ylabel="thousand tokens/s of one GPU", ylim=(0, top), xlim=(0.93, 4 * most))  # fmt: skip
         ax.grid(False, axis="x")
-    ax.plot([], [], "--", color="0.4", label="dashed: weights gathered once")
-    ax.legend(loc="lower left")
+    ax.legend(handles=[Line2D([], [], ls="--", color="0.4", label="dashed: weights gathered once")], loc="lower left")
     return fig
 
 
