@@ -51,11 +51,11 @@ def _why_not_real() -> str:
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) < (8, 9):
         return f"this GPU has compute capability {major}.{minor} and FP8 needs 8.9 or more"
-    with contextlib.suppress(ImportError):  # a torch that was built with the system's cuDNN
-        import nvidia.cudnn as cudnn  # torch's own: Transformer Engine takes the system's first, and two do not mix
-
-        os.environ.setdefault("CUDNN_PATH", cudnn.__path__[0])
-        for library in sorted(Path(cudnn.__path__[0], "lib").glob("lib*.so.*")):
+    with contextlib.suppress(ImportError, OSError):  # torch's cuDNN first: TE takes the system's, and two do not mix
+        metadata.version("transformer_engine")
+        cudnn = Path(import_module("nvidia.cudnn").__path__[0])
+        os.environ.setdefault("CUDNN_PATH", str(cudnn))
+        for library in sorted((cudnn / "lib").glob("lib*.so.*")):
             ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     try:
         te = import_module("transformer_engine.pytorch")

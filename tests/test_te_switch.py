@@ -46,6 +46,28 @@ def test_activate_survives_an_installation_without_its_gpu_library(tmp_path):
         assert result.stdout.split() == ["False", "qtutor.emulation.modules"]
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_cudnn_that_does_not_load_stops_nobody(tmp_path, installed):
+    """On a machine that says it has an H100: a damaged library is passed over, and none is touched without TE."""
+    (tmp_path / "nvidia" / "cudnn" / "lib").mkdir(parents=True)
+    (tmp_path / "nvidia" / "cudnn" / "lib" / "libcudnn.so.9").write_text("no library")
+    if installed:
+        (tmp_path / "transformer_engine-2.20.2.dist-info").mkdir()
+        (tmp_path / "transformer_engine-2.20.2.dist-info" / "METADATA").write_text("Name: transformer_engine\n"
+                                                                                   "Version: 2.20.2\n")  # fmt: skip
+    code = ("import os, torch\n"
+            "torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda: (9, 0)\n"
+            "from qtutor import te_switch; print(te_switch._why_not_real(), os.environ.get('CUDNN_PATH'), sep='|')")
+    done = subprocess.run([sys.executable, "-S", "-W", "ignore", "-c",
+                           f"import sys; sys.path[:0] = {[str(tmp_path), str(ROOT), *sys.path]!r}\n{code}"],
+                          env={k: v for k, v in os.environ.items() if k != "CUDNN_PATH"}, capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    reason, path = done.stdout.strip().split("|")
+    if te_switch.activate().version is None:  # else it is really here, and may load
+        assert "not installed" in reason
+        assert path == (str(tmp_path / "nvidia" / "cudnn") if installed else "None")
+
+
 @pytest.mark.gpu
 def test_torch_and_transformer_engine_load_one_cudnn():
     """After torch has loaded parts of its own: a system's cuDNN beside it gave undefined symbols, or other results."""

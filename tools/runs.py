@@ -24,7 +24,7 @@ from qtutor import files, profile, results
 
 from . import keep, topic
 
-NAME = "notebook_runs"
+NAME, NOTEBOOKS = "notebook_runs", "notebooks/[0-9][0-9]_*.ipynb"
 
 
 def _gpus() -> list:
@@ -102,7 +102,7 @@ def measure(paths=None, jobs: int = 1, limit_s: float = 1800) -> Path:
     It is written after every notebook and has a row for each from the start: a run that is cut short leaves what it
     has.  Notebooks that share cores and GPU with others take longer: ``jobs`` says so in their rows.
     """
-    there = sorted((files.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    there = sorted(files.ROOT.glob(NOTEBOOKS))
     paths = list(paths or there)
     rows = {topic(path): {"notebook": topic(path), "not_run": "it was not asked for"} for path in there}
     rows |= {name: row for name, row in _earlier().items() if name in rows}
@@ -156,7 +156,7 @@ def time_to_run(about: str, directory=None) -> str:
 
 def time_for_all(directory=None) -> str:
     """A sentence on all notebooks together; "" where no machine has run every one of them."""
-    topics = [topic(path) for path in (files.ROOT / "notebooks").glob("[0-9]*.ipynb")]
+    topics = [topic(path) for path in files.ROOT.glob(NOTEBOOKS)]
     said = [f"{spoken(sum(map(taken.get, topics)))} {where}" for where, taken in recorded(directory)
             if all(map(taken.get, topics))]  # fmt: skip
     return f"All of them, one after another, take {' and '.join(said)}." if said else ""
